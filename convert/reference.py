@@ -1,0 +1,89 @@
+"""torchvision's GoogLeNet: the reference that a port is held against."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from sklearn.datasets import load_sample_images
+from torchvision.models import GoogLeNet, GoogLeNet_Weights
+
+IMAGENET = GoogLeNet_Weights.IMAGENET1K_V1
+AUX_INPUTS = {"aux1": "inception4a", "aux2": "inception4d"}
+"""Auxiliary head -> the stage that it reads."""
+
+
+def random_checkpoint(num_classes: int = 1000, seed: int = 0) -> dict[str, torch.Tensor]:
+    """A state dict of torchvision's GoogLeNet with seeded random weights and BatchNorm statistics.
+
+    Kernels are normal with He's deviation and no mean, so that the signal neither dies nor explodes on its way, images
+    stay apart, and an error in the first layer shows in the last. No BatchNorm statistic is 0 or 1, where a swap could
+    hide.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    state_dict = GoogLeNet(num_classes=num_classes, init_weights=False).state_dict()
+    for key, tensor in state_dict.items():
+        if key.endswith(("running_var", "bn.weight")):
+            tensor.uniform_(0.5, 1.5, generator=generator)
+        elif key.endswith("weight"):
+            fan_in = tensor[0].numel()
+            tensor.normal_(0, (2 / fan_in) ** 0.5, generator=generator)
+            tensor -= tensor.mean(tuple(range(1, tensor.ndim)), keepdim=True)
+        elif tensor.is_floating_point():
+            tensor.normal_(0, 0.2, generator=generator)
+        else:
+            tensor.fill_(1000)  # num_batches_tracked
+    return state_dict
+
+
+def build(state_dict: Mapping[str, np.ndarray], *, transform_input: bool, dtype: torch.dtype) -> GoogLeNet:
+    """torchvision's GoogLeNet in evaluation mode with the weights of a checked state dict, in ``dtype``."""
+    model = GoogLeNet(
+        num_classes=len(state_dict["fc.bias"]),
+        aux_logits="aux1.fc1.bias" in state_dict,
+        transform_input=transform_input,
+        init_weights=False,
+    )
+    # float64 holds every floating dtype exactly, bfloat16 included, of which torch.from_numpy knows nothing.
+    tensors = {key: torch.from_numpy(array.astype(np.float64)).to(dtype) for key, array in state_dict.items()}
+    model = model.to(dtype)
+    model.load_state_dict(tensors, strict=True)
+    return model.eval()
+
+
+def stages(model: GoogLeNet, images: np.ndarray) -> dict[str, np.ndarray]:
+    """Every stage at inference, in the order of computation, and the auxiliary heads last.
+
+    Args:
+        model: as from ``build``.
+        images: [N, H, W, 3] of the model's dtype.
+
+    Returns:
+        torchvision's module names -> NHWC arrays; ``fc``, ``aux1`` and ``aux2`` are [N, num_classes].
+    """
+    outputs: dict[str, torch.Tensor] = {}
+    names = [name for name, _ in model.named_children() if name not in ("aux1", "aux2", "dropout")]
+    hooks = [
+        getattr(model, name).register_forward_hook(lambda _, __, output, name=name: outputs.update({name: output}))
+        for name in names
+    ]
+    try:
+        with torch.inference_mode():
+            model(torch.from_numpy(images).permute(0, 3, 1, 2))
+            for aux, stage in AUX_INPUTS.items():
+                if getattr(model, aux) is not None:
+                    outputs[aux] = getattr(model, aux)(outputs[stage])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: (x.permute(0, 2, 3, 1) if x.ndim == 4 else x).numpy() for name, x in outputs.items()}
+
+
+def photographs() -> list[np.ndarray]:
+    """scikit-learn's two sample photographs, a temple and a flower: uint8 [427, 640, 3]."""
+    return load_sample_images().images
+
+
+def preset(photograph: np.ndarray) -> np.ndarray:
+    """A photograph as torchvision prepares it for the ImageNet checkpoint: float32 [224, 224, 3]."""
+    chw = torch.tensor(photograph).permute(2, 0, 1)
+    return IMAGENET.transforms()(chw).permute(1, 2, 0).contiguous().numpy()

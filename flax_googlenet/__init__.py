@@ -1,0 +1,18 @@
+"""GoogLeNet in JAX and Flax, proven to be torchvision's."""
+
+from flax_googlenet.checkpoint import CheckpointError, load, load_metadata, save
+from flax_googlenet.model import GoogLeNet, GoogLeNetOutput, endpoints
+from flax_googlenet.porting import PortingError, from_torchvision, to_torchvision
+
+__all__ = [
+    "CheckpointError",
+    "GoogLeNet",
+    "GoogLeNetOutput",
+    "PortingError",
+    "endpoints",
+    "from_torchvision",
+    "load",
+    "load_metadata",
+    "save",
+    "to_torchvision",
+]

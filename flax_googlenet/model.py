@@ -1,0 +1,381 @@
+"""GoogLeNet (Inception v1) as a Flax Linen module: torchvision's variant with BatchNorm, NHWC.
+
+References:
+    Szegedy et al., "Going Deeper with Convolutions", https://arxiv.org/abs/1409.4842
+    https://github.com/pytorch/vision/blob/main/torchvision/models/googlenet.py
+"""
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+from flax import linen as nn
+from flax.typing import Dtype
+from jax import numpy as jnp
+from jaxtyping import Array, Float
+
+from flax_googlenet.ops import adaptive_avg_pool, max_pool
+
+Variables = Mapping[str, Any]
+"""Nested dict ``{"params": ..., "batch_stats": ...}`` of arrays; ``batch_stats`` is absent without BatchNorm."""
+
+MIN_SIZE = 15
+"""Least height and width in pixels: one pixel is left before the last max pools."""
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+"""Mean of the RGB channels over ImageNet, for pixels in [0, 1]."""
+
+IMAGENET_STD = (0.229, 0.224, 0.225)
+"""Standard deviation of the RGB channels over ImageNet, for pixels in [0, 1]."""
+
+WIDTHS = {
+    # Channels of: branch1 1x1 | branch2 1x1, 3x3 | branch3 1x1, 3x3 | branch4 1x1 (table 1 of the paper).
+    "inception3a": (64, 96, 128, 16, 32, 32),
+    "inception3b": (128, 128, 192, 32, 96, 64),
+    "inception4a": (192, 96, 208, 16, 48, 64),
+    "inception4b": (160, 112, 224, 24, 64, 64),
+    "inception4c": (128, 128, 256, 24, 64, 64),
+    "inception4d": (112, 144, 288, 32, 64, 64),
+    "inception4e": (256, 160, 320, 32, 128, 128),
+    "inception5a": (256, 160, 320, 32, 128, 128),
+    "inception5b": (384, 192, 384, 48, 128, 128),
+}
+
+# scipy.stats.truncnorm(-2, 2, scale=0.01): two deviations. torchvision's trunc_normal_(a=-2, b=2) cuts at 2.0 itself.
+_kernel_init = nn.initializers.truncated_normal(stddev=0.01, lower=-2.0, upper=2.0)
+
+_OUTPUT = "_output"  # Flax keeps submodules and sown values in one name space: conv1 is taken
+
+
+class GoogLeNetOutput(NamedTuple):
+    """What the network returns: torchvision's ``GoogLeNetOutputs``, the same fields in the same order."""
+
+    logits: jax.Array
+    """[N, num_classes]"""
+    aux_logits2: jax.Array | None
+    """[N, num_classes] while training with ``aux_logits``, else None; from the features of inception4d."""
+    aux_logits1: jax.Array | None
+    """[N, num_classes] while training with ``aux_logits``, else None; from the features of inception4a."""
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation over all axes but the last, with PyTorch's statistics.
+
+    In training the input is normalised with the batch's biased variance, while the running variance takes in the
+    unbiased one (n / (n - 1)); ``flax.linen.BatchNorm`` takes in the biased one. The variance is the mean of squared
+    deviations, never E[x^2] - E[x]^2, which cancels and can turn negative (google/flax#1491). Statistics are computed
+    and kept in float32 at least.
+
+    Reference: https://docs.pytorch.org/docs/stable/generated/torch.nn.BatchNorm2d.html
+    """
+
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+    momentum: float = 0.9  # the weight of the old statistics: PyTorch's momentum is 1 minus this
+    epsilon: float = 1e-3  # torchvision's GoogLeNet; PyTorch's default is 1e-5
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch c"], train: bool) -> Float[Array, "*batch c"]:
+        """Normalises ``x``; with ``train`` by the batch's statistics, which the running ones then take in.
+
+        Raises:
+            ValueError: in training on one value a channel, as PyTorch does: its unbiased variance does not exist.
+        """
+        channels = (x.shape[-1],)
+        stats_dtype = _at_least_float32(self.param_dtype)
+        scale = self.param("scale", nn.initializers.ones, channels, self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, channels, self.param_dtype)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels, stats_dtype)
+        running_var = self.variable("batch_stats", "var", jnp.ones, channels, stats_dtype)
+
+        compute_dtype = _at_least_float32(self.dtype)
+        x = x.astype(compute_dtype)
+        if train:
+            batch_axes = tuple(range(x.ndim - 1))
+            count = math.prod(x.shape[:-1])
+            if count < 2:
+                raise ValueError(
+                    f"BatchNorm needs more than 1 value a channel in training, got an input of shape {x.shape}: "
+                    "use a larger batch or larger images"
+                )
+            mean = x.mean(batch_axes)
+            var = jnp.square(x - mean).mean(batch_axes)
+            if not self.is_initializing():
+                running_mean.value = self._update(running_mean.value, mean)
+                running_var.value = self._update(running_var.value, var * (count / (count - 1)))
+        else:
+            mean = running_mean.value.astype(compute_dtype)
+            var = running_var.value.astype(compute_dtype)
+        multiplier = jax.lax.rsqrt(var + self.epsilon) * scale.astype(compute_dtype)
+        return ((x - mean) * multiplier + bias.astype(compute_dtype)).astype(self.dtype)
+
+    def _update(self, running: jax.Array, batch: jax.Array) -> jax.Array:
+        return self.momentum * running + (1 - self.momentum) * batch.astype(running.dtype)
+
+
+class ConvBN(nn.Module):
+    """Convolution, BatchNorm, ReLU: torchvision's ``BasicConv2d``. Without BatchNorm the convolution has a bias."""
+
+    features: int
+    kernel_size: int = 1
+    stride: int = 1
+    padding: int = 0
+    batch_norm: bool = True
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+    precision: jax.lax.PrecisionLike = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n h w c"], train: bool) -> Float[Array, "n h2 w2 {self.features}"]:
+        """Maps ``x`` [N, H, W, C] to [N, H2, W2, features]."""
+        x = nn.Conv(
+            self.features,
+            (self.kernel_size, self.kernel_size),
+            strides=(self.stride, self.stride),
+            padding=((self.padding, self.padding), (self.padding, self.padding)),
+            use_bias=not self.batch_norm,
+            kernel_init=_kernel_init,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            precision=self.precision,  # type: ignore[arg-type]  # Flax's annotation is narrower than JAX's
+            name="conv",
+        )(x)
+        if self.batch_norm:
+            x = BatchNorm(dtype=self.dtype, param_dtype=self.param_dtype, name="bn")(x, train)
+        return nn.relu(x)
+
+
+class Inception(nn.Module):
+    """Four branches over one input, concatenated along the channels; ``widths`` as in ``WIDTHS``."""
+
+    widths: tuple[int, int, int, int, int, int]
+    batch_norm: bool = True
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+    precision: jax.lax.PrecisionLike = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n h w c"], train: bool) -> Float[Array, "n h w c2"]:
+        """Maps ``x`` [N, H, W, C] to [N, H, W, w0 + w2 + w4 + w5]."""
+        conv: Callable[..., ConvBN] = functools.partial(ConvBN, **_options(self))
+        width1, reduce2, width2, reduce3, width3, width4 = self.widths
+
+        branch1 = conv(width1, name="branch1")(x, train)
+        branch2 = conv(reduce2, name="branch2_0")(x, train)
+        branch2 = conv(width2, kernel_size=3, padding=1, name="branch2_1")(branch2, train)
+        # 3x3, not the paper's 5x5: the checkpoint has it (pytorch/vision#906).
+        branch3 = conv(reduce3, name="branch3_0")(x, train)
+        branch3 = conv(width3, kernel_size=3, padding=1, name="branch3_1")(branch3, train)
+        # branch4_1: torchvision counts the pool as branch4.0.
+        branch4 = conv(width4, name="branch4_1")(max_pool(x, window=3, stride=1, padding=1), train)
+        return jnp.concatenate([branch1, branch2, branch3, branch4], axis=-1)
+
+
+class InceptionAux(nn.Module):
+    """Auxiliary classifier on the features of an inner stage, of any height and width."""
+
+    num_classes: int
+    dropout: float = 0.7
+    batch_norm: bool = True
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+    precision: jax.lax.PrecisionLike = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n h w c"], train: bool) -> Float[Array, "n {self.num_classes}"]:
+        """Maps ``x`` [N, H, W, C] to logits [N, num_classes]; dropout is on in training alone."""
+        x = adaptive_avg_pool(x, 4)
+        x = ConvBN(128, **_options(self), name="conv")(x, train)
+        x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)  # channels first: fc1 reads them in PyTorch's order
+        x = nn.relu(_dense(self, 1024, x.shape[-1], "fc1")(x))
+        x = nn.Dropout(self.dropout, name="dropout")(x, deterministic=not train)
+        return _dense(self, self.num_classes, x.shape[-1], "fc2")(x)
+
+
+class GoogLeNet(nn.Module):
+    """GoogLeNet with BatchNorm, layer by layer the network of ``torchvision.models.googlenet``.
+
+    The variables mirror torchvision's module names: ``inception3a.branch2.0.conv.weight`` is
+    ``params/inception3a/branch2_0/conv/kernel`` and ``conv1.bn.running_var`` is ``batch_stats/conv1/bn/var``.
+
+    Example::
+
+        model = GoogLeNet(num_classes=10)
+        variables = model.init(jax.random.key(0), images)
+        output = model.apply(variables, images)
+        output, updates = model.apply(variables, images, train=True, rngs={"dropout": key}, mutable=["batch_stats"])
+
+    Attributes:
+        num_classes: number of logits.
+        aux_logits: whether the two auxiliary classifiers exist. They are initialised always, and computed in training.
+        transform_input: whether to map ImageNet-normalised images to [-1, 1] first; the ImageNet checkpoint wants it.
+        dropout: rate before the last layer.
+        dropout_aux: rate inside the auxiliary classifiers.
+        batch_norm: False for the folded graph, whose convolutions have a bias and no BatchNorm.
+        dtype: of the computation. BatchNorm computes in float32 at least.
+        param_dtype: of the parameters. BatchNorm statistics are kept in float32 at least.
+        precision: of convolutions and matrix products. GPUs and TPUs compute float32 in TF32 or bfloat16 unless this is
+            "highest".
+    """
+
+    num_classes: int = 1000
+    aux_logits: bool = True
+    transform_input: bool = False
+    dropout: float = 0.2
+    dropout_aux: float = 0.7
+    batch_norm: bool = True
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+    precision: jax.lax.PrecisionLike = None
+
+    @nn.compact
+    def __call__(self, images: Float[Array, "n h w 3"], *, train: bool = False) -> GoogLeNetOutput:
+        """Computes the logits.
+
+        Args:
+            images: floating point [N, H, W, 3], RGB, ImageNet-normalised; H and W at least 15.
+            train: normalise by the batch's statistics, drop out, and compute the auxiliary logits. Needs
+                ``mutable=["batch_stats"]`` and, for dropout above 0, ``rngs={"dropout": key}``.
+
+        Raises:
+            ValueError: if ``images`` has another rank, layout, number of channels or dtype, or is smaller than 15x15.
+        """
+        _check_images(images)
+        options = _options(self)
+        conv: Callable[..., ConvBN] = functools.partial(ConvBN, **options)
+
+        def stage(name: str, x: jax.Array) -> jax.Array:
+            self.sow("intermediates", name + _OUTPUT, x)  # for `endpoints`; does nothing elsewhere
+            return x
+
+        def inception(name: str, x: jax.Array) -> jax.Array:
+            return stage(name, Inception(WIDTHS[name], **options, name=name)(x, train))
+
+        def aux_head(name: str, x: jax.Array) -> jax.Array | None:
+            if not self.aux_logits or not (train or self.is_initializing()):
+                return None
+            return InceptionAux(self.num_classes, self.dropout_aux, **options, name=name)(x, train)
+
+        x = jnp.asarray(images)
+        if self.transform_input:
+            x = _transform_input(x)
+        x = x.astype(self.dtype)
+
+        x = stage("conv1", conv(64, kernel_size=7, stride=2, padding=3, name="conv1")(x, train))
+        x = stage("maxpool1", max_pool(x, window=3, stride=2))
+        x = stage("conv2", conv(64, name="conv2")(x, train))
+        x = stage("conv3", conv(192, kernel_size=3, padding=1, name="conv3")(x, train))
+        x = stage("maxpool2", max_pool(x, window=3, stride=2))
+
+        x = inception("inception3a", x)
+        x = inception("inception3b", x)
+        x = stage("maxpool3", max_pool(x, window=3, stride=2))
+
+        x = inception("inception4a", x)
+        aux_logits1 = aux_head("aux1", x)
+        x = inception("inception4b", x)
+        x = inception("inception4c", x)
+        x = inception("inception4d", x)
+        aux_logits2 = aux_head("aux2", x)
+        x = inception("inception4e", x)
+        x = stage("maxpool4", max_pool(x, window=2, stride=2))
+
+        x = inception("inception5a", x)
+        x = inception("inception5b", x)
+        x = stage("avgpool", x.mean((1, 2), keepdims=True))
+        x = x.reshape(x.shape[0], -1)
+        x = nn.Dropout(self.dropout, name="dropout")(x, deterministic=not train)
+        logits = stage("fc", _dense(self, self.num_classes, x.shape[-1], "fc")(x))
+
+        if not train:
+            return GoogLeNetOutput(logits, None, None)
+        return GoogLeNetOutput(logits, aux_logits2, aux_logits1)
+
+
+def endpoints(model: GoogLeNet, variables: Variables, images: Float[Array, "n h w 3"]) -> dict[str, jax.Array]:
+    """Computes every stage at inference, for features and for comparison with torchvision.
+
+    Args:
+        model: the network.
+        variables: its variables.
+        images: floating point [N, H, W, 3], as for the model.
+
+    Returns:
+        ``{"conv1": ..., "maxpool1": ..., ..., "inception5b": ..., "avgpool": ..., "fc": ...}``: torchvision's module
+        names in the order of computation. Stages are NHWC, ``avgpool`` [N, 1, 1, 1024] included; ``fc``, the logits, is
+        [N, num_classes].
+    """
+    _, collections = model.apply(variables, images, mutable=["intermediates"])
+    # `sow` collects a tuple, one entry a call: each stage is computed once.
+    return {name.removesuffix(_OUTPUT): stage for name, (stage,) in collections["intermediates"].items()}
+
+
+def variable_shapes(model: GoogLeNet) -> dict[str, Any]:
+    """The variables that ``model.init`` would make, as a nested dict of ``jax.ShapeDtypeStruct``; computes nothing."""
+    images = jax.ShapeDtypeStruct((1, MIN_SIZE, MIN_SIZE, 3), jnp.float32)
+    return jax.eval_shape(model.init, jax.eval_shape(lambda: jax.random.key(0)), images)
+
+
+def _options(module: nn.Module) -> dict[str, Any]:
+    """The fields that every block hands down to the blocks inside it."""
+    return {name: getattr(module, name) for name in ("batch_norm", "dtype", "param_dtype", "precision")}
+
+
+def _at_least_float32(dtype: Dtype) -> Dtype:
+    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32
+
+
+def _dense(module: nn.Module, features: int, fan_in: int, name: str) -> nn.Dense:
+    bound = 1 / math.sqrt(fan_in)  # torch.nn.Linear's default for the bias
+
+    def bias_init(key: jax.Array, shape: tuple[int, ...], dtype: Dtype) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return nn.Dense(
+        features,
+        kernel_init=_kernel_init,
+        bias_init=bias_init,
+        dtype=module.dtype,
+        param_dtype=module.param_dtype,
+        precision=module.precision,
+        dot_general=_blocked_dot,
+        name=name,
+    )
+
+
+def _blocked_dot(
+    x: jax.Array, kernel: jax.Array, dimension_numbers: object, precision: jax.lax.PrecisionLike = None
+) -> jax.Array:
+    """``x @ kernel`` for [N, K] and [K, M], K a multiple of 16, summed in 16 blocks of K.
+
+    On a CPU XLA adds the K products one after the other: over 1024 of them its rounding error was 2 to 3 times
+    PyTorch's, and in blocks it is half of PyTorch's.
+    """
+    del dimension_numbers  # those of x @ kernel, whenever nn.Dense asks
+    x, kernel = x.reshape(len(x), 16, -1), kernel.reshape(16, -1, kernel.shape[-1])
+    blocks = jnp.einsum(
+        "nbk,bkm->bnm", x, kernel, precision=precision, preferred_element_type=_at_least_float32(x.dtype)
+    )
+    return blocks.sum(0).astype(x.dtype)
+
+
+def _transform_input(images: jax.Array) -> jax.Array:
+    """From ImageNet's normalisation to the Inception one, pixels in [-1, 1], in which the checkpoint was trained."""
+    scale = [std / 0.5 for std in IMAGENET_STD]
+    shift = [(mean - 0.5) / 0.5 for mean in IMAGENET_MEAN]
+    return images * jnp.asarray(scale, images.dtype) + jnp.asarray(shift, images.dtype)
+
+
+def _check_images(images: Any) -> None:
+    shape = jnp.shape(images)
+    expected = f"expected floating point images [N, H, W, 3] with H and W at least {MIN_SIZE}, got shape {shape}"
+    if len(shape) != 4:
+        raise ValueError(f"{expected}: add the batch axis with images[None]" if len(shape) == 3 else expected)
+    if shape[3] != 3:
+        raise ValueError(f"{expected}: NCHW? use images.transpose(0, 2, 3, 1)" if shape[1] == 3 else expected)
+    if min(shape[1:3]) < MIN_SIZE:
+        raise ValueError(expected)
+    if not jnp.issubdtype(jnp.result_type(images), jnp.floating):
+        raise ValueError(f"{expected} of {jnp.result_type(images)}: scale to [0, 1] and normalise first")

@@ -1,0 +1,63 @@
+"""Pooling with PyTorch's geometry, as pure functions on NHWC arrays."""
+
+import jax
+from flax import linen as nn
+from jax import numpy as jnp
+from jaxtyping import Array, Float
+
+
+def max_pool(x: Float[Array, "n h w c"], window: int, stride: int, padding: int = 0) -> Float[Array, "n h2 w2 c"]:
+    """Max pooling with ``ceil_mode=True``, equal to ``torch.nn.MaxPool2d``.
+
+    The output length is ``ceil((size + 2 * padding - window) / stride) + 1``, less one where the last window would
+    start in the padding on the right. Padded places never win: they count as minus infinity.
+
+    Args:
+        x: the input, NHWC.
+        window: height and width of a window, in pixels.
+        stride: step between windows, in pixels.
+        padding: pixels added on each side, at most half a window.
+
+    Raises:
+        ValueError: where PyTorch raises, too: a padding above half a window, or an input too small for one window.
+
+    Reference: https://docs.pytorch.org/docs/stable/generated/torch.nn.MaxPool2d.html
+    """
+    if not 0 <= 2 * padding <= window:
+        raise ValueError(f"padding must be between 0 and half the window, got padding {padding} and window {window}")
+    pads = tuple(_ceil_mode_padding(size, window, stride, padding) for size in x.shape[1:3])
+    return nn.max_pool(x, (window, window), (stride, stride), pads)
+
+
+def _ceil_mode_padding(size: int, window: int, stride: int, padding: int) -> tuple[int, int]:
+    length = -((window - size - 2 * padding) // stride) + 1
+    if (length - 1) * stride >= size + padding:  # the last window would see only padding: torch drops it
+        length -= 1
+    if length < 1:
+        raise ValueError(
+            f"{size} pixels are too few for a max pool of window {window}, stride {stride} and padding {padding}"
+        )
+    # A stride beyond the window can end the last window before the input does: nothing to pad then.
+    return padding, max(0, (length - 1) * stride + window - size - padding)
+
+
+def adaptive_avg_pool(x: Float[Array, "n h w c"], output_size: int) -> Float[Array, "n {output_size} {output_size} c"]:
+    """Average pooling to a fixed size, equal to ``torch.nn.AdaptiveAvgPool2d``.
+
+    Output ``i`` of ``o`` averages the input from ``floor(i * size / o)`` up to ``ceil((i + 1) * size / o)``, so windows
+    overlap where ``o`` does not divide ``size``: 14 -> 4 takes windows of 4 or 5 that start at 0, 3, 7 and 10.
+
+    Args:
+        x: the input, NHWC, of any size from 1 up, smaller than the output included.
+        output_size: height and width of the output, in pixels.
+
+    Reference: https://docs.pytorch.org/docs/stable/generated/torch.nn.AdaptiveAvgPool2d.html
+    """
+    for axis in (1, 2):  # the windows are rectangles, so the two axes can be averaged one after the other
+        size = x.shape[axis]
+        windows = [
+            jax.lax.slice_in_dim(x, i * size // output_size, -(-(i + 1) * size // output_size), axis=axis)
+            for i in range(output_size)
+        ]
+        x = jnp.concatenate([window.mean(axis, keepdims=True) for window in windows], axis)
+    return x
