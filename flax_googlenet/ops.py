@@ -45,7 +45,7 @@ def adaptive_avg_pool(x: Float[Array, "n h w c"], output_size: int) -> Float[Arr
     """Average pooling to a fixed size, equal to ``torch.nn.AdaptiveAvgPool2d``.
 
     Output ``i`` of ``o`` averages the input from ``floor(i * size / o)`` up to ``ceil((i + 1) * size / o)``, so windows
-    overlap where ``o`` does not divide ``size``: 14 -> 4 takes windows of 4 or 5 that start at 0, 3, 7 and 10.
+    overlap where ``o`` does not divide ``size``: 14 -> 4 takes windows of 4 that start at 0, 3, 7 and 10.
 
     Args:
         x: the input, NHWC, of any size from 1 up, smaller than the output included.

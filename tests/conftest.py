@@ -1,0 +1,61 @@
+"""Fixtures: the random reference, as a state dict, as torchvision's model and as Flax variables."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import reference
+import torch
+from torchvision.models import GoogLeNet as TorchGoogLeNet
+
+import flax_googlenet
+
+jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_numpy_dtype_promotion", "strict")  # the library must not lean on implicit promotion
+
+StateDict = Mapping[str, np.ndarray]
+
+
+@pytest.fixture(scope="session")
+def state_dict() -> StateDict:
+    """float32, 364 tensors, 1000 classes; no BatchNorm statistic is 0 or 1."""
+    return {key: tensor.numpy() for key, tensor in reference.random_checkpoint().items()}
+
+
+@pytest.fixture(scope="session")
+def variables(state_dict: StateDict) -> dict[str, Any]:
+    return flax_googlenet.from_torchvision(state_dict)
+
+
+@pytest.fixture(scope="session")
+def variables64(variables: dict[str, Any]) -> dict[str, Any]:
+    return jax.tree.map(lambda x: x.astype(np.float64), variables)
+
+
+@pytest.fixture(scope="session")
+def torch64(state_dict: StateDict) -> TorchGoogLeNet:
+    return reference.build(state_dict, transform_input=False, dtype=torch.float64)
+
+
+@pytest.fixture(scope="session")
+def torch32(state_dict: StateDict) -> TorchGoogLeNet:
+    return reference.build(state_dict, transform_input=False, dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def photographs() -> np.ndarray:
+    """float32 [2, 224, 224, 3], by torchvision's own preset."""
+    return np.stack([reference.preset(photograph) for photograph in reference.photographs()])
+
+
+@pytest.fixture(scope="session")
+def random_images() -> Callable[..., np.ndarray]:
+    """(n, h, w) -> float64 [n, h, w, 3], normal, rounded to float32."""
+
+    def make(n: int, h: int, w: int) -> np.ndarray:
+        rng = np.random.default_rng([n, h, w])
+        return rng.standard_normal((n, h, w, 3)).astype(np.float32).astype(np.float64)
+
+    return make

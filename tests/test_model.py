@@ -1,0 +1,356 @@
+"""The network against torchvision's, stage by stage: in float64 where nothing can hide, then in float32."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import reference
+import scipy.stats
+import torch
+from flax import linen as nn
+from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax import numpy as jnp
+from torchvision.models import GoogLeNet as TorchGoogLeNet
+
+import flax_googlenet
+from flax_googlenet import GoogLeNet, endpoints
+from flax_googlenet.model import BatchNorm
+
+MODEL64 = GoogLeNet(dtype=jnp.float64, param_dtype=jnp.float64)
+NO_DROPOUT64 = MODEL64.clone(dropout=0.0, dropout_aux=0.0)
+SIZES = [(224, 224), (15, 15), (97, 131), (225, 223), (64, 300)]
+
+Images = Callable[..., np.ndarray]
+
+
+def relative_error(actual: Any, truth: np.ndarray) -> float:
+    assert np.shape(actual) == truth.shape
+    return float(np.abs(np.asarray(actual) - truth).max() / np.abs(truth).max())
+
+
+def state_dict_of(named: Any) -> dict[str, np.ndarray]:
+    return {name: tensor.detach().numpy() for name, tensor in named}
+
+
+@pytest.mark.parametrize(("h", "w"), SIZES)
+def test_every_stage_is_torchvisions_in_float64(
+    h: int, w: int, variables64: dict[str, Any], torch64: TorchGoogLeNet, random_images: Images
+) -> None:
+    images = random_images(2, h, w)
+    expected = reference.stages(torch64, images)
+    actual = jax.jit(lambda v, x: endpoints(MODEL64, v, x))(variables64, images)
+
+    assert actual.keys() == expected.keys() - {"aux1", "aux2"}
+    for name, stage in actual.items():
+        assert relative_error(stage, expected[name]) < 1e-12, name  # 2e-14 measured, at inception5b
+    np.testing.assert_array_equal(jax.jit(MODEL64.apply)(variables64, images).logits, actual["fc"])
+
+
+def test_transform_input_is_torchvisions(
+    state_dict: dict[str, np.ndarray], variables64: dict[str, Any], photographs: np.ndarray
+) -> None:
+    images = photographs.astype(np.float64)
+    expected = reference.stages(reference.build(state_dict, transform_input=True, dtype=torch.float64), images)
+    logits = jax.jit(MODEL64.clone(transform_input=True).apply)(variables64, images).logits
+    assert relative_error(logits, expected["fc"]) < 1e-12
+
+
+@pytest.mark.parametrize(("h", "w"), SIZES)
+def test_float32_is_as_near_to_the_truth_as_pytorch(
+    h: int,
+    w: int,
+    variables: dict[str, Any],
+    torch32: TorchGoogLeNet,
+    torch64: TorchGoogLeNet,
+    random_images: Images,
+    photographs: np.ndarray,
+) -> None:
+    images = random_images(2, h, w)
+    if (h, w) == photographs.shape[1:3]:
+        images = np.concatenate([images, photographs.astype(np.float64)])
+    truth = reference.stages(torch64, images)
+    pytorch = reference.stages(torch32, images.astype(np.float32))
+    flax = jax.jit(lambda v, x: endpoints(GoogLeNet(), v, x))(variables, images.astype(np.float32))
+    for name, stage in flax.items():
+        ours, theirs = relative_error(stage, truth[name]), relative_error(pytorch[name], truth[name])
+        print(f"{h}x{w} {name:12} PyTorch {theirs:.1e}  Flax {ours:.1e}  ratio {ours / theirs:.2f}")
+        assert ours <= 2 * theirs, name
+
+
+@pytest.fixture(scope="module")
+def training(state_dict: dict[str, np.ndarray], variables64: dict[str, Any], random_images: Images) -> dict[str, Any]:
+    """One training pass of both in float64, dropout off: outputs, gradients of a loss on all heads, statistics."""
+    images = random_images(3, 97, 131)
+    model = reference.build(state_dict, transform_input=False, dtype=torch.float64).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    expected = model(torch.from_numpy(images).permute(0, 3, 1, 2))
+    weights = [torch.linspace(-1, 1, head.numel(), dtype=torch.float64).reshape(head.shape).cos() for head in expected]
+    sum((head * weight).sum() for head, weight in zip(expected, weights, strict=True)).backward()
+
+    def loss(params: Any) -> Any:
+        output, updates = NO_DROPOUT64.apply(
+            {**variables64, "params": params}, images, train=True, mutable=["batch_stats"]
+        )
+        return sum((h * w.numpy()).sum() for h, w in zip(output, weights, strict=True)), (output, updates)
+
+    grads, (output, updates) = jax.jit(jax.grad(loss, has_aux=True))(variables64["params"])
+    return {
+        "expected": expected,
+        "output": output,
+        "expected_grads": {name: parameter.grad.numpy() for name, parameter in model.named_parameters()},
+        "grads": flax_googlenet.to_torchvision({**updates, "params": grads}),
+        "expected_stats": state_dict_of(model.named_buffers()),
+        "stats": flax_googlenet.to_torchvision({**updates, "params": variables64["params"]}),
+    }
+
+
+def test_all_heads_in_training_are_torchvisions_by_name(training: dict[str, Any]) -> None:
+    assert training["output"]._fields == training["expected"]._fields == ("logits", "aux_logits2", "aux_logits1")
+    for name in training["output"]._fields:
+        expected = getattr(training["expected"], name).detach().numpy()
+        assert relative_error(getattr(training["output"], name), expected) < 1e-12, name
+
+
+def test_gradients_of_all_parameters_are_torchvisions(training: dict[str, Any]) -> None:
+    assert len(training["expected_grads"]) == 187
+    for name, expected in training["expected_grads"].items():
+        assert relative_error(training["grads"][name], expected) < 1e-10, name  # 2e-12 measured
+
+
+def test_batch_norm_statistics_after_a_step_are_torchvisions(training: dict[str, Any]) -> None:
+    names = [name for name in training["expected_stats"] if not name.endswith("num_batches_tracked")]
+    assert len(names) == 2 * 59
+    for name in names:
+        assert relative_error(training["stats"][name], training["expected_stats"][name]) < 1e-12, name
+
+
+def test_flaxs_own_batch_norm_would_miss_the_unbiased_variance() -> None:
+    x = np.random.default_rng(0).standard_normal((2, 3, 3, 4))
+    torch_norm = torch.nn.BatchNorm2d(4, eps=1e-3, dtype=torch.float64)
+    torch_norm(torch.from_numpy(x).permute(0, 3, 1, 2))
+    expected = torch_norm.running_var.numpy()
+
+    def running_var(norm: nn.Module, *args: Any) -> np.ndarray:
+        variables = norm.init(jax.random.key(0), x, *args)
+        return norm.apply(variables, x, *args, mutable=["batch_stats"])[1]["batch_stats"]["var"]
+
+    options = {"dtype": jnp.float64, "param_dtype": jnp.float64, "momentum": 0.9, "epsilon": 1e-3}
+    np.testing.assert_allclose(running_var(BatchNorm(**options), True), expected, rtol=1e-15)
+    with jax.numpy_dtype_promotion("standard"):  # Flax's own code promotes
+        biased = running_var(nn.BatchNorm(use_running_average=False, use_fast_variance=False, **options))
+    assert relative_error(biased, expected) > 1e-3
+
+
+def test_the_variance_of_a_large_mean_is_not_negative() -> None:
+    x = (1e4 + 1e-2 * np.random.default_rng(0).standard_normal((4, 8, 8, 3))).astype(np.float32)
+    norm = BatchNorm()
+    variables = norm.init(jax.random.key(0), x, True)
+    y, updates = norm.apply(variables, x, True, mutable=["batch_stats"])
+    batch_var = (updates["batch_stats"]["var"] - 0.9) / 0.1
+    assert (np.asarray(updates["batch_stats"]["var"]) >= np.float32(0.9)).all(), batch_var
+    assert np.isfinite(y).all()
+
+
+def test_training_on_one_value_a_channel_raises_as_torch_does(
+    variables64: dict[str, Any], torch64: TorchGoogLeNet, random_images: Images
+) -> None:
+    images = random_images(1, 15, 15)
+    norm = torch.nn.BatchNorm2d(4)
+    with pytest.raises(ValueError, match="more than 1 value"):
+        norm(torch.zeros(1, 4, 1, 1))
+    with pytest.raises(ValueError, match=r"more than 1 value a channel in training, got an input of shape \(1, 1, 1, "):
+        NO_DROPOUT64.apply(variables64, images, train=True, mutable=["batch_stats"])
+
+
+def test_dropout_has_the_stated_rates(variables64: dict[str, Any], random_images: Images) -> None:
+    """The share of zeros at the input of the last layers, seen through layers that do nothing else."""
+    images = random_images(8, 32, 32)
+    params = flatten_dict(variables64["params"])
+    for path in (("fc",), ("aux1", "fc2"), ("aux2", "fc2")):
+        params[(*path, "kernel")] = np.eye(1024, 1000)
+        params[(*path, "bias")] = np.full(1000, 0.0)
+    params = unflatten_dict(params)
+
+    def heads(model: GoogLeNet, **kwargs: Any) -> Any:
+        return model.apply({**variables64, "params": params}, images, train=True, mutable=["batch_stats"], **kwargs)[0]
+
+    kept = heads(NO_DROPOUT64)
+    dropped = heads(MODEL64, rngs={"dropout": jax.random.key(0)})
+    for name, rate in (("logits", 0.2), ("aux_logits1", 0.7), ("aux_logits2", 0.7)):
+        alive = np.asarray(getattr(kept, name)) != 0
+        share = (np.asarray(getattr(dropped, name))[alive] == 0).mean()
+        deviation = (rate * (1 - rate) / alive.sum()) ** 0.5
+        assert abs(share - rate) < 4 * deviation, name
+        survivors = np.asarray(getattr(dropped, name)) != 0
+        np.testing.assert_allclose(
+            np.asarray(getattr(dropped, name))[survivors],
+            np.asarray(getattr(kept, name))[survivors] / (1 - rate),
+            rtol=1e-12,
+        )
+
+
+def test_aux_heads_are_initialised_always_and_computed_in_training_alone(random_images: Images) -> None:
+    images = jnp.asarray(random_images(2, 32, 32), jnp.float32)
+    shapes = jax.eval_shape(GoogLeNet(num_classes=5).init, jax.random.key(0), images)
+    assert {"aux1", "aux2"} <= shapes["params"].keys()
+    output = jax.eval_shape(GoogLeNet(num_classes=5).apply, shapes, images)
+    assert (output.aux_logits1, output.aux_logits2) == (None, None)
+
+    headless = GoogLeNet(num_classes=5, aux_logits=False)
+    shapes = jax.eval_shape(headless.init, jax.random.key(0), images)
+    assert not {"aux1", "aux2"} & shapes["params"].keys()
+    train = jax.eval_shape(
+        lambda v, x: headless.apply(v, x, train=True, rngs={"dropout": jax.random.key(0)}, mutable=["batch_stats"])[0],
+        shapes,
+        images,
+    )
+    assert (train.aux_logits1, train.aux_logits2) == (None, None)
+
+
+def test_parameters_are_as_many_as_torchvision_says() -> None:
+    def count(model: GoogLeNet) -> int:
+        return sum(x.size for x in jax.tree.leaves(flax_googlenet.model.variable_shapes(model)["params"]))
+
+    assert count(GoogLeNet()) == 13_004_888
+    assert count(GoogLeNet(aux_logits=False)) == reference.IMAGENET.meta["num_params"] == 6_624_904
+
+
+@pytest.fixture(scope="module")
+def initial() -> dict[str, Any]:
+    images = jnp.zeros((1, 15, 15, 3), jnp.float32)
+    return jax.jit(GoogLeNet().init)(jax.random.key(0), images)
+
+
+def test_kernels_start_as_scipys_truncnorm(initial: dict[str, Any]) -> None:
+    truncnorm = scipy.stats.truncnorm(-2, 2, scale=0.01)
+    kernels = {path: x for path, x in flatten_dict(initial["params"]).items() if path[-1] == "kernel"}
+    assert len(kernels) == 59 + 5
+    rng = np.random.default_rng(0)
+    sample = np.concatenate([rng.choice(np.ravel(x), 1000, replace=False) for x in kernels.values()])
+    assert scipy.stats.kstest(sample, truncnorm.cdf).pvalue > 0.01
+    # The same sample tells it from the normal that is hardly truncated, which torchvision's code draws today.
+    assert scipy.stats.kstest(sample, scipy.stats.norm(scale=0.01).cdf).pvalue < 1e-10
+    for path, x in kernels.items():
+        assert abs(np.std(x) / truncnorm.std() - 1) < 5 / np.sqrt(2 * x.size), path
+
+
+def test_linear_biases_start_as_torchs_and_batch_norm_at_1_and_0(initial: dict[str, Any]) -> None:
+    params = initial["params"]
+    for layer, fan_in in ((params["fc"], 1024), (params["aux1"]["fc1"], 2048), (params["aux2"]["fc2"], 1024)):
+        bound = fan_in**-0.5
+        assert scipy.stats.kstest(np.ravel(layer["bias"]), scipy.stats.uniform(-bound, 2 * bound).cdf).pvalue > 0.01
+    for path, x in flatten_dict(initial).items():
+        if "bn" in path:
+            np.testing.assert_array_equal(x, 1 if path[-1] in ("scale", "var") else 0, err_msg=str(path))
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((1, 14, 20, 3), r"H and W at least 15, got shape \(1, 14, 20, 3\)"),
+        ((1, 20, 14, 3), "H and W at least 15"),
+        ((224, 224, 3), r"\[N, H, W, 3\].*add the batch axis with images\[None\]"),
+        ((1, 3, 224, 224), r"NCHW\? use images.transpose\(0, 2, 3, 1\)"),
+        ((1, 224, 224, 4), r"\[N, H, W, 3\].* got shape \(1, 224, 224, 4\)"),
+        ((1, 224, 224, 1), r"\[N, H, W, 3\]"),
+        ((3,), r"\[N, H, W, 3\]"),
+    ],
+)
+def test_images_of_another_shape_are_refused(shape: tuple[int, ...], message: str, variables: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=message):
+        GoogLeNet().apply(variables, np.zeros(shape, np.float32))
+
+
+def test_raw_pixels_are_refused(variables: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="uint8: scale to"):
+        GoogLeNet().apply(variables, np.zeros((1, 32, 32, 3), np.uint8))
+
+
+def test_the_smallest_size_is_torchvisions() -> None:
+    assert reference.IMAGENET.meta["min_size"] == (flax_googlenet.model.MIN_SIZE,) * 2
+
+
+def test_bfloat16_computes_with_float32_parameters_and_statistics(
+    variables: dict[str, Any], random_images: Images
+) -> None:
+    images = random_images(4, 64, 64).astype(np.float32)
+    model = GoogLeNet(dtype=jnp.bfloat16)
+    shapes = flax_googlenet.model.variable_shapes(model)
+    assert {x.dtype for x in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
+    output, updates = jax.jit(
+        lambda v, x: model.apply(v, x, train=True, rngs={"dropout": jax.random.key(0)}, mutable=["batch_stats"])
+    )(variables, images)
+    assert {x.dtype for x in output} == {jnp.dtype("bfloat16")}
+    assert {x.dtype for x in jax.tree.leaves(updates)} == {jnp.dtype("float32")}
+
+    truth = np.asarray(jax.jit(GoogLeNet().apply)(variables, images).logits)
+    logits = np.asarray(jax.jit(model.apply)(variables, images).logits.astype(jnp.float32))
+    assert relative_error(logits, truth) < 0.05  # 8 bits over 21 layers; 0.02 measured
+
+    params = flax_googlenet.model.variable_shapes(GoogLeNet(param_dtype=jnp.bfloat16))
+    assert {x.dtype for x in jax.tree.leaves(params["params"])} == {jnp.dtype("bfloat16")}
+    assert {x.dtype for x in jax.tree.leaves(params["batch_stats"])} == {jnp.dtype("float32")}
+
+
+def test_precision_reaches_every_convolution_and_matrix_product() -> None:
+    model = GoogLeNet(precision="highest")
+    shapes = flax_googlenet.model.variable_shapes(model)
+    images = jax.ShapeDtypeStruct((2, 64, 64, 3), jnp.float32)
+
+    def products(jaxpr: Any) -> list[Any]:
+        found = [eqn for eqn in jaxpr.eqns if eqn.primitive.name in ("conv_general_dilated", "dot_general")]
+        for eqn in jaxpr.eqns:
+            for value in eqn.params.values():
+                inner = getattr(value, "jaxpr", value)
+                found += products(inner) if hasattr(inner, "eqns") else []
+        return found
+
+    def train(variables: Any, images: Any) -> Any:
+        return model.apply(variables, images, train=True, rngs={"dropout": jax.random.key(0)}, mutable=["batch_stats"])
+
+    found = products(jax.make_jaxpr(train)(shapes, images).jaxpr)
+    assert len(found) == 59 + 5
+    highest = jax.lax.Precision.HIGHEST
+    assert {eqn.params["precision"] for eqn in found} == {(highest, highest)}
+
+
+def test_without_batch_norm_the_convolutions_have_a_bias(variables64: dict[str, Any], random_images: Images) -> None:
+    model = MODEL64.clone(batch_norm=False)
+    shapes = flax_googlenet.model.variable_shapes(model)
+    assert shapes.keys() == {"params"}
+    assert shapes["params"]["inception4c"]["branch3_1"].keys() == {"conv"}
+    assert shapes["params"]["inception4c"]["branch3_1"]["conv"]["bias"].shape == (64,)
+
+    # BatchNorm at inference is y = x * m + (bias - mean * m) with m = scale / sqrt(var + eps), written out here.
+    params, stats = flatten_dict(variables64["params"]), flatten_dict(variables64["batch_stats"])
+    folded = {path: x for path, x in params.items() if "bn" not in path}
+    for path in {path[:-2] for path in params if "bn" in path}:
+        multiplier = params[(*path, "bn", "scale")] / np.sqrt(stats[(*path, "bn", "var")] + 1e-3)
+        folded[(*path, "conv", "kernel")] = folded[(*path, "conv", "kernel")] * multiplier
+        folded[(*path, "conv", "bias")] = params[(*path, "bn", "bias")] - stats[(*path, "bn", "mean")] * multiplier
+    folded_variables = {"params": unflatten_dict(folded)}
+    assert jax.tree.map(jnp.shape, folded_variables) == jax.tree.map(lambda x: x.shape, shapes)
+
+    images = random_images(2, 64, 64)
+    expected = np.asarray(jax.jit(MODEL64.apply)(variables64, images).logits)
+    assert relative_error(jax.jit(model.apply)(folded_variables, images).logits, expected) < 1e-12
+
+
+def test_nnx_bridge_gives_the_same_logits(variables: dict[str, Any], random_images: Images) -> None:
+    images = random_images(2, 32, 32).astype(np.float32)
+    expected = GoogLeNet().apply(variables, images).logits
+
+    module = nnx.bridge.ToNNX(GoogLeNet(), rngs=nnx.Rngs(0))
+    abstract = nnx.eval_shape(lambda: nnx.bridge.lazy_init(module, jnp.asarray(images)))
+    graph, state = nnx.split(abstract)
+    by_path = {path[1:]: x for path, x in flatten_dict(variables).items()}
+    for path, leaf in nnx.to_flat_state(state):
+        if path in by_path:
+            leaf.set_value(jnp.asarray(by_path.pop(path)))
+    assert not by_path
+    np.testing.assert_array_equal(nnx.merge(graph, state)(images).logits, expected)
