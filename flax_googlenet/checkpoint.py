@@ -164,7 +164,8 @@ def _read(path: str | os.PathLike[str]) -> tuple[bytes, dict[str, str]]:
 
 def _digest(data: bytes, path: str | os.PathLike[str]) -> tuple[int, str, str]:
     """Where the digest stands in the file, the one that stands there, and the one that should."""
-    match = _DIGEST.search(data, 8, 8 + int.from_bytes(data[:8], "little"))
+    header_end = min(len(data), 8 + int.from_bytes(data[:8], "little"))
+    match = _DIGEST.search(data, 8, header_end)
     if match is None:
         raise CheckpointError(
             f"{os.fspath(path)} is not a checkpoint of flax_googlenet, or is damaged: it has no sha256"

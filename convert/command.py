@@ -1,0 +1,256 @@
+"""What ``port_weights.py`` does: from torchvision to Flax, the way back, and why a port is wrong."""
+
+import argparse
+import hashlib
+import importlib.metadata
+import io
+import math
+import platform
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import torch
+from diagnose import diagnose
+from proof import Proof, prove, summary
+from report import render
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+from source import Source, read
+from status import PortFailureError, Status
+
+import flax_googlenet
+from flax_googlenet import GoogLeNet
+from flax_googlenet.checkpoint import write_atomically
+from flax_googlenet.model import Variables
+
+jax.config.update("jax_enable_x64", True)  # the proof is in float64
+
+
+def port(args: argparse.Namespace, screen: Console, progress: Console, result: dict[str, Any]) -> Status:
+    """Reads, converts, proves, writes.
+
+    Args:
+        args: the command line.
+        screen: for the table and what comes next.
+        progress: for bars and notes.
+        result: filled with what ``--json`` prints.
+    """
+    output = args.output or _default_output(args.checkpoint)
+    _check_outputs(args.checkpoint, output, args.report)
+    source = read(args, progress)
+    model, variables = _convert(source, _transform_input(args))
+    proof = _prove(source.state_dict, model, variables, progress)
+    _describe(result, source.name, source.sha256, model, proof)
+
+    metadata = {**result, "class_names": source.class_names}
+    if proof.ok:
+        try:
+            flax_googlenet.save(output, model, variables, metadata)
+        except OSError as error:
+            raise PortFailureError(Status.NOT_WRITTEN, f"cannot write {output}: {error.strerror}") from error
+    next_step = f"model, variables = flax_googlenet.load({str(output)!r})"
+    return _conclude(args, screen, result, proof, output, source.class_names, next_step)
+
+
+def port_back(args: argparse.Namespace, screen: Console, progress: Console, result: dict[str, Any]) -> Status:
+    """The same from a file of this library to a state dict of torchvision's; arguments as for ``port``."""
+    path, output = Path(args.checkpoint), args.to_torchvision
+    _check_outputs(args.checkpoint, output, args.report)
+    model, variables, metadata = _load(path)
+    try:
+        state_dict = flax_googlenet.to_torchvision(variables)
+    except flax_googlenet.PortingError as error:
+        raise PortFailureError(Status.REFUSED, f"{path}: {_one_line(error)}") from error
+    proof = _prove(state_dict, model, variables, progress)
+    _describe(result, str(path), _sha256(path), model, proof)
+
+    if proof.ok:
+        buffer = io.BytesIO()
+        torch.save({key: _tensor(array) for key, array in state_dict.items()}, buffer)
+        try:
+            write_atomically(output, buffer.getvalue())
+        except OSError as error:
+            raise PortFailureError(Status.NOT_WRITTEN, f"cannot write {output}: {error.strerror}") from error
+    arguments = f"num_classes={model.num_classes}, aux_logits={model.aux_logits}, init_weights=False"
+    if model.transform_input:
+        arguments += ", transform_input=True"
+    next_step = f"torchvision.models.googlenet({arguments}).load_state_dict(torch.load({str(output)!r}))"
+    return _conclude(args, screen, result, proof, output, metadata.get("class_names"), next_step)
+
+
+def diagnose_port(args: argparse.Namespace, screen: Console, progress: Console, result: dict[str, Any]) -> Status:
+    """Names the first stage that diverges and the likely cause; writes nothing. Arguments as for ``port``."""
+    output = args.output or _default_output(args.checkpoint)
+    source = read(args, progress)
+    fresh_model, fresh_variables = _convert(source, _transform_input(args))
+    if output.exists():
+        subject = str(output)
+        model, variables, _ = _load(output)
+        if (model.num_classes, model.aux_logits, model.batch_norm) != (
+            fresh_model.num_classes,
+            fresh_model.aux_logits,
+            fresh_model.batch_norm,
+        ):
+            message = "its number of classes, auxiliary heads or BatchNorm differ"
+            raise PortFailureError(Status.REFUSED, f"{output} is no port of {source.name}: {message}")
+    else:
+        subject, model, variables = f"a fresh port of {source.name}", fresh_model, fresh_variables
+    # Unless it was said, only the ImageNet checkpoint tells what its input should be.
+    is_known = args.transform_input is not None or args.checkpoint == "imagenet"
+    with progress.status("comparing the stages"):
+        found = diagnose(
+            source.state_dict,
+            model,
+            variables,
+            transform_input=fresh_model.transform_input if is_known else model.transform_input,
+        )
+    result |= {"port": subject, "diagnosis": None}
+    if found is None:
+        screen.print(
+            f"[bold green]No difference:[/] {escape(subject)} agrees with {escape(source.name)} in every stage."
+        )
+        return Status.PROVEN
+    error = found.error if math.isfinite(found.error) else None
+    result["diagnosis"] = {**vars(found), "error": error}
+    size = "its shape differs" if error is None else f"the largest error is {error:.1e} of the largest value"
+    screen.print(f"[bold red]Diverges at {found.stage}:[/] {escape(subject)}, {size}.", soft_wrap=True)
+    screen.print(f"[bold]Likely cause: {found.cause}.[/] {escape(found.explanation)}.", soft_wrap=True)
+    return Status.NOT_PROVEN
+
+
+def _convert(source: Source, transform_input: bool) -> tuple[GoogLeNet, Variables]:
+    try:
+        variables = flax_googlenet.from_torchvision(source.state_dict)
+    except flax_googlenet.PortingError as error:
+        raise PortFailureError(Status.REFUSED, f"{source.name}: {_one_line(error)}") from error
+    bias = variables["params"]["fc"]["bias"]
+    model = GoogLeNet(
+        num_classes=len(bias),
+        aux_logits="aux1" in variables["params"],
+        transform_input=transform_input,
+        param_dtype=bias.dtype.type,
+    )
+    return model, variables
+
+
+def _load(path: Path) -> tuple[GoogLeNet, Variables, dict[str, Any]]:
+    try:
+        return *flax_googlenet.load(path), flax_googlenet.load_metadata(path)
+    except flax_googlenet.CheckpointError as error:
+        raise PortFailureError(Status.REFUSED, " ".join(str(error).split())) from error
+    except OSError as error:
+        raise PortFailureError(Status.UNAVAILABLE, f"cannot read {path}: {error.strerror}") from error
+
+
+def _prove(state_dict: dict[str, np.ndarray], model: GoogLeNet, variables: Variables, progress: Console) -> Proof:
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed} of {task.total} runs"))
+    with Progress(*columns, console=progress, transient=True) as bar:
+        task = bar.add_task("proving the port", total=None)
+        return prove(state_dict, model, variables, lambda done, total: bar.update(task, completed=done, total=total))
+
+
+def _describe(result: dict[str, Any], source: str, sha256: str | None, model: GoogLeNet, proof: Proof) -> None:
+    packages = ("flax-googlenet", "jax", "flax", "torch", "torchvision", "numpy")
+    result |= {
+        "source": source,
+        "source_sha256": sha256,
+        "num_classes": model.num_classes,
+        "aux_logits": model.aux_logits,
+        "transform_input": model.transform_input,
+        "parity": summary(proof),
+        "versions": {"python": platform.python_version()}
+        | {package: importlib.metadata.version(package) for package in packages},
+    }
+
+
+def _conclude(
+    args: argparse.Namespace,
+    screen: Console,
+    result: dict[str, Any],
+    proof: Proof,
+    output: Path,
+    class_names: list[str] | None,
+    next_step: str,
+) -> Status:
+    """Says what came out, on the screen, in the report and in ``result``."""
+    screen.print(_table(proof))
+    result |= {"output": str(output), "output_sha256": _sha256(output)} if proof.ok else {"output": None}
+    if args.report:
+        facts = {name: str(value) for name, value in result.items() if name not in ("parity", "versions")}
+        facts |= result["versions"]
+        try:
+            write_atomically(args.report, render(proof, facts, class_names).encode())
+        except OSError as error:
+            raise PortFailureError(Status.NOT_WRITTEN, f"cannot write {args.report}: {error.strerror}") from error
+        screen.print(f"Report: {escape(str(args.report))}", soft_wrap=True)
+    if not proof.ok:
+        first = next(stage.name for stage in proof.stages if not stage.ok)
+        message = f"{result['source']}: not proven: {first} is off, and nothing was written; --diagnose tells more"
+        raise PortFailureError(Status.NOT_PROVEN, message)
+    size = output.stat().st_size / 1e6
+    screen.print(f"[bold green]Proven:[/] all {len(proof.stages)} stages agree.", soft_wrap=True)
+    screen.print(f"Wrote {escape(str(output))} ({size:.1f} MB). Next:", soft_wrap=True)
+    screen.print(f"    {escape(next_step)}", soft_wrap=True)
+    return Status.PROVEN
+
+
+def _table(proof: Proof) -> Table:
+    table = Table(
+        caption="Largest errors, relative to the largest value of the stage. The truth is PyTorch in float64."
+    )
+    table.add_column("stage")
+    for header in ("shape", "float64:\nFlax - PyTorch", "float32:\nPyTorch - truth", "float32:\nFlax - truth"):
+        table.add_column(header, justify="right")
+    table.add_column("")
+    for stage in proof.stages:
+        shape = "x".join(str(size) for size in stage.shape[1:])
+        errors = (f"{error:.1e}" for error in (stage.float64, stage.pytorch32, stage.flax32))
+        table.add_row(stage.name, shape, *errors, "[green]ok[/]" if stage.ok else "[bold red]off[/]")
+    return table
+
+
+def _check_outputs(checkpoint: str, *outputs: Path | None) -> None:
+    """Before the work is done: is there a place for the results, and is it not the checkpoint's own?"""
+    for output in filter(None, outputs):
+        if output.exists() and Path(checkpoint).exists() and output.samefile(checkpoint):
+            raise PortFailureError(Status.USAGE, f"{output} is the checkpoint itself: name another file to write")
+        if not output.absolute().parent.is_dir():
+            message = f"cannot write {output}: there is no folder {output.absolute().parent}"
+            raise PortFailureError(Status.NOT_WRITTEN, message)
+        if output.is_dir():
+            raise PortFailureError(Status.NOT_WRITTEN, f"cannot write {output}: it is a folder")
+
+
+def _default_output(checkpoint: str) -> Path:
+    if checkpoint in ("imagenet", "random"):
+        return Path(f"googlenet-{checkpoint}.safetensors")
+    name = Path(checkpoint.split("?")[0] if "://" in checkpoint else checkpoint)
+    return Path(f"{name.stem}-flax.safetensors" if name.suffix == ".safetensors" else f"{name.stem}.safetensors")
+
+
+def _transform_input(args: argparse.Namespace) -> bool:
+    return args.checkpoint == "imagenet" if args.transform_input is None else args.transform_input
+
+
+def _one_line(error: flax_googlenet.PortingError) -> str:
+    kinds = (
+        f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for kind, names in error.problems.items()
+    )
+    return f"not the weights of a GoogLeNet: {'; '.join(kinds)}"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _tensor(array: np.ndarray) -> torch.Tensor:
+    if array.dtype == ml_dtypes.bfloat16:  # torch.from_numpy knows only NumPy's own dtypes
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)

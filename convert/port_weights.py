@@ -1,0 +1,98 @@
+"""Turns a torchvision GoogLeNet checkpoint into Flax variables, and proves that they are the same network."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from status import PortFailureError, Status
+
+DESCRIPTION = """\
+Turn a torchvision GoogLeNet checkpoint into Flax variables, and prove it: torchvision's network and ours run on the
+same photographs and random images, in float64 and float32, and every stage is compared. Nothing is written unless all
+of them agree.
+"""
+
+EPILOG = """\
+CHECKPOINT is one of
+  imagenet            torchvision's IMAGENET1K_V1, downloaded into PyTorch's cache (the default)
+  random              a torchvision GoogLeNet with seeded random weights; needs no network
+  FILE.pth            a state dict, or a training checkpoint with one under "model" or "state_dict"
+  FILE.safetensors    the same in PyTorch's layout; with --to-torchvision, a file that this command wrote
+  http(s)://...       a file to download; a name like googlenet-1378be20.pth is checked against its hash
+
+examples
+  python convert/port_weights.py random
+  python convert/port_weights.py imagenet --report report.html
+  python convert/port_weights.py finetuned.pth --key model_ema --output finetuned.safetensors
+  python convert/port_weights.py imagenet --output mine.safetensors --diagnose
+  python convert/port_weights.py finetuned.safetensors --to-torchvision finetuned.pth
+
+exit status
+  0    proven and written; with --diagnose, the port agrees
+  2    the command line is wrong
+  3    the checkpoint cannot be had: no such file, no network, a wrong hash
+  4    the checkpoint is refused: damaged, unsafe, or not a GoogLeNet of torchvision's
+  5    not proven: a stage differs, and nothing is written
+  6    the output cannot be written
+  130  interrupted; nothing half-written is left
+"""
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "port_weights.py", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", nargs="?", default="imagenet", help="see below")
+    parser.add_argument(
+        "--output", metavar="FILE.safetensors", type=Path, help="where to write; named after CHECKPOINT if not given"
+    )
+    parser.add_argument(
+        "--to-torchvision", metavar="FILE.pth", type=Path, help="go back: write a state dict that torchvision loads"
+    )
+    parser.add_argument(
+        "--transform-input",
+        action=argparse.BooleanOptionalAction,
+        help="whether the network maps ImageNet-normalised images to [-1, 1] first (on for imagenet, else off)",
+    )
+    parser.add_argument("--key", help="which state dict of a training checkpoint to take, such as model_ema")
+    parser.add_argument("--report", metavar="FILE.html", type=Path, help="write the proof as a page to look at, too")
+    parser.add_argument(
+        "--diagnose",
+        action="store_true",
+        help="write nothing; name the first stage that diverges and the likely cause, in the port at --output if "
+        "there is one, else in a fresh one",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object for machines on standard output")
+    args = parser.parse_args(argv)
+    if args.to_torchvision and (args.diagnose or args.output or args.key or args.transform_input is not None):
+        parser.error("--to-torchvision goes with CHECKPOINT, --report and --json alone")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    progress = Console(stderr=True, soft_wrap=True, highlight=False)
+    result: dict[str, Any] = {}
+    try:
+        with progress.status("starting PyTorch and JAX"):
+            import command  # here, so that --help and a wrong option need not wait for them
+
+        run = command.diagnose_port if args.diagnose else command.port_back if args.to_torchvision else command.port
+        status = run(args, Console(quiet=args.json, highlight=False), progress, result)
+    except PortFailureError as failure:
+        status, result["error"] = failure.status, str(failure)
+        progress.print(f"[bold red]error:[/] {escape(str(failure))}")
+    except KeyboardInterrupt:
+        status, result["error"] = Status.INTERRUPTED, "interrupted"
+        progress.print("interrupted: nothing was written")
+    if args.json:
+        sys.stdout.write(json.dumps({"status": status, **result}) + "\n")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,149 @@
+"""The proof of a port: torchvision's network and ours on the same images, stage by stage, in float64 and float32."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+import reference
+import torch
+from jax import numpy as jnp
+
+from flax_googlenet import GoogLeNet, endpoints
+from flax_googlenet.model import InceptionAux, Variables
+
+FLOAT64_LIMIT = 1e-12  # relative; float64 rounds at 1e-16, and 2e-14 is the most that was measured
+FLOAT32_LIMIT = 4.0  # times PyTorch's own error; 1.4 is the most that was measured, and TF32 would show as 1000
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The largest errors of one stage over all images, relative to the largest value of the stage."""
+
+    name: str
+    shape: tuple[int, ...]
+    """NHWC, for the images of 224x224."""
+    float64: float
+    """Flax against PyTorch, both in float64."""
+    pytorch32: float
+    """PyTorch in float32 against PyTorch in float64, the truth."""
+    flax32: float
+    """Flax in float32 against the truth."""
+
+    @property
+    def ok(self) -> bool:
+        # Written so that NaN is not ok. PyTorch may be exact where a stage is nearly empty: one rounding is granted.
+        float32_limit = FLOAT32_LIMIT * max(self.pytorch32, float(np.finfo(np.float32).eps))
+        return self.float64 <= FLOAT64_LIMIT and self.flax32 <= float32_limit
+
+
+@dataclass(frozen=True)
+class Proof:
+    stages: tuple[Stage, ...]
+    """In the order of computation, the auxiliary heads last."""
+    pytorch_logits: np.ndarray
+    """float32 [2, num_classes], of the two photographs."""
+    flax_logits: np.ndarray
+    """float32 [2, num_classes], of the two photographs."""
+
+    @property
+    def ok(self) -> bool:
+        return all(stage.ok for stage in self.stages)
+
+
+def proof_images() -> list[np.ndarray]:
+    """What a port is proven on, float32 NHWC: the photographs with two random images, then one of an odd size."""
+    rng = np.random.default_rng(0)
+    photographs = [reference.preset(photograph) for photograph in reference.photographs()]
+    square = np.concatenate([photographs, rng.standard_normal((2, 224, 224, 3))])
+    return [square.astype(np.float32), rng.standard_normal((1, 97, 131, 3)).astype(np.float32)]
+
+
+def prove(
+    state_dict: Mapping[str, np.ndarray],
+    model: GoogLeNet,
+    variables: Variables,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Proof:
+    """Holds ``model`` and ``variables`` against torchvision's network with ``state_dict``; JAX needs 64 bits enabled.
+
+    Args:
+        state_dict: the reference's, checked.
+        model: the port; its ``transform_input`` goes for the reference, too, and its dtypes do not matter.
+        variables: the port's.
+        on_progress: called with the number of finished and of all network runs.
+    """
+    batches = proof_images()
+    results: list[dict[str, np.ndarray]] = []
+    for dtype in (np.float64, np.float32):
+        pytorch = reference.build(
+            state_dict, transform_input=model.transform_input, dtype=torch.from_numpy(np.empty(0, dtype)).dtype
+        )
+        for engine in (lambda x, m=pytorch: reference.stages(m, x), lambda x: flax_stages(model, variables, x)):
+            for images in batches:
+                on_progress(len(results), 4 * len(batches))
+                results.append(engine(images.astype(dtype)))
+    on_progress(len(results), len(results))
+
+    truth, flax64, pytorch32, flax32 = (results[i : i + len(batches)] for i in range(0, len(results), len(batches)))
+
+    def worst(actual: list[dict[str, np.ndarray]], name: str) -> float:
+        return max(relative_error(a[name], t[name]) for a, t in zip(actual, truth, strict=True))
+
+    return Proof(
+        tuple(
+            Stage(name, x.shape, worst(flax64, name), worst(pytorch32, name), worst(flax32, name))
+            for name, x in truth[0].items()
+        ),
+        pytorch32[0]["fc"][:2],
+        flax32[0]["fc"][:2],
+    )
+
+
+def flax_stages(model: GoogLeNet, variables: Variables, images: np.ndarray) -> dict[str, np.ndarray]:
+    """``endpoints`` and the auxiliary heads at inference, as ``reference.stages``, computed in the images' dtype."""
+    dtype = images.dtype.type
+    model = model.clone(dtype=dtype, param_dtype=dtype, precision="highest")
+    head = InceptionAux(model.num_classes, batch_norm=model.batch_norm, dtype=dtype, precision="highest")
+
+    @jax.jit
+    def run(variables: Variables, images: jax.Array) -> dict[str, jax.Array]:
+        outputs = endpoints(model, variables, images)
+        heads = reference.AUX_INPUTS if model.aux_logits else {}
+        for aux, stage in heads.items():
+            head_variables = {collection: tree[aux] for collection, tree in variables.items()}
+            outputs[aux] = jnp.asarray(head.apply(head_variables, outputs[stage], False))
+        return outputs
+
+    variables = jax.tree.map(lambda x: jnp.asarray(x, dtype), variables)
+    return {name: np.asarray(x) for name, x in run(variables, images).items()}
+
+
+def relative_error(actual: np.ndarray, truth: np.ndarray) -> float:
+    """The largest difference over the largest value; infinite where the shapes differ, NaN where a value is NaN."""
+    if actual.shape != truth.shape:
+        return float("inf")
+    return float(np.abs(actual - truth).max() / (np.abs(truth).max() or 1.0))
+
+
+def top5(logits: np.ndarray) -> list[tuple[int, float]]:
+    """(class, probability) of the five likeliest classes, the likeliest first; ``logits`` is [num_classes]."""
+    exponentials = np.exp(logits.astype(np.float64) - logits.max())
+    probabilities = exponentials / exponentials.sum()
+    return [(int(i), float(probabilities[i])) for i in np.argsort(-logits, kind="stable")[:5]]
+
+
+def summary(proof: Proof) -> dict[str, dict[str, float | None]]:
+    """Stage -> its errors by name, for JSON, which has no infinity (another shape) and no NaN: None stands for both."""
+    return {
+        stage.name: {
+            name: error if math.isfinite(error) else None
+            for name, error in (
+                ("float64", stage.float64),
+                ("pytorch32", stage.pytorch32),
+                ("flax32", stage.flax32),
+            )
+        }
+        for stage in proof.stages
+    }

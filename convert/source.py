@@ -1,0 +1,98 @@
+"""Where a checkpoint comes from: a file, a download, PyTorch's cache, or a seed."""
+
+import argparse
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import download
+import numpy as np
+import reading
+import reference
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from status import PortFailureError, Status
+
+IMAGENET_NAME = Path(reference.IMAGENET.url).name
+IMAGENET_HASH = download.hash_in_name(IMAGENET_NAME) or ""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint that was read and is sound; whether it is a GoogLeNet's is not known yet."""
+
+    name: str
+    sha256: str | None
+    """Of the file; None for random weights."""
+    state_dict: dict[str, np.ndarray]
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """ImageNet's 1000, for torchvision's own weights."""
+        is_imagenet = self.sha256 is not None and self.sha256.startswith(IMAGENET_HASH)
+        return reference.IMAGENET.meta["categories"] if is_imagenet else None
+
+
+def read(args: argparse.Namespace, progress: Console) -> Source:
+    """Finds and reads ``args.checkpoint``.
+
+    Raises:
+        PortFailureError: UNAVAILABLE if it cannot be had, REFUSED if it is damaged, unsafe or no state dict.
+    """
+    if args.checkpoint == "random":
+        state_dict = {key: tensor.numpy() for key, tensor in reference.random_checkpoint().items()}
+        return Source("random", None, state_dict)
+    with tempfile.TemporaryDirectory() as scratch:
+        if args.checkpoint == "imagenet":
+            path = _download(reference.IMAGENET.url, Path(scratch), progress)
+        elif "://" in args.checkpoint:
+            path = _download(args.checkpoint, Path(scratch), progress)
+        else:
+            path = Path(args.checkpoint)
+        try:
+            checkpoint = reading.read(path, args.key)
+        except reading.ReadingError as error:
+            raise PortFailureError(Status.REFUSED, str(error)) from error
+        except OSError as error:
+            hint = "" if path.exists() else ": give a file, a URL, imagenet or random"
+            raise PortFailureError(Status.UNAVAILABLE, f"cannot read {path}: {error.strerror}{hint}") from error
+    if path.name == IMAGENET_NAME and not checkpoint.sha256.startswith(IMAGENET_HASH):
+        # Its format has no checksum, so a damaged weight would go unnoticed; its name has one.
+        message = f"{path} is damaged: its sha256 is {checkpoint.sha256}, and it should start with {IMAGENET_HASH}"
+        raise PortFailureError(Status.REFUSED, f"{message}: delete it and download it again")
+    source = Source(args.checkpoint, checkpoint.sha256, checkpoint.state_dict)
+    if source.class_names and args.checkpoint != "imagenet" and args.transform_input is None:
+        progress.print("[yellow]note:[/] these are torchvision's ImageNet weights: they want --transform-input")
+    if checkpoint.note:
+        progress.print(f"[yellow]note:[/] {escape(checkpoint.note)}")
+    return source
+
+
+def _download(url: str, scratch: Path, progress: Console) -> Path:
+    name = url.split("?")[0].rsplit("/", 1)[-1] or "checkpoint"
+    sha256 = download.hash_in_name(name)
+    # Only a file whose hash is known is kept in PyTorch's cache: nothing tells whether another is still the same.
+    directory = Path(torch.hub.get_dir()) / "checkpoints" if sha256 else scratch
+    path = directory / name
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with Progress(*columns, console=progress, transient=True) as bar:
+            task = bar.add_task(f"downloading {name}", total=None)
+            download.fetch(
+                url,
+                path,
+                sha256=sha256,
+                max_bytes=reading.MAX_BYTES,
+                on_progress=lambda done, total: bar.update(task, completed=done, total=total),
+            )
+    except download.DownloadError as error:
+        way_out = ""
+        if url == reference.IMAGENET.url:
+            way_out = f"; without the network, put {name} at {path} and run this again, or try the port with: random"
+        raise PortFailureError(Status.UNAVAILABLE, f"{error}{way_out}") from error
+    except OSError as error:
+        raise PortFailureError(Status.UNAVAILABLE, f"cannot keep {url} at {path}: {error.strerror}") from error
+    return path

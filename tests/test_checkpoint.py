@@ -1,0 +1,256 @@
+"""The file: what goes in comes out, any flipped bit is noticed, and a kill leaves the old file or the new one."""
+
+import hashlib
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+from jax import numpy as jnp
+
+import flax_googlenet
+from flax_googlenet import CheckpointError, GoogLeNet
+from flax_googlenet.checkpoint import write_atomically
+from flax_googlenet.model import variable_shapes
+
+SMALL = GoogLeNet(num_classes=2, aux_logits=False)
+
+
+def made(model: GoogLeNet, seed: int = 0) -> dict[str, Any]:
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: rng.random(x.shape).astype(x.dtype), variable_shapes(model))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("small") / "small.safetensors"
+    flax_googlenet.save(path, SMALL, made(SMALL), {"class_names": ["cat", "dog"]})
+    return path
+
+
+def equal(left: Any, right: Any) -> bool:
+    return jax.tree.structure(left) == jax.tree.structure(right) and jax.tree.all(
+        jax.tree.map(lambda a, b: a.dtype == b.dtype and np.array_equal(a, b), left, right)
+    )
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        GoogLeNet(),
+        SMALL,
+        GoogLeNet(num_classes=7, transform_input=True, dropout=0.1, dropout_aux=0.2, precision="highest"),
+        GoogLeNet(num_classes=7, aux_logits=False, batch_norm=False),
+        GoogLeNet(num_classes=7, dtype=jnp.float64, param_dtype=jnp.float64),
+        GoogLeNet(num_classes=7, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16),
+        GoogLeNet(num_classes=7, dtype=jnp.float16),
+    ],
+)
+def test_a_model_and_its_variables_come_back_as_they_were(model: GoogLeNet, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    variables = made(model)
+    flax_googlenet.save(path, model, variables)
+    loaded, loaded_variables = flax_googlenet.load(path)
+    assert loaded == model
+    assert equal(loaded_variables, variables)
+    assert flax_googlenet.load_metadata(path) == {}
+
+
+def test_a_precision_of_jaxs_enum_comes_back_as_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    flax_googlenet.save(path, SMALL.clone(precision=jax.lax.Precision.HIGH), made(SMALL))
+    assert flax_googlenet.load(path)[0].precision == "high"
+
+
+def test_metadata_comes_back(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    metadata = {"class_names": ["tench", "Größe", '"quoted"'], "parity": {"fc": 1e-15}, "source": None}
+    flax_googlenet.save(path, SMALL, made(SMALL), metadata)
+    assert flax_googlenet.load_metadata(path) == metadata
+    with pytest.raises(TypeError, match="JSON"):
+        flax_googlenet.save(path, SMALL, made(SMALL), {"path": path})
+    assert flax_googlenet.load_metadata(path) == metadata
+
+
+@pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32, jnp.bfloat16, jnp.float16])
+def test_load_takes_a_dtype_and_keeps_statistics_in_float32_at_least(small: Path, dtype: Any) -> None:
+    model, variables = flax_googlenet.load(small, dtype=dtype)
+    assert (model.dtype, model.param_dtype) == (dtype, dtype)
+    assert jax.tree.map(lambda x: x.dtype, variables) == jax.tree.map(lambda x: x.dtype, variable_shapes(model))
+    stats_dtype = jnp.float64 if dtype == jnp.float64 else jnp.float32
+    assert {x.dtype for x in jax.tree.leaves(variables["batch_stats"])} == {jnp.dtype(stats_dtype)}
+    original = made(SMALL)["params"]["fc"]["kernel"]
+    assert np.array_equal(variables["params"]["fc"]["kernel"], original.astype(dtype))
+
+
+def test_float64_without_64_bits_is_refused_not_rounded(small: Path, tmp_path: Path) -> None:
+    path64 = tmp_path / "float64.safetensors"
+    model = SMALL.clone(dtype=jnp.float64, param_dtype=jnp.float64)
+    flax_googlenet.save(path64, model, made(model))
+    with jax.enable_x64(False):
+        for path, dtype in ((path64, None), (small, jnp.float64)):
+            with pytest.raises(CheckpointError, match=r"float64 needs jax.config.update\('jax_enable_x64', True\)"):
+                flax_googlenet.load(path, dtype=dtype)
+        assert flax_googlenet.load(path64, dtype=jnp.float32)[0].dtype == jnp.float32
+
+
+def test_load_needs_neither_torch_nor_scikit_learn(small: Path) -> None:
+    code = f"""
+import sys
+for name in ("torch", "torchvision", "sklearn"):
+    sys.modules[name] = None
+import flax_googlenet
+model, variables = flax_googlenet.load({str(small)!r})
+assert variables["params"]["fc"]["bias"].shape == (2,)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_sha256_is_that_of_the_file_with_its_digits_as_zeros(small: Path) -> None:
+    data = small.read_bytes()
+    with safetensors.safe_open(small, "np") as file:
+        digest = file.metadata()["sha256"]
+    assert hashlib.sha256(data.replace(digest.encode(), b"0" * 64)).hexdigest() == digest
+
+
+def test_any_flipped_bit_is_noticed(small: Path, tmp_path: Path) -> None:
+    data = small.read_bytes()
+    header_bits = 8 * (8 + int.from_bytes(data[:8], "little"))
+    rng = random.Random(0)
+    bits = [*range(64), *rng.sample(range(64, header_bits), 150), *rng.sample(range(header_bits, 8 * len(data)), 100)]
+    metadata = data.index(b"__metadata__")
+    bits += [8 * (metadata + i) + rng.randrange(8) for i in range(600)]  # the configuration, the digest, their names
+    flipped = tmp_path / "flipped.safetensors"
+    for bit in bits:
+        damaged = bytearray(data)
+        damaged[bit // 8] ^= 1 << bit % 8
+        flipped.write_bytes(damaged)
+        for read in (flax_googlenet.load, flax_googlenet.load_metadata):
+            with pytest.raises(CheckpointError, match=re.escape(str(flipped))):
+                read(flipped)
+
+
+@pytest.mark.parametrize(
+    "contents",
+    [b"", b"x", b"<!DOCTYPE html>", b"\xff" * 8, b"\0" * 100, b"{}" * 50],
+    ids=["empty", "one byte", "HTML", "huge header", "zeros", "JSON"],
+)
+def test_a_file_of_something_else_is_refused(contents: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "else.safetensors"
+    path.write_bytes(contents)
+    with pytest.raises(CheckpointError, match="is not a checkpoint of flax_googlenet, or is damaged"):
+        flax_googlenet.load(path)
+
+
+def test_a_truncated_file_is_refused(small: Path, tmp_path: Path) -> None:
+    path = tmp_path / "cut.safetensors"
+    for length in (100, 60_000, small.stat().st_size - 1):
+        path.write_bytes(small.read_bytes()[:length])
+        with pytest.raises(CheckpointError, match="damaged"):
+            flax_googlenet.load(path)
+
+
+def test_a_missing_file_is_said_by_the_system(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"none\.safetensors"):
+        flax_googlenet.load(tmp_path / "none.safetensors")
+
+
+def test_the_file_of_another_version_is_refused(small: Path, tmp_path: Path) -> None:
+    path = tmp_path / "newer.safetensors"
+    with safetensors.safe_open(small, "np") as file:
+        header = file.metadata()
+    header["model"] = json.dumps({**json.loads(header["model"]), "depth": 22})
+    header["sha256"] = "0" * 64
+    data = safetensors.numpy.save(safetensors.numpy.load_file(small), header)
+    path.write_bytes(data.replace(b"0" * 64, hashlib.sha256(data).hexdigest().encode()))
+    with pytest.raises(CheckpointError, match=r"another version of flax_googlenet: its model has .*'depth'"):
+        flax_googlenet.load(path)
+
+
+def test_save_refuses_variables_of_another_model_and_lists_them(tmp_path: Path) -> None:
+    variables = made(SMALL)
+    del variables["params"]["conv2"]["conv"]["kernel"]
+    variables["params"]["conv1"]["conv"]["bias"] = np.zeros(64)
+    variables["params"]["fc"]["bias"] = np.zeros(3)
+    variables["batch_stats"]["conv1"]["bn"]["mean"] = np.zeros(64, int)
+    with pytest.raises(CheckpointError) as caught:
+        flax_googlenet.save(tmp_path / "bad.safetensors", SMALL, variables)
+    for line in (
+        "missing: ['params/conv2/conv/kernel']",
+        "unexpected: ['params/conv1/conv/bias']",
+        "wrong shape: ['params/fc/bias (3,), expected (2,)']",
+        "wrong dtype: ['batch_stats/conv1/bn/mean int64']",
+    ):
+        assert line in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.mkdir()  # a folder cannot be renamed over
+    with pytest.raises(OSError, match="director"):
+        flax_googlenet.save(path, SMALL, made(SMALL))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_writing_through_a_link_keeps_the_link_and_the_umask(tmp_path: Path) -> None:
+    target, link = tmp_path / "target", tmp_path / "link"
+    link.symlink_to(target)
+    write_atomically(link, b"new")
+    assert link.is_symlink()
+    assert target.read_bytes() == b"new"
+    umask = os.umask(0)
+    os.umask(umask)
+    assert target.stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_a_kill_at_any_moment_leaves_the_old_file_or_the_new_one(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    code = f"""
+import numpy as np, sys
+from flax_googlenet import GoogLeNet, save
+from flax_googlenet.model import variable_shapes
+import jax
+model = GoogLeNet(num_classes=2, aux_logits=False)
+shapes = variable_shapes(model)
+versions = [jax.tree.map(lambda x: np.full(x.shape, i, x.dtype), shapes) for i in range(2)]
+i = 0
+while True:
+    save({str(path)!r}, model, versions[i % 2], {{"version": i % 2}})
+    i += 1
+    print(i, flush=True)
+"""
+    rng = random.Random(0)
+    seen = set()
+    for _ in range(8):
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        process.stdout.readline()  # saving has begun
+        time.sleep(rng.uniform(0, 0.5))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        _, variables = flax_googlenet.load(path)
+        version = flax_googlenet.load_metadata(path)["version"]
+        seen.add(version)
+        assert {float(x.min()) for x in jax.tree.leaves(variables)} == {version}
+        assert {float(x.max()) for x in jax.tree.leaves(variables)} == {version}
+    assert seen == {0, 1}
+
+
+def test_bfloat16_is_stored_bit_for_bit(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    variables = jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16), made(SMALL))
+    flax_googlenet.save(path, SMALL.clone(param_dtype=jnp.bfloat16), variables)
+    assert equal(flax_googlenet.load(path)[1], variables)
