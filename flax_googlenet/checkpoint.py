@@ -1,9 +1,9 @@
 """One ``.safetensors`` file for a model's configuration, its variables and free metadata; atomic and checksummed.
 
-The tensors are named by their path in the variables, ``params/conv1/conv/kernel``. The header's metadata has three
-strings: ``model`` and ``metadata``, both JSON, and ``sha256``, the digest of the whole file with its own 64 digits
-read as zeros. safetensors has no checksum of its own; with this one any flipped bit is noticed, in the tensors or the
-header.
+The tensors are named by their path in the variables, ``params/conv1/conv/kernel``. The header's metadata has one entry,
+``flax_googlenet``: a JSON object of ``sha256``, ``model`` and ``metadata``. The digest is that of the whole file with
+its own 64 digits read as zeros. safetensors has no checksum of its own; with this one any flipped bit is noticed, in
+the tensors or the header. The same input makes the same bytes.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from flax_googlenet.model import GoogLeNet, Variables, variable_shapes
 
 _DTYPES = {"F64": jnp.float64, "F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}  # safetensors' names
 _NO_DIGEST = "0" * 64
-_DIGEST = re.compile(rb'"sha256":"([0-9a-f]{64})"')
+_DIGEST = re.compile(rb'\\"sha256\\": \\"([0-9a-f]{64})\\"')  # JSON in JSON: the quotes are escaped
 
 
 class CheckpointError(ValueError):
@@ -56,12 +56,9 @@ def save(
     """
     tensors = {"/".join(names): np.ascontiguousarray(value) for names, value in flatten_dict(dict(variables)).items()}
     _check_tensors("the variables", model, tensors)
-    header = {
-        "model": json.dumps(_config(model)),
-        "metadata": json.dumps(dict(metadata or {})),
-        "sha256": _NO_DIGEST,
-    }
-    data = safetensors.numpy.save(tensors, header)
+    # One entry: safetensors writes several in an order that changes from run to run.
+    content = {"sha256": _NO_DIGEST, "model": _config(model), "metadata": dict(metadata or {})}
+    data = safetensors.numpy.save(tensors, {"flax_googlenet": json.dumps(content)})
     start, _, digest = _digest(data, path)
     write_atomically(path, data[:start] + digest.encode() + data[start + len(digest) :])
 
@@ -87,8 +84,8 @@ def load(path: str | os.PathLike[str], *, dtype: Dtype | None = None) -> tuple[G
         model, variables = flax_googlenet.load("googlenet.safetensors")
         logits = jax.jit(model.apply)(variables, images).logits
     """
-    data, header = _read(path)
-    config = json.loads(header["model"])
+    data, content = _read(path)
+    config = content["model"]
     if config.keys() != _config(GoogLeNet()).keys():
         raise CheckpointError(
             f"{os.fspath(path)} is of another version of flax_googlenet: its model has {sorted(config)}"
@@ -117,7 +114,7 @@ def load(path: str | os.PathLike[str], *, dtype: Dtype | None = None) -> tuple[G
 
 def load_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads the metadata that ``save`` was given; raises as ``load``."""
-    return json.loads(_read(path)[1]["metadata"])
+    return _read(path)[1]["metadata"]
 
 
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
@@ -153,13 +150,13 @@ def _config(model: GoogLeNet) -> dict[str, Any]:
     return fields | {name: jnp.dtype(fields[name]).name for name in ("dtype", "param_dtype")}
 
 
-def _read(path: str | os.PathLike[str]) -> tuple[bytes, dict[str, str]]:
+def _read(path: str | os.PathLike[str]) -> tuple[bytes, dict[str, Any]]:
     data = Path(path).read_bytes()
     _, stored, computed = _digest(data, path)
     if stored != computed:
         raise CheckpointError(f"{os.fspath(path)} is damaged: its sha256 is {computed}, and {stored} was stored in it")
     length = int.from_bytes(data[:8], "little")
-    return data, json.loads(data[8 : 8 + length])["__metadata__"]
+    return data, json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["flax_googlenet"])
 
 
 def _digest(data: bytes, path: str | os.PathLike[str]) -> tuple[int, str, str]:

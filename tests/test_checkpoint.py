@@ -120,7 +120,7 @@ assert variables["params"]["fc"]["bias"].shape == (2,)
 def test_the_sha256_is_that_of_the_file_with_its_digits_as_zeros(small: Path) -> None:
     data = small.read_bytes()
     with safetensors.safe_open(small, "np") as file:
-        digest = file.metadata()["sha256"]
+        digest = json.loads(file.metadata()["flax_googlenet"])["sha256"]
     assert hashlib.sha256(data.replace(digest.encode(), b"0" * 64)).hexdigest() == digest
 
 
@@ -128,17 +128,20 @@ def test_any_flipped_bit_is_noticed(small: Path, tmp_path: Path) -> None:
     data = small.read_bytes()
     header_bits = 8 * (8 + int.from_bytes(data[:8], "little"))
     rng = random.Random(0)
-    bits = [*range(64), *rng.sample(range(64, header_bits), 150), *rng.sample(range(header_bits, 8 * len(data)), 100)]
+    bits = [*range(64), *rng.sample(range(64, header_bits), 80), *rng.sample(range(header_bits, 8 * len(data)), 40)]
     metadata = data.index(b"__metadata__")
-    bits += [8 * (metadata + i) + rng.randrange(8) for i in range(600)]  # the configuration, the digest, their names
+    bits += [
+        8 * (metadata + i) + rng.randrange(8) for i in range(0, 600, 3)
+    ]  # the configuration, the digest, the names
     flipped = tmp_path / "flipped.safetensors"
     for bit in bits:
         damaged = bytearray(data)
         damaged[bit // 8] ^= 1 << bit % 8
         flipped.write_bytes(damaged)
-        for read in (flax_googlenet.load, flax_googlenet.load_metadata):
-            with pytest.raises(CheckpointError, match=re.escape(str(flipped))):
-                read(flipped)
+        with pytest.raises(CheckpointError, match=re.escape(str(flipped))):
+            flax_googlenet.load_metadata(flipped)  # reads and checks the whole file, as load does
+    with pytest.raises(CheckpointError, match=re.escape(str(flipped))):
+        flax_googlenet.load(flipped)
 
 
 @pytest.mark.parametrize(
@@ -169,10 +172,10 @@ def test_a_missing_file_is_said_by_the_system(tmp_path: Path) -> None:
 def test_the_file_of_another_version_is_refused(small: Path, tmp_path: Path) -> None:
     path = tmp_path / "newer.safetensors"
     with safetensors.safe_open(small, "np") as file:
-        header = file.metadata()
-    header["model"] = json.dumps({**json.loads(header["model"]), "depth": 22})
-    header["sha256"] = "0" * 64
-    data = safetensors.numpy.save(safetensors.numpy.load_file(small), header)
+        content = json.loads(file.metadata()["flax_googlenet"])
+    content["model"]["depth"] = 22
+    content["sha256"] = "0" * 64
+    data = safetensors.numpy.save(safetensors.numpy.load_file(small), {"flax_googlenet": json.dumps(content)})
     path.write_bytes(data.replace(b"0" * 64, hashlib.sha256(data).hexdigest().encode()))
     with pytest.raises(CheckpointError, match=r"another version of flax_googlenet: its model has .*'depth'"):
         flax_googlenet.load(path)
@@ -247,6 +250,17 @@ while True:
         assert {float(x.min()) for x in jax.tree.leaves(variables)} == {version}
         assert {float(x.max()) for x in jax.tree.leaves(variables)} == {version}
     assert seen == {0, 1}
+
+
+def test_the_same_input_makes_the_same_bytes(small: Path, tmp_path: Path) -> None:
+    code = """
+import sys
+import flax_googlenet
+_, source, target = sys.argv
+flax_googlenet.save(target, *flax_googlenet.load(source), flax_googlenet.load_metadata(source))
+"""
+    subprocess.run([sys.executable, "-c", code, str(small), str(tmp_path / "again.safetensors")], check=True)
+    assert (tmp_path / "again.safetensors").read_bytes() == small.read_bytes()
 
 
 def test_bfloat16_is_stored_bit_for_bit(tmp_path: Path) -> None:

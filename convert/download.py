@@ -1,0 +1,182 @@
+"""Downloads one file: resumed, checked against its hash, and in its place only when it is whole."""
+
+import fcntl
+import hashlib
+import os
+import re
+from collections.abc import Callable
+from functools import partial
+from http import HTTPStatus
+from http.client import HTTPException, HTTPResponse
+from io import BufferedIOBase
+from pathlib import Path
+from typing import NoReturn
+from urllib.error import HTTPError, URLError
+from urllib.request import FTPHandler, Request, build_opener
+
+_CHUNK = 1 << 20  # bytes
+
+
+class DownloadError(Exception):
+    """A download that failed; the message is one line that names the URL and what went wrong."""
+
+
+def hash_in_name(url_or_path: str) -> str | None:
+    """The start of the sha256 in a file's name, as PyTorch's hub has it: ``googlenet-1378be20.pth`` -> ``1378be20``."""
+    name = re.split("[?#]", url_or_path)[0].rsplit("/", 1)[-1]
+    match = re.search(r"-([0-9a-f]{8,})\.", name)
+    return match and match[1]
+
+
+def fetch(
+    url: str,
+    path: Path,
+    *,
+    sha256: str | None,
+    max_bytes: int,
+    timeout: float = 30.0,
+    on_progress: Callable[[int, int | None], None] = lambda done, total: None,
+) -> None:
+    """Downloads a file, unless it is there and has the right hash.
+
+    The data goes to ``<name>.partial`` beside the file, which is synced and renamed once it is whole and verified: a
+    kill at any moment leaves the old file or the new one. If the hash is known, the next call resumes what is left of
+    a broken download; without a hash nothing would tell that the file on the server has changed, so it starts anew.
+
+    Args:
+        url: http or https.
+        path: the file to write, in a directory that exists.
+        sha256: the first hex digits of the file's digest, in lower case; None if unknown.
+        max_bytes: the largest file to accept.
+        timeout: seconds without any data after which the download fails.
+        on_progress: called at the start of a transfer and whenever data has come, with the bytes that are there and
+            the bytes in all, None if the server does not say.
+
+    Raises:
+        DownloadError: if the file cannot be had, is too large or has the wrong hash; ``path`` is as before then.
+        OSError: if the file cannot be written here.
+    """
+    if not url.lower().startswith(("http://", "https://")):
+        raise DownloadError(f"{url}: only http and https URLs can be downloaded")
+    note = ""
+    if sha256 and path.exists():
+        with open(path, "rb") as cached:
+            found = _sha256(cached)
+        if found.startswith(sha256):
+            return
+        note = f"; the file at {path} is damaged: its sha256 is {found}, and it should start with {sha256}"
+
+    beside = path.with_name(f"{path.name}.partial")
+    try:
+        with open(beside, "a+b") as file:
+            _lock(file, beside)
+            try:
+                _fill(file, sha256 or "", partial(_transfer, file, url, max_bytes, timeout, on_progress))
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(beside, path)
+            except BaseException:
+                if not sha256 or not file.seek(0, os.SEEK_END):  # nothing to resume
+                    beside.unlink(missing_ok=True)
+                raise
+    except DownloadError as error:
+        message = f"{url}: {error}{note}"  # may quote the server, line breaks and escape sequences included
+        raise DownloadError("".join(c if c.isprintable() else " " for c in message).strip()) from error
+    directory = os.open(path.parent, os.O_RDONLY)  # the rename itself reaches the disk with its directory
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def _sha256(file: BufferedIOBase) -> str:
+    file.seek(0)
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _lock(file: BufferedIOBase, path: Path) -> None:
+    """Two processes that append to one partial file would make a mixture of both."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        is_ours = path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())  # or it was renamed since
+    except OSError as error:
+        is_ours = not isinstance(error, BlockingIOError)  # some network file systems have no locks
+    if not is_ours:
+        raise DownloadError(f"another process is downloading it to {path}")
+
+
+def _fill(file: BufferedIOBase, sha256: str, transfer: Callable[[], bool]) -> None:
+    """Makes the file whole and verified; ``sha256`` is empty if it is not known."""
+    if not sha256:
+        file.truncate(0)
+    elif _sha256(file).startswith(sha256):  # the last run ended just before the rename
+        return
+    is_resumed = transfer()
+    if is_resumed and not _sha256(file).startswith(sha256):  # the part that was there is another file's
+        file.truncate(0)
+        transfer()
+    found = _sha256(file)
+    if not found.startswith(sha256):
+        file.truncate(0)
+        raise DownloadError(f"wrong file: its sha256 is {found}, and it should start with {sha256}")
+
+
+def _transfer(
+    file: BufferedIOBase, url: str, max_bytes: int, timeout: float, on_progress: Callable[[int, int | None], None]
+) -> bool:
+    """Appends what the file lacks, or writes all of it; returns whether it was the former."""
+    response, start = _open(url, file.seek(0, os.SEEK_END), timeout)
+    with response:
+        file.truncate(start)
+        done, total = start, None if response.length is None else start + response.length
+        on_progress(done, total)
+        while done != total:
+            if max(done, total or 0) > max_bytes:
+                file.truncate(0)
+                raise DownloadError(f"too large: {total or f'over {done}'} bytes, and at most {max_bytes} are accepted")
+            so_far = f"{done} of {total or 'an unknown number of'} bytes"
+            try:
+                chunk = response.read1(_CHUNK)  # unlike read, it does not wait for a whole chunk: a stall loses nothing
+            except (OSError, HTTPException) as error:
+                problem = _stalled(timeout) if isinstance(error, TimeoutError) else "cut off"
+                raise DownloadError(f"{problem} after {so_far}") from error
+            if not chunk:
+                if total is not None:
+                    raise DownloadError(f"cut off after {so_far}")
+                break
+            file.write(chunk)
+            done += len(chunk)
+            on_progress(done, total)
+    return start > 0
+
+
+class _NoFTP(FTPHandler):
+    def ftp_open(self, req: Request) -> NoReturn:
+        raise URLError("redirected to ftp")
+
+
+def _open(url: str, start: int, timeout: float) -> tuple[HTTPResponse, int]:
+    """The response, and the offset at which its body starts: ``start``, or 0 if the server cannot start there."""
+    headers = {"User-Agent": "flax-googlenet"} | ({"Range": f"bytes={start}-"} if start else {})
+    try:
+        request = Request(url, headers=headers)  # noqa: S310  # fetch has checked the scheme
+        response = build_opener(_NoFTP).open(request, timeout=timeout)
+        if response.status == HTTPStatus.OK:
+            return response, 0
+        if start and response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
+            return response, start
+        raise HTTPError(url, response.status, response.reason, response.headers, response)
+    except HTTPError as error:
+        error.close()
+        if start and error.code in (HTTPStatus.PARTIAL_CONTENT, HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE):
+            return _open(url, 0, timeout)
+        raise DownloadError(f"HTTP {error.code} {error.reason}") from error
+    except (OSError, HTTPException, ValueError) as error:  # ValueError: not a URL
+        reason = error.reason if isinstance(error, URLError) else error
+        if isinstance(reason, TimeoutError):
+            raise DownloadError(_stalled(timeout)) from error
+        raise DownloadError(f"no connection: {getattr(reason, 'strerror', None) or reason}") from error
+
+
+def _stalled(timeout: float) -> str:
+    return f"stalled: no data for {timeout:g} s"

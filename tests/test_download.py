@@ -1,0 +1,515 @@
+"""The download, against a real server on this computer that misbehaves in every way that servers do."""
+
+import fcntl
+import hashlib
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import download
+import pytest
+from download import DownloadError, fetch, hash_in_name
+
+CONTENT = random.Random(0).randbytes(3 * 2**20 + 17)
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+HALF = len(CONTENT) // 2
+OTHER = bytes(HALF)
+
+Answer = Callable[[BaseHTTPRequestHandler], object]
+
+
+def send(handler: BaseHTTPRequestHandler, status: int, body: bytes, headers: dict[str, str]) -> None:
+    handler.send_response(status)
+    for name, value in headers.items():
+        handler.send_header(name, value)
+    handler.end_headers()
+    handler.wfile.write(body)
+
+
+def whole(handler: BaseHTTPRequestHandler) -> None:
+    send(handler, 200, CONTENT, {"Content-Length": str(len(CONTENT))})
+
+
+def rest(handler: BaseHTTPRequestHandler) -> None:
+    """What a good server does with a range."""
+    match = re.fullmatch(r"bytes=(\d+)-", handler.headers.get("Range", ""))
+    if match is None:
+        whole(handler)
+    elif (start := int(match[1])) >= len(CONTENT):
+        send(handler, 416, b"", {"Content-Range": f"bytes */{len(CONTENT)}"})
+    else:
+        content_range = f"bytes {start}-{len(CONTENT) - 1}/{len(CONTENT)}"
+        length = len(CONTENT) - start
+        send(handler, 206, CONTENT[start:], {"Content-Length": str(length), "Content-Range": content_range})
+
+
+def half(handler: BaseHTTPRequestHandler) -> None:
+    send(handler, 200, CONTENT[:HALF], {"Content-Length": str(len(CONTENT))})
+
+
+def unsized(handler: BaseHTTPRequestHandler) -> None:
+    send(handler, 200, CONTENT, {})
+
+
+class Server(ThreadingHTTPServer):
+    """Answers as it is told, and remembers the Range header of every request."""
+
+    daemon_threads = False  # closing waits for them, so that no socket is left open
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}/model.pth"
+        self.answer: Answer = rest
+        self.ranges: list[str | None] = []
+        self.is_over = threading.Event()
+
+    def stall(self, handler: BaseHTTPRequestHandler) -> None:
+        half(handler)
+        self.is_over.wait()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionError):  # the client has had enough
+            super().handle_error(request, client_address)
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:
+        self.server.ranges.append(self.headers.get("Range"))
+        self.server.answer(self)
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with Server() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield server
+        server.is_over.set()
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "model.pth"
+
+
+@pytest.fixture
+def partial(path: Path) -> Path:
+    return path.with_name("model.pth.partial")
+
+
+@pytest.fixture
+def closed_url(monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    return f"http://127.0.0.1:{port}/model.pth"
+
+
+def get(url: str, path: Path, sha256: str | None = SHA256, max_bytes: int = 10**7, **options: Any) -> None:
+    fetch(url, path, sha256=sha256, max_bytes=max_bytes, **options)
+
+
+def failure(url: str, path: Path, *args: Any, **options: Any) -> str:
+    """The message, less the URL it starts with."""
+    with pytest.raises(DownloadError) as caught:
+        get(url, path, *args, **options)
+    message = str(caught.value)
+    assert message.startswith(f"{url}: ")
+    assert len(message.splitlines()) == 1
+    return message.removeprefix(f"{url}: ")
+
+
+@pytest.mark.parametrize("answer", [rest, unsized])
+@pytest.mark.parametrize("sha256", [SHA256, SHA256[:8], None], ids=["hash", "prefix", "unknown"])
+def test_a_file_arrives_whole_and_nothing_else_is_left(
+    server: Server, path: Path, sha256: str | None, answer: Answer
+) -> None:
+    server.answer = answer
+    get(server.url, path, sha256)
+    assert path.read_bytes() == CONTENT
+    assert list(path.parent.iterdir()) == [path]
+    assert server.ranges == [None]
+
+
+def test_progress_goes_from_nothing_up_to_the_total(server: Server, path: Path) -> None:
+    calls: list[tuple[int, int | None]] = []
+    get(server.url, path, on_progress=lambda done, total: calls.append((done, total)))
+    assert calls[0] == (0, len(CONTENT))
+    assert calls[-1] == (len(CONTENT), len(CONTENT))
+    assert calls == sorted(calls)
+    assert len(calls) >= 4
+
+
+def test_progress_has_no_total_if_the_server_does_not_say(server: Server, path: Path) -> None:
+    server.answer = unsized
+    calls: list[tuple[int, int | None]] = []
+    get(server.url, path, on_progress=lambda done, total: calls.append((done, total)))
+    assert calls[0] == (0, None)
+    assert calls[-1] == (len(CONTENT), None)
+
+
+def test_a_cut_off_download_is_resumed(server: Server, path: Path, partial: Path) -> None:
+    server.answer = half
+    assert failure(server.url, path) == f"cut off after {HALF} of {len(CONTENT)} bytes"
+    assert not path.exists()
+    assert partial.read_bytes() == CONTENT[:HALF]
+
+    server.answer = rest
+    calls: list[tuple[int, int | None]] = []
+    get(server.url, path, on_progress=lambda done, total: calls.append((done, total)))
+    assert server.ranges == [None, f"bytes={HALF}-"]
+    assert calls[0] == (HALF, len(CONTENT))
+    assert path.read_bytes() == CONTENT
+    assert not partial.exists()
+
+
+def test_a_cut_off_download_whose_hash_is_not_known_starts_anew(server: Server, path: Path, partial: Path) -> None:
+    server.answer = half
+    failure(server.url, path, None)
+    assert not partial.exists()
+
+    partial.write_bytes(OTHER)  # of a run that was killed
+    server.answer = rest
+    get(server.url, path, None)
+    assert server.ranges == [None, None]
+    assert path.read_bytes() == CONTENT
+
+
+def test_a_chunked_download_that_is_cut_off_is_noticed(server: Server, path: Path) -> None:
+    server.answer = lambda handler: send(handler, 200, b"5\r\nhello\r\n", {"Transfer-Encoding": "chunked"})
+    assert failure(server.url, path, None) == "cut off after 5 of an unknown number of bytes"
+    assert not path.exists()
+
+
+def test_a_connection_that_is_closed_without_an_answer_is_an_error(server: Server, path: Path) -> None:
+    server.answer = lambda handler: None
+    assert failure(server.url, path) == "no connection: Remote end closed connection without response"
+
+
+def test_a_stalled_download_ends_and_is_resumed(server: Server, path: Path) -> None:
+    server.answer = server.stall
+    message = failure(server.url, path, timeout=0.5)
+    assert message == f"stalled: no data for 0.5 s after {HALF} of {len(CONTENT)} bytes"
+    assert not path.exists()
+
+    server.answer = rest
+    get(server.url, path)
+    assert server.ranges == [None, f"bytes={HALF}-"]
+    assert path.read_bytes() == CONTENT
+
+
+def test_a_server_that_never_answers_ends_too(server: Server, path: Path) -> None:
+    server.answer = lambda handler: server.is_over.wait()
+    assert failure(server.url, path, timeout=0.5) == "stalled: no data for 0.5 s"
+    assert list(path.parent.iterdir()) == []
+
+
+def test_an_interrupted_download_is_resumed(server: Server, path: Path) -> None:
+    def interrupt(done: int, total: int | None) -> None:
+        if done > HALF:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        get(server.url, path, on_progress=interrupt)
+    assert not path.exists()
+    get(server.url, path)
+    assert server.ranges[1] is not None
+    assert path.read_bytes() == CONTENT
+
+
+def test_a_killed_download_leaves_the_old_file_and_is_resumed(server: Server, path: Path, partial: Path) -> None:
+    path.write_bytes(OTHER)
+    server.answer = server.stall
+    program = f"""
+import sys
+from pathlib import Path
+sys.path.insert(0, {str(Path(download.__file__).parent)!r})
+from download import fetch
+report = lambda done, total: print(done, flush=True)
+fetch({server.url!r}, Path({str(path)!r}), sha256={SHA256!r}, max_bytes=10**7, on_progress=report)
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert f"{HALF}\n" in iter(process.stdout.readline, "")
+        process.send_signal(signal.SIGKILL)
+    assert path.read_bytes() == OTHER
+    # The last bytes may not have left the process.
+    assert partial.stat().st_size > 0
+    assert CONTENT.startswith(partial.read_bytes())
+
+    server.answer = rest
+    size = partial.stat().st_size
+    get(server.url, path)
+    assert server.ranges == [None, f"bytes={size}-"]
+    assert path.read_bytes() == CONTENT
+
+
+def test_a_download_that_was_killed_just_before_the_rename_needs_no_network(
+    closed_url: str, path: Path, partial: Path
+) -> None:
+    partial.write_bytes(CONTENT)
+    get(closed_url, path)
+    assert path.read_bytes() == CONTENT
+    assert not partial.exists()
+
+
+def test_a_stale_partial_file_is_noticed_by_the_hash(server: Server, path: Path, partial: Path) -> None:
+    partial.write_bytes(OTHER)
+    get(server.url, path)
+    assert server.ranges == [f"bytes={HALF}-", None]
+    assert path.read_bytes() == CONTENT
+    assert not partial.exists()
+
+
+def test_a_partial_file_longer_than_the_file_starts_anew(server: Server, path: Path, partial: Path) -> None:
+    partial.write_bytes(CONTENT + b"more")
+    get(server.url, path)
+    assert server.ranges == [f"bytes={len(CONTENT) + 4}-", None]  # the server answers 416 first
+    assert path.read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("left", [CONTENT[:HALF], OTHER, CONTENT + b"more"], ids=["start", "other", "longer"])
+def test_a_server_that_ignores_the_range_sends_all(server: Server, path: Path, partial: Path, left: bytes) -> None:
+    partial.write_bytes(left)
+    server.answer = whole
+    get(server.url, path)
+    assert server.ranges == [f"bytes={len(left)}-"]
+    assert path.read_bytes() == CONTENT
+
+
+def test_a_range_that_starts_elsewhere_is_not_taken(server: Server, path: Path, partial: Path) -> None:
+    def elsewhere(handler: BaseHTTPRequestHandler) -> None:
+        if "Range" in handler.headers:
+            content_range = f"bytes 1-{len(CONTENT) - 1}/{len(CONTENT)}"
+            length = len(CONTENT) - 1
+            send(handler, 206, CONTENT[1:], {"Content-Length": str(length), "Content-Range": content_range})
+        else:
+            whole(handler)
+
+    partial.write_bytes(CONTENT[:HALF])
+    server.answer = elsewhere
+    calls: list[int] = []
+    get(server.url, path, on_progress=lambda done, _: calls.append(done))
+    assert calls[0] == 0  # it did not take the range to find a wrong hash in the end
+    assert server.ranges == [f"bytes={HALF}-", None]
+    assert path.read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize(
+    ("left", "requests"), [(b"", [None]), (OTHER, [f"bytes={HALF}-", None])], ids=["nothing", "other"]
+)
+def test_a_wrong_hash_is_an_error_and_nothing_is_kept(
+    server: Server, path: Path, partial: Path, left: bytes, requests: list[str | None]
+) -> None:
+    partial.write_bytes(left)
+    message = failure(server.url, path, "1378be20")
+    assert message == f"wrong file: its sha256 is {SHA256}, and it should start with 1378be20"
+    assert server.ranges == requests
+    assert list(path.parent.iterdir()) == []
+
+
+def test_a_part_that_was_not_asked_for_is_refused(server: Server, path: Path) -> None:
+    server.answer = lambda handler: send(handler, 206, b"hello", {"Content-Range": f"bytes 0-4/{len(CONTENT)}"})
+    assert failure(server.url, path, None) == "HTTP 206 Partial Content"
+    assert list(path.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [
+        (404, "HTTP 404 Not Found"),
+        (503, "HTTP 503 Service Unavailable"),
+        (204, "HTTP 204 No Content"),
+        (206, "HTTP 206 Partial Content"),
+        (416, "HTTP 416 Requested Range Not Satisfiable"),
+        (599, "HTTP 599"),  # has no name
+    ],
+)
+def test_an_http_status_is_an_error(server: Server, path: Path, status: int, message: str) -> None:
+    server.answer = lambda handler: send(handler, status, b"", {"Content-Length": "0"})
+    assert failure(server.url, path) == message
+    assert list(path.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (b"HTTP/1.0 404 \x1b[2JGone\r\n\r\n", "HTTP 404  [2JGone"),
+        (b"hello\x1b[2J\r\n", "no connection: hello [2J"),
+    ],
+)
+def test_a_message_holds_no_escape_sequence_of_the_server(
+    server: Server, path: Path, answer: bytes, message: str
+) -> None:
+    server.answer = lambda handler: handler.wfile.write(answer)
+    assert failure(server.url, path) == message
+
+
+def test_a_redirect_to_itself_is_an_error(server: Server, path: Path) -> None:
+    server.answer = lambda handler: send(handler, 302, b"", {"Location": handler.path})
+    assert "infinite loop" in failure(server.url, path)
+
+
+def test_an_error_of_the_server_keeps_the_partial_file(server: Server, path: Path, partial: Path) -> None:
+    partial.write_bytes(CONTENT[:HALF])
+    server.answer = lambda handler: send(handler, 503, b"", {})
+    failure(server.url, path)
+    assert partial.read_bytes() == CONTENT[:HALF]
+
+
+def test_a_redirect_is_followed_and_the_range_with_it(server: Server, path: Path, partial: Path) -> None:
+    def redirect(handler: BaseHTTPRequestHandler) -> None:
+        if handler.path == "/model.pth":
+            send(handler, 302, b"", {"Location": "/elsewhere.pth"})
+        else:
+            rest(handler)
+
+    partial.write_bytes(CONTENT[:HALF])
+    server.answer = redirect
+    get(server.url, path)
+    assert server.ranges == [f"bytes={HALF}-"] * 2
+    assert path.read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("file:///etc/hostname", "Redirection to url 'file:///etc/hostname' is not allowed"),
+        ("ftp://127.0.0.1/a", "redirected to ftp"),
+    ],
+)
+def test_a_redirect_leads_to_http_only(server: Server, path: Path, target: str, message: str) -> None:
+    server.answer = lambda handler: send(handler, 302, b"", {"Location": target})
+    assert failure(server.url, path, None).endswith(message)
+    assert list(path.parent.iterdir()) == []
+
+
+def test_a_file_that_is_there_and_right_needs_no_request(server: Server, path: Path) -> None:
+    path.write_bytes(CONTENT)
+    get(server.url, path, SHA256[:8])
+    assert server.ranges == []
+
+
+def test_a_file_that_is_there_but_damaged_is_downloaded_anew(server: Server, path: Path) -> None:
+    path.write_bytes(b"\0" + CONTENT[1:])
+    get(server.url, path)
+    assert server.ranges == [None]
+    assert path.read_bytes() == CONTENT
+
+
+def test_a_file_whose_hash_is_not_known_is_downloaded_anew(server: Server, path: Path) -> None:
+    path.write_bytes(OTHER)
+    get(server.url, path, None)
+    assert server.ranges == [None]
+    assert path.read_bytes() == CONTENT
+
+
+def test_a_damaged_file_is_kept_and_named_if_the_server_is_down(closed_url: str, path: Path) -> None:
+    path.write_bytes(OTHER)
+    found = hashlib.sha256(OTHER).hexdigest()
+    damage = f"the file at {path} is damaged: its sha256 is {found}, and it should start with {SHA256}"
+    assert failure(closed_url, path) == f"no connection: Connection refused; {damage}"
+    assert path.read_bytes() == OTHER
+
+
+@pytest.mark.parametrize("sha256", [SHA256, None], ids=["hash", "unknown"])
+def test_a_file_that_is_said_to_be_too_large_is_refused(server: Server, path: Path, sha256: str | None) -> None:
+    seen: list[int] = []
+    message = failure(server.url, path, sha256, max_bytes=1000, on_progress=lambda done, _: seen.append(done))
+    assert message == f"too large: {len(CONTENT)} bytes, and at most 1000 are accepted"
+    assert seen == [0]
+    assert list(path.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("sha256", [SHA256, None], ids=["hash", "unknown"])
+def test_a_file_that_becomes_too_large_is_refused(server: Server, path: Path, sha256: str | None) -> None:
+    server.answer = unsized
+    message = failure(server.url, path, sha256, max_bytes=1000)
+    assert re.fullmatch(r"too large: over \d+ bytes, and at most 1000 are accepted", message)
+    assert list(path.parent.iterdir()) == []
+
+
+def test_a_file_of_just_the_largest_size_is_accepted(server: Server, path: Path) -> None:
+    get(server.url, path, max_bytes=len(CONTENT))
+    assert path.read_bytes() == CONTENT
+
+
+def test_a_refused_connection_is_an_error(closed_url: str, path: Path) -> None:
+    assert failure(closed_url, path) == "no connection: Connection refused"
+    assert list(path.parent.iterdir()) == []
+
+
+def test_a_partial_file_survives_a_refused_connection(closed_url: str, path: Path, partial: Path) -> None:
+    partial.write_bytes(CONTENT[:HALF])
+    failure(closed_url, path)
+    assert partial.read_bytes() == CONTENT[:HALF]
+
+
+@pytest.mark.parametrize("url", ["file:///etc/hostname", "ftp://127.0.0.1/a.pth", "data:,a", "model.pth", ""])
+def test_only_http_and_https_are_taken(url: str, path: Path) -> None:
+    path.write_bytes(CONTENT)
+    assert failure(url, path) == "only http and https URLs can be downloaded"
+
+
+@pytest.mark.parametrize(
+    "url", ["http://", "http://[::1/a", "http://127.0.0.1:x/a", "http://127.0.0.1:1/é", "http:// /"]
+)
+def test_a_url_that_is_none_is_an_error(url: str, path: Path) -> None:
+    assert failure(url, path).startswith("no connection: ")
+
+
+def test_two_processes_do_not_write_the_same_file(server: Server, path: Path, partial: Path) -> None:
+    with open(partial, "wb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        for sha256 in (SHA256, None):
+            assert failure(server.url, path, sha256) == f"another process is downloading it to {partial}"
+        assert partial.exists()
+    get(server.url, path)
+    assert path.read_bytes() == CONTENT
+
+
+def test_a_partial_file_that_another_process_has_just_renamed_is_not_written(path: Path, partial: Path) -> None:
+    with open(partial, "a+b") as file:
+        partial.rename(path)
+        with pytest.raises(DownloadError, match="another process"):
+            download._lock(file, partial)
+
+
+def test_a_folder_that_cannot_be_written_is_an_os_error(server: Server, path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        get(server.url, path / "missing" / "model.pth")
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("googlenet-1378be20.pth", "1378be20"),
+        ("https://download.pytorch.org/models/googlenet-1378be20.pth", "1378be20"),
+        ("https://localhost/googlenet-1378be20.pth?download=1", "1378be20"),
+        (f"model-{SHA256}.safetensors", SHA256),
+        ("https://localhost/v-0123456789abcdef.x/model.pth", None),
+        ("https://localhost/model.pth?v=a-0123456789abcdef.x", None),
+        ("googlenet.pth", None),
+        ("googlenet-1378be2.pth", None),
+        ("googlenet-1378BE20.pth", None),
+        ("googlenet-1378be20", None),
+    ],
+)
+def test_the_hash_is_read_from_the_name(name: str, found: str | None) -> None:
+    assert hash_in_name(name) == found
