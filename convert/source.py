@@ -79,7 +79,7 @@ def _download(url: str, scratch: Path, progress: Console) -> Path:
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with Progress(*columns, console=progress, transient=True) as bar:
+        with Progress(*columns, console=progress, transient=True, disable=not progress.is_terminal) as bar:
             task = bar.add_task(f"downloading {name}", total=None)
             download.fetch(
                 url,
