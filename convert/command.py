@@ -181,8 +181,8 @@ def _conclude(
     screen.print(_table(proof))
     result |= {"output": str(output), "output_sha256": _sha256(output)} if proof.ok else {"output": None}
     if args.report:
-        facts = {name: str(value) for name, value in result.items() if name not in ("parity", "versions")}
-        facts |= result["versions"]
+        hidden = ("parity", "versions", "source_sha256" if result["source_sha256"] is None else "")
+        facts = {name: str(value) for name, value in result.items() if name not in hidden} | result["versions"]
         try:
             write_atomically(args.report, render(proof, facts, class_names).encode())
         except OSError as error:

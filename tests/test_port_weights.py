@@ -1,0 +1,434 @@
+"""The command as a person runs it: ports, ways back, refusals and diagnoses, with the real parts of each."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import port_weights
+import pytest
+import reference
+import torch
+import torchvision
+from flax import linen as nn
+from jax import numpy as jnp
+
+import flax_googlenet
+import flax_googlenet.model
+from flax_googlenet import GoogLeNet
+
+SCRIPT = Path(port_weights.__file__)
+
+
+def command(*arguments: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, SCRIPT, *arguments], cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True
+    )
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder, and a cache of PyTorch's that is empty, too."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    folder = tmp_path_factory.mktemp("ported")
+    return folder, command("random", "--report", "report.html", cwd=folder)
+
+
+def test_random_is_ported_proven_and_written(ported: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, process = ported
+    assert (process.returncode, process.stderr) == (0, "")
+    assert "Proven: all 20 stages agree." in process.stdout
+    assert "model, variables = flax_googlenet.load('googlenet-random.safetensors')" in process.stdout
+    assert process.stdout.count(" ok ") == 20
+    assert sorted(path.name for path in folder.iterdir()) == ["googlenet-random.safetensors", "report.html"]
+
+    path = folder / "googlenet-random.safetensors"
+    model, variables = flax_googlenet.load(path)
+    assert model == GoogLeNet()
+    state_dict = {key: tensor.numpy() for key, tensor in reference.random_checkpoint().items()}
+    assert jax.tree.all(jax.tree.map(np.array_equal, variables, flax_googlenet.from_torchvision(state_dict)))
+    metadata = flax_googlenet.load_metadata(path)
+    assert metadata["source"] == "random"
+    assert metadata["class_names"] is None
+    assert metadata["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert next(iter(metadata["parity"])) == "conv1"
+    assert all(errors["float64"] < 1e-12 for errors in metadata["parity"].values())
+
+
+def test_the_report_tells_of_the_same_run(ported: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, _ = ported
+    page = (folder / "report.html").read_text()
+    assert hashlib.sha256((folder / "googlenet-random.safetensors").read_bytes()).hexdigest() in page
+    assert torch.__version__.split("+")[0] in page
+    assert all(name in page for name in flax_googlenet.load_metadata(folder / "googlenet-random.safetensors")["parity"])
+
+
+def test_the_way_back_gives_a_checkpoint_that_torchvision_loads(
+    ported: tuple[Path, subprocess.CompletedProcess[str]], here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = ported
+    assert port_weights.main([str(folder / "googlenet-random.safetensors"), "--to-torchvision", "back.pth"]) == 0
+    assert "load_state_dict(torch.load('back.pth'))" in capsys.readouterr().out
+    state_dict = torch.load(here / "back.pth")
+    expected = reference.random_checkpoint()
+    assert state_dict.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert key.endswith("num_batches_tracked") or torch.equal(state_dict[key], tensor), key
+    torchvision.models.googlenet(weights=None, init_weights=False).load_state_dict(state_dict, strict=True)
+
+
+def test_a_training_checkpoint_is_ported_with_its_key_and_told_for_machines(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = reference.random_checkpoint(num_classes=4, seed=1)
+    headless = {key: tensor.double() for key, tensor in tensors.items() if not key.startswith("aux")}
+    averaged = {"n_averaged": torch.tensor(2), **{f"module.{key}": tensor for key, tensor in headless.items()}}
+    torch.save({"model": tensors, "model_ema": averaged, "epoch": 9}, "checkpoint.pth")
+    options = ["checkpoint.pth", "--key", "model_ema", "--transform-input", "--output", "ema.safetensors", "--json"]
+    assert port_weights.main(options) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    result = json.loads(out)
+    assert result["status"] == 0
+    assert result["source_sha256"] == hashlib.sha256(Path("checkpoint.pth").read_bytes()).hexdigest()
+    assert result["output_sha256"] == hashlib.sha256(Path("ema.safetensors").read_bytes()).hexdigest()
+    assert result["parity"].keys() == flax_googlenet.load_metadata("ema.safetensors")["parity"].keys()
+    assert not {"aux1", "aux2"} & result["parity"].keys()
+    model, variables = flax_googlenet.load("ema.safetensors")
+    assert model == GoogLeNet(4, aux_logits=False, transform_input=True, param_dtype=jnp.float64)
+    assert np.array_equal(variables["params"]["fc"]["bias"], headless["fc.bias"].numpy())
+
+
+# What cannot be had or is refused: a status, one line that names the file, and nothing written.
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    before = sorted(Path().rglob("*"))
+    status = port_weights.main(arguments)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith("error: ")
+    assert sorted(Path().rglob("*")) == before
+    return status, err.removeprefix("error: ").strip()
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "message"),
+    [
+        ("empty.pth", lambda path: path.touch(), "empty.pth: the file is empty"),
+        ("page.pth", lambda path: path.write_text("<!doctype html>"), "page.pth: this is a web page"),
+        (
+            "resnet18.pth",
+            lambda path: torch.save(torchvision.models.resnet18(weights=None).state_dict(), path),
+            "resnet18.pth: not the weights of a GoogLeNet: 285 missing (",
+        ),
+        (
+            "nan.pth",
+            lambda path: torch.save({**reference.random_checkpoint(), "fc.bias": torch.full((1000,), torch.nan)}, path),
+            "nan.pth: not the weights of a GoogLeNet: 1 not finite (fc.bias)",
+        ),
+        ("port.safetensors", lambda path: path.write_bytes(b"\0" * 100), "port.safetensors: the file is damaged"),
+    ],
+)
+def test_a_bad_file_is_refused(
+    name: str, make: Callable[[Path], Any], message: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(Path(name))
+    status, error = refused([name], capsys)
+    assert status == 4
+    assert error.startswith(message)
+
+
+def test_a_bad_file_ends_a_real_process_without_a_traceback(here: Path) -> None:
+    torch.save(torch.nn.Linear(2, 2), "model.pth")
+    process = command("model.pth", "--json", cwd=here)
+    message = (
+        "model.pth: it asks for torch.nn.modules.linear.Linear, and only plain tensors are loaded: "
+        "save model.state_dict() instead"
+    )
+    assert process.returncode == 4
+    assert process.stderr == f"error: {message}\n"
+    assert json.loads(process.stdout) == {"status": 4, "error": message}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["none.pth"], 3, "cannot read none.pth: No such file or directory: give a file, a URL, imagenet or random"),
+        (["."], 3, "cannot read .: Is a directory"),
+        (["none.safetensors", "--to-torchvision", "out.pth"], 3, "cannot read none.safetensors: No such file"),
+        (["random", "--output", "none/out.safetensors"], 6, "cannot write none/out.safetensors: there is no folder"),
+        (["random", "--output", "."], 6, "cannot write .: it is a folder"),
+        (["random", "--report", "none/report.html"], 6, "cannot write none/report.html: there is no folder"),
+        (["ftp://127.0.0.1/googlenet.pth"], 3, "ftp://127.0.0.1/googlenet.pth: only http and https"),
+    ],
+)
+def test_what_cannot_be_had_is_said(
+    arguments: list[str], status: int, message: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert refused(arguments, capsys)[0] == status
+    assert message in refused(arguments, capsys)[1]
+
+
+def test_the_checkpoint_itself_is_never_written_over(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("model.safetensors").write_bytes(b"precious")
+    status, error = refused(["model.safetensors", "--output", "../work/model.safetensors"], capsys)
+    assert (status, error) == (2, "../work/model.safetensors is the checkpoint itself: name another file to write")
+
+
+def test_help_teaches_the_statuses_without_starting_pytorch(here: Path) -> None:
+    start = time.monotonic()
+    process = command("--help", cwd=here)
+    assert time.monotonic() - start < 5  # importing PyTorch and JAX alone takes about as long
+    assert process.returncode == 0
+    for status in (
+        "0    proven",
+        "2    the command",
+        "3    the checkpoint",
+        "4    ",
+        "5    not proven",
+        "6    ",
+        "130  ",
+    ):
+        assert f"\n  {status}" in process.stdout
+
+
+def test_options_that_do_not_go_together_are_a_wrong_command_line(here: Path) -> None:
+    process = command("model.safetensors", "--to-torchvision", "model.pth", "--diagnose", cwd=here)
+    assert process.returncode == 2
+    assert "--to-torchvision goes with" in process.stderr
+
+
+def test_ctrl_c_ends_quietly_with_nothing_written(here: Path) -> None:
+    process = subprocess.Popen([sys.executable, SCRIPT, "random"], stderr=subprocess.PIPE, text=True)
+    time.sleep(6)  # inside the imports or the proof
+    process.send_signal(signal.SIGINT)
+    assert process.stderr is not None
+    error = process.stderr.read()
+    process.stderr.close()
+    assert process.wait() == 130
+    assert error == "interrupted: nothing was written\n"
+    assert list(here.iterdir()) == []
+
+
+# The network.
+
+
+def test_without_the_network_imagenet_says_how_to_go_on(here: Path, tmp_path: Path) -> None:
+    nowhere = "http://127.0.0.1:9"
+    process = command(cwd=here, https_proxy=nowhere, HTTPS_PROXY=nowhere, TORCH_HOME=str(tmp_path / "torch"))
+    assert process.returncode == 3
+    assert process.stderr.count("\n") == 1
+    cached = tmp_path / "torch" / "hub" / "checkpoints" / "googlenet-1378be20.pth"
+    assert f"put googlenet-1378be20.pth at {cached} and run this again, or try the port with: random" in process.stderr
+    assert list(here.iterdir()) == []
+
+
+def test_a_damaged_file_in_the_cache_is_not_used(here: Path, tmp_path: Path) -> None:
+    cached = tmp_path / "torch" / "hub" / "checkpoints" / "googlenet-1378be20.pth"
+    cached.parent.mkdir(parents=True)
+    torch.save(reference.random_checkpoint(), cached)
+    nowhere = "http://127.0.0.1:9"
+    process = command(
+        "imagenet", cwd=here, https_proxy=nowhere, HTTPS_PROXY=nowhere, TORCH_HOME=str(tmp_path / "torch")
+    )
+    assert process.returncode == 3
+    assert f"the file at {cached} is damaged: its sha256 is" in process.stderr
+
+
+def test_a_damaged_imagenet_file_by_hand_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(reference.random_checkpoint(), "googlenet-1378be20.pth")
+    status, error = refused(["googlenet-1378be20.pth"], capsys)
+    assert status == 4
+    assert error.startswith("googlenet-1378be20.pth is damaged: its sha256 is")
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[tuple[str, Path]]:
+    folder = tmp_path / "server"
+    folder.mkdir()
+    with ThreadingHTTPServer(("127.0.0.1", 0), lambda *args: QuietHandler(*args, directory=str(folder))) as http:
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{http.server_port}", folder
+        http.shutdown()
+
+
+def test_a_url_with_a_hash_is_downloaded_checked_cached_and_ported(
+    here: Path, server: tuple[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url, folder = server
+    torch.save(reference.random_checkpoint(num_classes=5), folder / "model.pth")
+    digest = hashlib.sha256((folder / "model.pth").read_bytes()).hexdigest()
+    name = f"googlenet-{digest[:8]}"
+    (folder / "model.pth").rename(folder / f"{name}.pth")
+
+    assert port_weights.main([f"{url}/{name}.pth"]) == 0
+    assert flax_googlenet.load_metadata(f"{name}.safetensors")["source_sha256"] == digest
+    cached = tmp_path / "torch" / "hub" / "checkpoints" / f"{name}.pth"
+    assert cached.read_bytes() == (folder / f"{name}.pth").read_bytes()
+    capsys.readouterr()
+
+    (folder / f"{name}.pth").rename(folder / "googlenet-00000000.pth")
+    status, error = refused([f"{url}/googlenet-00000000.pth"], capsys)
+    assert status == 3
+    assert f"wrong file: its sha256 is {digest}, and it should start with 00000000" in error
+    assert refused([f"{url}/none.pth"], capsys) == (3, f"{url}/none.pth: HTTP 404 File not found")
+
+
+# A port that is wrong: not written, and explained.
+
+
+def floor_max_pool(x: jax.Array, window: int, stride: int, padding: int = 0) -> jax.Array:
+    return nn.max_pool(x, (window, window), (stride, stride), ((padding, padding), (padding, padding)))
+
+
+def test_a_port_that_is_off_is_not_written(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flax_googlenet.model, "max_pool", floor_max_pool)
+    assert port_weights.main(["random", "--report", "report.html"]) == 5
+    out, err = capsys.readouterr()
+    assert err == "error: random: not proven: maxpool1 is off, and nothing was written; --diagnose tells more\n"
+    assert " off " in out
+    assert [path.name for path in here.iterdir()] == ["report.html"]
+    assert "maxpool1" in Path("report.html").read_text()
+
+
+def diagnosis(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    assert port_weights.main([*arguments, "--diagnose", "--json"]) == 5
+    return json.loads(capsys.readouterr().out)["diagnosis"]
+
+
+Edit = Callable[[Any], None]
+
+
+def swap_statistics(variables: Any) -> None:
+    stats = variables["batch_stats"]["inception3b"]["branch2_1"]["bn"]
+    stats["mean"], stats["var"] = stats["var"], stats["mean"]
+
+
+def forget_statistics(variables: Any) -> None:
+    stats = variables["batch_stats"]["conv3"]["bn"]
+    stats["mean"], stats["var"] = np.zeros_like(stats["mean"]), np.ones_like(stats["var"])
+
+
+def swap_scale_and_bias(variables: Any) -> None:
+    norm = variables["params"]["conv2"]["bn"]
+    norm["scale"], norm["bias"] = norm["bias"], norm["scale"]
+
+
+def flatten_as_hwc(variables: Any) -> None:
+    layer = variables["params"]["aux2"]["fc1"]
+    layer["kernel"] = layer["kernel"].reshape(128, 4, 4, 1024).transpose(1, 2, 0, 3).reshape(2048, 1024)
+
+
+def round_to_bfloat16(variables: Any) -> None:
+    for collection in ("params", "batch_stats"):
+        variables[collection] = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(x.dtype), variables[collection])
+
+
+def change_a_weight(variables: Any) -> None:
+    variables["params"]["inception5a"]["branch1"]["conv"]["kernel"][0, 0, 0, 0] += 1
+
+
+@pytest.mark.parametrize(
+    ("edit", "stage", "cause", "explanation"),
+    [
+        (swap_statistics, "inception3b", "statistics", "mean and var are swapped"),
+        (forget_statistics, "conv3", "statistics", "still at the initial 0 and 1: batch_stats/conv3/bn/mean"),
+        (swap_scale_and_bias, "conv2", "statistics", "params/conv2/bn/scale"),
+        (flatten_as_hwc, "aux2", "flatten order", "params/aux2/fc1/kernel are in HWC order"),
+        (round_to_bfloat16, "conv1", "precision", "rounded on their way"),
+        (change_a_weight, "inception5a", "weights", "params/inception5a/branch1/conv/kernel"),
+    ],
+)
+def test_diagnose_names_the_stage_and_the_cause_in_a_wrong_file(
+    edit: Edit, stage: str, cause: str, explanation: str, here: Path, variables: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = jax.tree.map(np.copy, variables)
+    edit(wrong)
+    flax_googlenet.save("wrong.safetensors", GoogLeNet(), wrong)
+    before = Path("wrong.safetensors").read_bytes()
+    found = diagnosis(["random", "--output", "wrong.safetensors"], capsys)
+    assert (found["stage"], found["cause"]) == (stage, cause)
+    assert explanation in found["explanation"]
+    assert Path("wrong.safetensors").read_bytes() == before
+
+
+def test_diagnose_names_transform_input(here: Path, variables: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    flax_googlenet.save("wrong.safetensors", GoogLeNet(), variables)
+    found = diagnosis(["random", "--transform-input", "--output", "wrong.safetensors"], capsys)
+    assert (found["stage"], found["cause"]) == ("conv1", "transform_input")
+    assert "with transform_input=True the stage agrees" in found["explanation"]
+
+
+def test_diagnose_names_a_low_precision(here: Path, variables: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    flax_googlenet.save("wrong.safetensors", GoogLeNet(dtype=jnp.bfloat16), variables)
+    found = diagnosis(["random", "--output", "wrong.safetensors"], capsys)
+    assert (found["stage"], found["cause"]) == ("conv1", "precision")
+    assert "off as dtype bfloat16" in found["explanation"]
+
+
+def test_diagnose_names_floor_mode_pooling(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flax_googlenet.model, "max_pool", floor_max_pool)
+    found = diagnosis(["random"], capsys)
+    assert (found["stage"], found["cause"], found["error"]) == ("maxpool1", "padding", None)
+
+
+def test_diagnose_names_same_padding(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class SameConv(nn.Conv):
+        padding: Any = "SAME"
+
+        def __post_init__(self) -> None:
+            self.padding = "SAME"
+            super().__post_init__()
+
+    monkeypatch.setattr(flax_googlenet.model.nn, "Conv", SameConv)
+    found = diagnosis(["random"], capsys)
+    assert (found["stage"], found["cause"]) == ("conv1", "padding")
+    assert '"SAME"' in found["explanation"]
+
+
+def test_diagnose_finds_nothing_wrong_with_a_right_port(
+    here: Path, variables: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flax_googlenet.save("right.safetensors", GoogLeNet(), variables)
+    assert port_weights.main(["random", "--output", "right.safetensors", "--diagnose"]) == 0
+    assert "right.safetensors agrees with random in every stage" in capsys.readouterr().out
+
+
+def test_diagnose_refuses_the_port_of_another_network(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = GoogLeNet(num_classes=2)
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), flax_googlenet.model.variable_shapes(model))
+    flax_googlenet.save("other.safetensors", model, zeros)
+    status, error = refused(["random", "--output", "other.safetensors", "--diagnose"], capsys)
+    assert status == 4
+    assert error.startswith("other.safetensors is no port of random: ")
