@@ -1,107 +1,145 @@
-"""The proof of a port as a page to look at: one HTML file that needs no network and no script."""
+"""The proof of a port as one HTML page to look at: it needs no network, no other file and no script."""
 
 import base64
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 
+import matplotlib as mpl
 import numpy as np
-from matplotlib.figure import Figure
+import reference
+from matplotlib.figure import Figure  # not pyplot, which would choose a backend and keep figures alive
 from PIL import Image
 from proof import FLOAT32_LIMIT, FLOAT64_LIMIT, Proof, Stage, top5
-from reference import photographs
 
-# Okabe and Ito's colours, which the colour-blind can tell apart.
-SERIES = (
-    ("float64", "Flax against PyTorch, both float64", "#0072B2", "o"),
-    ("pytorch32", "PyTorch float32 against the truth", "#E69F00", "s"),
-    ("flax32", "Flax float32 against the truth", "#009E73", "^"),
-)
-PHOTOGRAPHS = ("a Chinese temple", "a flower")
+# Colours of the plot that are others in the dark.
+PAGE_COLORS = {"#000000": "currentColor", "#c5221f": "var(--red)", "#0072b2": "var(--blue)"}
+BLACK, RED, BLUE = PAGE_COLORS
+PLOT_RANGE = (1e-17, 1.0)  # at the edges: an error of 0; one of 1 and more, another shape, NaN
+TABLE_HEADER = """<th>stage<th>shape<th>Flax<br>float64<br>error<th>PyTorch<br>float32<br>error
+<th>Flax<br>float32<br>error<th>ratio of<br>float32<br>errors<th>verdict"""
+HOW_TO_READ = f"""Every error is the largest difference from PyTorch in float64, relative to the stage's largest value:
+{FLOAT64_LIMIT:.0e} means that {-math.log10(FLOAT64_LIMIT):.0f} digits agree, and Flax in float64 must come that close;
+in float32 Flax may err at most {FLOAT32_LIMIT:g} times as much as PyTorch in float32 does."""
 
-STYLE = """
-:root { color-scheme: light dark; --line: #8884; --good: #00734f; --bad: #b3261e; --bar: #0072b244 }
-@media (prefers-color-scheme: dark) { :root { --good: #4cc38a; --bad: #ff8a80; --bar: #56b4e966 } }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem }
-h1 { line-height: 1.2 } h2 { margin: 2.5rem 0 .5rem }
-.verdict { font-size: 1.25rem; font-weight: 600; padding: .75rem 1rem; border-left: .4rem solid }
-.good { color: var(--good) } .bad { color: var(--bad) }
-.plot { background: #fff; border-radius: .5rem; padding: .5rem } .plot svg { width: 100%; min-width: 40rem; height: auto; display: block }
-.plot, .scroll { overflow-x: auto }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
-th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top }
-.stages td:nth-child(n+2), .stages th:nth-child(n+2) { text-align: right; white-space: nowrap }
-.photographs { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); gap: 2rem }
-.photographs img { width: 100%; border-radius: .5rem }
-.photographs td:nth-child(n+2) { background: linear-gradient(var(--bar), var(--bar)) no-repeat left / var(--p) 100% }
-.facts td { overflow-wrap: anywhere } .facts th { white-space: nowrap; font-weight: 500 }
+# The policy holds the page to what is promised: the browser itself refuses scripts and whatever is not in the file.
+PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>GoogLeNet in Flax: proof of the port</title>
+<style>
+:root { color-scheme: light dark; --paper: #fff; --card: #f5f6f8; --ink: #1b1f24; --soft: #59626d;
+  --rule: #d9dde2; --green: #1a7f37; --red: #c5221f; --blue: #0072b2 }
+@media (prefers-color-scheme: dark) { :root { --paper: #14171b; --card: #1d2126; --ink: #e4e7eb; --soft: #9aa4af;
+  --rule: #363c44; --green: #4ac26b; --red: #ff7b72; --blue: #3d9bd6 } }
+* { box-sizing: border-box; min-width: 0 }
+body { margin: 0 auto; max-width: 75rem; padding: 1.5rem 1rem 3rem; background: var(--paper); color: var(--ink);
+  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
+h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 1rem }
+h2 { font-size: 1.2rem; margin: 2.5rem 0 .75rem }
+h3 { font-size: .85rem; margin: 0 0 .4rem }
+p { max-width: 48rem; margin: .75rem 0 1.25rem }
+p, h3, thead, .facts th { color: var(--soft) }
+.verdict { max-width: none; padding: .8rem 1rem; border-left: .35rem solid; background: var(--card);
+  font-size: 1.2rem; font-weight: 600 }
+.ok { color: var(--green) }
+.off { color: var(--red); font-weight: 600 }
+.columns, .photographs, .pair { display: grid; gap: 1.5rem 2rem }
+.photographs { grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)) }
+.pair { grid-template-columns: 1fr 1fr; gap: 1.25rem }
+.plot { fill: currentColor; width: 100%; max-width: 32rem; height: auto }
+.scroll { overflow-x: auto }
+table { border-collapse: collapse; width: 100%; font-size: .8rem }
+th, td { padding: .28rem .5rem; border-bottom: 1px solid var(--rule); text-align: left }
+b, th { font-weight: 600 }
+thead th { vertical-align: bottom; line-height: 1.25 }
+b, .stages { font-variant-numeric: tabular-nums; white-space: nowrap }
+.stages :is(th, td):not(:first-child, :last-child) { text-align: right }
+.stages :is(:first-child, :last-child):is(th, td) { position: sticky; left: 0; right: 0; background: var(--paper) }
+.facts td { font-family: ui-monospace, monospace }
+figure { margin: 0; padding: 1rem; border-radius: .5rem; background: var(--card) }
+img { display: block; width: 100%; height: auto; margin-bottom: 1rem }
+ol { list-style: none; margin: 0; padding: 0; font-size: .85rem; line-height: 1.35 }
+li { display: grid; grid-template-columns: 1fr auto; gap: .15rem .5rem; margin-bottom: .5rem; align-items: end }
+i { grid-column: 1 / -1; height: .3rem;
+  background: linear-gradient(var(--blue) 0 0) 0 / var(--share) no-repeat var(--rule) }
+@media (max-width: 30rem) { .facts :is(th, td) { display: block } .facts th { border: 0; padding-bottom: 0 } }
+@media (min-width: 65rem) { .columns { grid-template-columns: 2fr 3fr } }
+</style>
+<h1>GoogLeNet in Flax, held against torchvision&rsquo;s</h1>
 """
 
 
 def render(proof: Proof, facts: Mapping[str, str], class_names: Sequence[str] | None) -> str:
-    """The page.
+    """The page: verdict, errors by stage as plot and table, both photographs with the likeliest classes, facts.
 
     Args:
-        proof: what to show.
-        facts: shown as a table: the source, checksums, versions.
-        class_names: of the logits, in their order; None shows numbers.
+        proof: what came out; any error may be infinite (another shape) or NaN.
+        facts: name -> value, such as the source, checksums and versions, in the order to show them.
+        class_names: of the logits; "class 17" stands where there is none.
     """
-    off = next((stage.name for stage in proof.stages if not stage.ok), None)
-    if off is None:
-        verdict = f'<p class="verdict good">Proven: all {len(proof.stages)} stages agree.</p>'
-    else:
-        verdict = f'<p class="verdict bad">Not proven: {escape(off)} is the first stage that is off.</p>'
-    return f"""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>The port of a GoogLeNet</title>
-<style>{STYLE}</style>
-<h1>The port of a GoogLeNet from torchvision to Flax</h1>
-{verdict}
-<p>Both networks ran on the same two photographs and three random images. An error is the largest difference in a stage,
-relative to the largest value there; the truth is PyTorch in float64. A stage agrees if its float64 error is at most
-{FLOAT64_LIMIT:g}, and its float32 error at most {FLOAT32_LIMIT:g} times PyTorch's own.</p>
-<h2>The error by stage</h2>
-<div class="plot">{_plot(proof.stages)}</div>
-<div class="scroll"><table class="stages">
-<thead><tr><th>stage<th>shape<th>float64:<br>Flax - PyTorch
-<th>float32:<br>PyTorch - truth<th>float32:<br>Flax - truth<th></tr></thead>
-<tbody>{"".join(_row(stage) for stage in proof.stages)}</tbody>
-</table></div>
+    off = [stage.name for stage in proof.stages if not stage.ok]
+    verdict = f"Not proven: first stage that is off is {escape(off[0])}" if off else "Proven: every stage agrees"
+    page = f"""{PAGE}<p class="verdict {"off" if off else "ok"}">{verdict}</p>
+<p>Both networks ran on the same photographs and random images:
+{len(proof.stages) - len(off)} of {len(proof.stages)} stages agree.</p>
+<h2>Errors by stage</h2>
+<p>{HOW_TO_READ}</p>
+<div class="columns">{_plot(proof.stages)}
+<div class="scroll" tabindex="0" role="region" aria-label="Errors by stage"><table class="stages">
+<thead><tr>{TABLE_HEADER}<tbody>{"".join(map(_stage_row, proof.stages))}</table></div></div>
 <h2>What both see</h2>
-<div class="photographs">{"".join(_photograph(proof, i, class_names) for i in range(len(PHOTOGRAPHS)))}</div>
-<h2>The facts</h2>
-<table class="facts">{"".join(f"<tr><th>{escape(name)}<td>{escape(fact)}</tr>" for name, fact in facts.items())}</table>
-</html>
+<div class="photographs">{"".join(_photographs(proof, class_names))}</div>
+<h2>Facts</h2>
+<table class="facts">{"".join(f"<tr><th>{escape(key)}<td>{escape(fact)}" for key, fact in facts.items())}</table>
 """
+    # A file name or a JSON string may hold half a surrogate pair, which no file can be written with.
+    return page.encode("utf-8", "replace").decode()
 
 
 def _plot(stages: Sequence[Stage]) -> str:
-    figure = Figure(figsize=(10, 4.6), layout="constrained")
-    axes = figure.add_subplot()
-    for field, label, colour, marker in SERIES:
-        # An error of 0, infinity or NaN has no place on a logarithmic axis: the line has a gap there.
-        errors = [e if math.isfinite(e) and e > 0 else math.nan for e in (getattr(stage, field) for stage in stages)]
-        axes.plot(range(len(stages)), errors, color=colour, marker=marker, label=label)
-    axes.axhline(FLOAT64_LIMIT, color=SERIES[0][2], linestyle="--", linewidth=1, label="limit in float64")
-    axes.set_yscale("log")
-    axes.set_xticks(range(len(stages)), [stage.name for stage in stages], rotation=45, ha="right")
-    axes.set_ylabel("largest relative error")
-    axes.grid(axis="y", alpha=0.3)
-    axes.legend(ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    """Inline SVG; the stages go from top to bottom, so that their names fit a narrow screen, too."""
+    series = (  # Okabe and Ito's colours, which the colour-blind tell apart, and a marker for each
+        ("Flax float64", BLUE, "o", 5, "full", [stage.float64 for stage in stages]),
+        ("PyTorch float32", "#d55e00", "s", 8, "none", [stage.pytorch32 for stage in stages]),
+        ("Flax float32", "#009e73", "D", 4, "full", [stage.flax32 for stage in stages]),
+    )
+    rows = range(len(stages))
+    with mpl.rc_context({"font.size": 9, "svg.hashsalt": "GoogLeNet"}):
+        figure = Figure(figsize=(4.3, 6.6), layout="constrained")
+        axes = figure.subplots()
+        for label, color, marker, size, fill, errors in series:
+            shown = np.clip(np.nan_to_num(errors, nan=np.inf), *PLOT_RANGE)
+            axes.plot(shown, rows, label=label, c=color, marker=marker, ms=size, fillstyle=fill, lw=1, clip_on=False)
+        axes.axvline(FLOAT64_LIMIT, color=BLACK, ls="--", lw=1, label=f"float64 limit {FLOAT64_LIMIT:.0e}")
+        axes.set(xscale="log", xlim=PLOT_RANGE, ylim=(len(stages) - 0.5, -0.5), xlabel="relative error")
+        axes.set_yticks(rows, [stage.name for stage in stages])
+        for tick, stage in zip(axes.get_yticklabels(), stages, strict=True):
+            tick.set(color=BLACK if stage.ok else RED, weight="normal" if stage.ok else "bold")
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        figure.legend(loc="outside upper center", ncols=2, frameon=False)
+        buffer = io.StringIO()
+        metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # None leaves it out: same proof, same bytes
+        figure.savefig(buffer, format="svg", transparent=True, metadata=metadata)
     svg = buffer.getvalue()
-    return svg[svg.index("<svg") :].replace("<svg", '<svg role="img" aria-label="The errors of the table below"', 1)
+    for color, page_color in PAGE_COLORS.items():
+        svg = svg.replace(color, page_color)
+    label = "The errors of each stage on a logarithmic axis; the table has the same numbers"
+    return svg[svg.index("<svg") :].replace("<svg", f'<svg class="plot" role="img" aria-label="{label}"', 1)
 
 
-def _row(stage: Stage) -> str:
-    shape = "x".join(str(size) for size in stage.shape[1:])
-    errors = "".join(f"<td>{_error(getattr(stage, field))}" for field, *_ in SERIES)
-    verdict = '<td class="good">ok' if stage.ok else '<td class="bad">off'
-    return f"<tr><td>{escape(stage.name)}<td>{shape}{errors}{verdict}</tr>"
+def _stage_row(stage: Stage) -> str:
+    ratio = stage.flax32 / stage.pytorch32 if stage.pytorch32 else math.nan
+    cells = (
+        "&times;".join(map(str, stage.shape[1:])),
+        *map(_error, (stage.float64, stage.pytorch32, stage.flax32)),
+        (f"{ratio:.2f}" if ratio < 1000 else f"{ratio:.0e}") if math.isfinite(ratio) else "&ndash;",
+    )
+    verdict = "ok" if stage.ok else "off"
+    return f'<tr><th>{escape(stage.name)}<td>{"<td>".join(cells)}<td class="{verdict}">{verdict}'
 
 
 def _error(error: float) -> str:
@@ -110,22 +148,23 @@ def _error(error: float) -> str:
     return "shape differs" if math.isinf(error) else f"{error:.1e}"
 
 
-def _photograph(proof: Proof, i: int, class_names: Sequence[str] | None) -> str:
-    buffer = io.BytesIO()
-    image = Image.fromarray(photographs()[i])
-    image.thumbnail((480, 480))
-    image.save(buffer, "JPEG", quality=85)
-    source = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+def _photographs(proof: Proof, class_names: Sequence[str] | None) -> Iterator[str]:
+    photographs = zip(("temple", "flower"), reference.photographs(), strict=True)
+    for (name, photograph), pytorch, flax in zip(photographs, proof.pytorch_logits, proof.flax_logits, strict=True):
+        buffer = io.BytesIO()
+        Image.fromarray(photograph).save(buffer, "JPEG", quality=80)
+        source = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+        yield f"""<figure><img alt="{name}" src="{source}">
+<div class="pair"><div><h3>PyTorch</h3><ol>{_top5(pytorch, class_names)}</ol></div>
+<div><h3>Flax</h3><ol>{_top5(flax, class_names)}</ol></div></div></figure>"""
 
-    def cell(logits: np.ndarray, rank: int) -> str:
-        index, probability = top5(logits)[rank]
-        name = class_names[index] if class_names else f"class {index}"
-        return f'<td style="--p: {probability:.1%}">{escape(name)} <small>{probability:.2%}</small>'
 
-    ranks = range(min(5, len(proof.flax_logits[i])))
-    rows = "".join(
-        f"<tr><td>{rank + 1}{cell(proof.pytorch_logits[i], rank)}{cell(proof.flax_logits[i], rank)}</tr>"
-        for rank in ranks
-    )
-    head = "<tr><th><th>PyTorch<th>Flax</tr>"
-    return f'<figure style="margin: 0"><img alt="{PHOTOGRAPHS[i]}" src="{source}"><table>{head}{rows}</table></figure>'
+def _top5(logits: np.ndarray, class_names: Sequence[str] | None) -> str:
+    items = []
+    with np.errstate(invalid="ignore"):  # infinite logits make every probability NaN, and the page says so
+        likeliest = top5(logits)
+    for i, probability in likeliest:
+        name = escape(class_names[i]) if class_names and i < len(class_names) else f"class {i}"
+        percent = "NaN" if math.isnan(probability) else f"{probability:.1%}"  # as a share, NaN draws no bar
+        items.append(f'<li><span>{name}</span><b>{percent}</b><i style="--share: {percent}"></i>')
+    return "".join(items)

@@ -1,5 +1,6 @@
 """Fixtures: the random reference, as a state dict, as torchvision's model and as Flax variables."""
 
+import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,6 +15,11 @@ import flax_googlenet
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")  # the library must not lean on implicit promotion
+
+# Many tests compile the same network: what one has compiled serves the others.
+_cache = tempfile.TemporaryDirectory()
+jax.config.update("jax_compilation_cache_dir", _cache.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 StateDict = Mapping[str, np.ndarray]
 

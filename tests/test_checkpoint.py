@@ -236,7 +236,7 @@ while True:
 """
     rng = random.Random(0)
     seen = set()
-    for _ in range(8):
+    for _ in range(6):
         process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
         assert process.stdout is not None
         process.stdout.readline()  # saving has begun

@@ -223,7 +223,8 @@ def test_parameters_are_as_many_as_torchvision_says() -> None:
 @pytest.fixture(scope="module")
 def initial() -> dict[str, Any]:
     images = jnp.zeros((1, 15, 15, 3), jnp.float32)
-    return jax.jit(GoogLeNet().init)(jax.random.key(0), images)
+    variables = jax.jit(GoogLeNet().init)(jax.random.key(0), images)
+    return jax.tree.map(lambda x: np.asarray(x, np.float64), variables)
 
 
 def test_kernels_start_as_scipys_truncnorm(initial: dict[str, Any]) -> None:
@@ -276,7 +277,7 @@ def test_the_smallest_size_is_torchvisions() -> None:
 
 
 def test_bfloat16_computes_with_float32_parameters_and_statistics(
-    variables: dict[str, Any], random_images: Images
+    variables: dict[str, Any], torch32: TorchGoogLeNet, torch64: TorchGoogLeNet, random_images: Images
 ) -> None:
     images = random_images(4, 64, 64).astype(np.float32)
     model = GoogLeNet(dtype=jnp.bfloat16)
@@ -288,9 +289,14 @@ def test_bfloat16_computes_with_float32_parameters_and_statistics(
     assert {x.dtype for x in output} == {jnp.dtype("bfloat16")}
     assert {x.dtype for x in jax.tree.leaves(updates)} == {jnp.dtype("float32")}
 
-    truth = np.asarray(jax.jit(GoogLeNet().apply)(variables, images).logits)
+    # Eight bits over 21 layers cost several per cent of the largest logit; PyTorch's autocast says how many are due.
+    truth = reference.stages(torch64, images.astype(np.float64))["fc"]
+    with torch.autocast("cpu", torch.bfloat16):
+        theirs = torch32(torch.from_numpy(images).permute(0, 3, 1, 2)).detach().float().numpy()
     logits = np.asarray(jax.jit(model.apply)(variables, images).logits.astype(jnp.float32))
-    assert relative_error(logits, truth) < 0.05  # 8 bits over 21 layers; 0.02 measured
+    ours, theirs = relative_error(logits, truth), relative_error(theirs, truth)
+    print(f"bfloat16: PyTorch {theirs:.1e}  Flax {ours:.1e}  ratio {ours / theirs:.2f}")
+    assert ours <= 2 * theirs
 
     params = flax_googlenet.model.variable_shapes(GoogLeNet(param_dtype=jnp.bfloat16))
     assert {x.dtype for x in jax.tree.leaves(params["params"])} == {jnp.dtype("bfloat16")}
@@ -346,11 +352,6 @@ def test_nnx_bridge_gives_the_same_logits(variables: dict[str, Any], random_imag
     expected = GoogLeNet().apply(variables, images).logits
 
     module = nnx.bridge.ToNNX(GoogLeNet(), rngs=nnx.Rngs(0))
-    abstract = nnx.eval_shape(lambda: nnx.bridge.lazy_init(module, jnp.asarray(images)))
-    graph, state = nnx.split(abstract)
-    by_path = {path[1:]: x for path, x in flatten_dict(variables).items()}
-    for path, leaf in nnx.to_flat_state(state):
-        if path in by_path:
-            leaf.set_value(jnp.asarray(by_path.pop(path)))
-    assert not by_path
-    np.testing.assert_array_equal(nnx.merge(graph, state)(images).logits, expected)
+    for name, value in nnx.bridge.variables.linen_vars_to_nnx_attrs(variables).items():
+        setattr(module, name, value)
+    np.testing.assert_array_equal(module(images).logits, expected)

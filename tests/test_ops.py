@@ -74,12 +74,12 @@ def test_max_pool_refuses_padding_above_half_a_window_as_torch_does() -> None:
         max_pool(images(5, 5), window=3, stride=1, padding=2)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.integers(1, 30), st.integers(1, 30), st.integers(1, 7))
 def test_adaptive_avg_pool_is_torchs(h: int, w: int, output_size: int) -> None:
     x = np.random.default_rng([h, w]).standard_normal((2, h, w, 3))
     expected = torch.nn.functional.adaptive_avg_pool2d(nchw(x), output_size)
-    # Means of up to 900 values near 1 in another order: 2e-15 measured over 1000 draws.
+    # Means of up to 900 values near 1 in another order: 7e-16 measured over 120 draws.
     np.testing.assert_allclose(adaptive_avg_pool(x, output_size), nhwc(expected), rtol=0, atol=1e-14)
 
 
