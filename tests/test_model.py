@@ -113,20 +113,20 @@ def test_all_heads_in_training_are_torchvisions_by_name(training: dict[str, Any]
     assert training["output"]._fields == training["expected"]._fields == ("logits", "aux_logits2", "aux_logits1")
     for name in training["output"]._fields:
         expected = getattr(training["expected"], name).detach().numpy()
-        assert relative_error(getattr(training["output"], name), expected) < 1e-12, name
+        assert relative_error(getattr(training["output"], name), expected) < 1e-12, name  # 4e-14 measured
 
 
 def test_gradients_of_all_parameters_are_torchvisions(training: dict[str, Any]) -> None:
     assert len(training["expected_grads"]) == 187
     for name, expected in training["expected_grads"].items():
-        assert relative_error(training["grads"][name], expected) < 1e-10, name  # 2e-12 measured
+        assert relative_error(training["grads"][name], expected) < 1e-10, name  # 3e-13 measured
 
 
 def test_batch_norm_statistics_after_a_step_are_torchvisions(training: dict[str, Any]) -> None:
     names = [name for name in training["expected_stats"] if not name.endswith("num_batches_tracked")]
     assert len(names) == 2 * 59
     for name in names:
-        assert relative_error(training["stats"][name], training["expected_stats"][name]) < 1e-12, name
+        assert relative_error(training["stats"][name], training["expected_stats"][name]) < 1e-12, name  # 2e-14 measured
 
 
 def test_flaxs_own_batch_norm_would_miss_the_unbiased_variance() -> None:

@@ -135,8 +135,12 @@ def test_the_photographs_and_the_plot_are_drawn(show: Show) -> None:
     drawn = plot.evaluate_all("plots => plots.map(plot => plot.getBoundingClientRect().toJSON())")
     assert len(drawn) == 1
     assert min(drawn[0]["width"], drawn[0]["height"]) > 300
-    markers = plot.locator("use").evaluate_all("uses => uses.filter(use => use.getBBox().width > 0)")
-    assert len(markers) > 3 * len(NAMES)  # three series, and letters
+    for color in ("var(--blue)", "#d55e00", "#009e73"):
+        markers = plot.locator(f'use[style*="{color}"]')
+        sizes = markers.evaluate_all("uses => uses.map(use => use.getBoundingClientRect().width)")
+        assert len(sizes) == len(NAMES) + 1  # and one in the legend
+        assert min(sizes) > 2
+    expect(plot.locator("path[style*=dasharray]")).to_have_count(2)  # the limit, and in the legend
 
 
 def test_the_stage_names_in_the_plot_are_apart(show: Show) -> None:
