@@ -5,9 +5,11 @@ import hashlib
 import importlib.metadata
 import io
 import math
+import os
 import platform
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import jax
 import ml_dtypes
@@ -39,6 +41,9 @@ def port(args: argparse.Namespace, screen: Console, progress: Console, result: d
         screen: for the table and what comes next.
         progress: for bars and notes.
         result: filled with what ``--json`` prints.
+
+    Raises:
+        PortFailureError: for every status but success.
     """
     output = args.output or _default_output(args.checkpoint)
     _check_outputs(args.checkpoint, output, args.report)
@@ -53,7 +58,9 @@ def port(args: argparse.Namespace, screen: Console, progress: Console, result: d
             flax_googlenet.save(output, model, variables, metadata)
         except OSError as error:
             raise PortFailureError(Status.NOT_WRITTEN, f"cannot write {output}: {error.strerror}") from error
-    next_step = f"model, variables = flax_googlenet.load({str(output)!r})"
+        result["output"] = str(output)
+    dtype = ", dtype=jax.numpy.float32" if model.param_dtype == np.float64 else ""  # float64 needs 64 bits enabled
+    next_step = f"model, variables = flax_googlenet.load({str(output)!r}{dtype})"
     return _conclude(args, screen, result, proof, output, source.class_names, next_step)
 
 
@@ -76,11 +83,15 @@ def port_back(args: argparse.Namespace, screen: Console, progress: Console, resu
             write_atomically(output, buffer.getvalue())
         except OSError as error:
             raise PortFailureError(Status.NOT_WRITTEN, f"cannot write {output}: {error.strerror}") from error
+        result["output"] = str(output)
     arguments = f"num_classes={model.num_classes}, aux_logits={model.aux_logits}, init_weights=False"
     if model.transform_input:
         arguments += ", transform_input=True"
     next_step = f"torchvision.models.googlenet({arguments}).load_state_dict(torch.load({str(output)!r}))"
-    return _conclude(args, screen, result, proof, output, metadata.get("class_names"), next_step)
+    class_names = metadata.get("class_names")
+    if not isinstance(class_names, list) or list(map(type, class_names)) != [str] * model.num_classes:
+        class_names = None  # metadata is free: whatever else it has under this name are no names of classes
+    return _conclude(args, screen, result, proof, output, class_names, next_step)
 
 
 def diagnose_port(args: argparse.Namespace, screen: Console, progress: Console, result: dict[str, Any]) -> Status:
@@ -88,7 +99,7 @@ def diagnose_port(args: argparse.Namespace, screen: Console, progress: Console, 
     output = args.output or _default_output(args.checkpoint)
     source = read(args, progress)
     fresh_model, fresh_variables = _convert(source, _transform_input(args))
-    if output.exists():
+    if os.path.exists(output):
         subject = str(output)
         model, variables, _ = _load(output)
         if (model.num_classes, model.aux_logits, model.batch_norm) != (
@@ -216,20 +227,23 @@ def _table(proof: Proof) -> Table:
 
 def _check_outputs(checkpoint: str, *outputs: Path | None) -> None:
     """Before the work is done: is there a place for the results, and is it not the checkpoint's own?"""
+    targets = [os.path.realpath(output) for output in outputs if output]
+    if len(set(targets)) < len(targets):
+        raise PortFailureError(Status.USAGE, f"{outputs[0]} is named twice: the report needs a file of its own")
     for output in filter(None, outputs):
-        if output.exists() and Path(checkpoint).exists() and output.samefile(checkpoint):
+        if os.path.realpath(output) == os.path.realpath(checkpoint):
             raise PortFailureError(Status.USAGE, f"{output} is the checkpoint itself: name another file to write")
         if not output.absolute().parent.is_dir():
             message = f"cannot write {output}: there is no folder {output.absolute().parent}"
             raise PortFailureError(Status.NOT_WRITTEN, message)
-        if output.is_dir():
-            raise PortFailureError(Status.NOT_WRITTEN, f"cannot write {output}: it is a folder")
+        if os.path.exists(output) and not os.path.isfile(output):
+            raise PortFailureError(Status.NOT_WRITTEN, f"cannot write {output}: it is there and not a regular file")
 
 
 def _default_output(checkpoint: str) -> Path:
     if checkpoint in ("imagenet", "random"):
         return Path(f"googlenet-{checkpoint}.safetensors")
-    name = Path(checkpoint.split("?")[0] if "://" in checkpoint else checkpoint)
+    name = Path(urlsplit(checkpoint).path if "://" in checkpoint else checkpoint)
     return Path(f"{name.stem}-flax.safetensors" if name.suffix == ".safetensors" else f"{name.stem}.safetensors")
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import ml_dtypes
 import numpy as np
 import torch
 from flax.traverse_util import flatten_dict
@@ -117,7 +118,10 @@ def _different_leaves(
 
 def _explain_leaves(different: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> tuple[str, str]:
     names = ", ".join(list(different)[:4]) + (", ..." if len(different) > 4 else "")
-    if all(relative_error(ours, theirs) < ROUNDED for ours, theirs in different.values()):
+    if any(
+        all(np.array_equal(ours, theirs.astype(dtype).astype(np.float64)) for ours, theirs in different.values())
+        for dtype in (ml_dtypes.bfloat16, np.float16, np.float32)
+    ):
         return "precision", f"rounded on their way: {names}: convert from the checkpoint in its own dtype"
     for path, (ours, theirs) in different.items():
         if path.endswith("fc1/kernel"):

@@ -38,11 +38,12 @@ exit status
   4    the checkpoint is refused: damaged, unsafe, or not a GoogLeNet of torchvision's
   5    not proven: a stage differs, and nothing is written
   6    the output cannot be written
-  130  interrupted; nothing half-written is left
+  130  interrupted; no output is half-written, and a broken download goes on the next time
 """
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line; exits with status 2 and the usage if it is wrong."""
     parser = argparse.ArgumentParser(
         "port_weights.py", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -70,10 +71,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.to_torchvision and (args.diagnose or args.output or args.key or args.transform_input is not None):
         parser.error("--to-torchvision goes with CHECKPOINT, --report and --json alone")
+    if args.to_torchvision and (args.checkpoint in ("imagenet", "random") or "://" in args.checkpoint):
+        parser.error("--to-torchvision needs a CHECKPOINT that this command wrote, a FILE.safetensors")
+    if args.diagnose and args.report:
+        parser.error("--diagnose writes nothing, and so no --report")
     return args
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Runs the command and returns its exit status; ``argv`` defaults to the process's own."""
     args = parse(argv)
     progress = Console(stderr=True, soft_wrap=True, highlight=False)
     result: dict[str, Any] = {}
@@ -87,8 +93,9 @@ def main(argv: list[str] | None = None) -> int:
         status, result["error"] = failure.status, str(failure)
         progress.print(f"[bold red]error:[/] {escape(str(failure))}")
     except KeyboardInterrupt:
+        written = result.get("output")
         status, result["error"] = Status.INTERRUPTED, "interrupted"
-        progress.print("interrupted: nothing was written")
+        progress.print(f"interrupted: {escape(written) if written else 'nothing'} was written")
     if args.json:
         sys.stdout.write(json.dumps({"status": status, **result}) + "\n")
     return status

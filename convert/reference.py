@@ -44,7 +44,11 @@ def build(state_dict: Mapping[str, np.ndarray], *, transform_input: bool, dtype:
         init_weights=False,
     )
     # float64 holds every floating dtype exactly, bfloat16 included, of which torch.from_numpy knows nothing.
-    tensors = {key: torch.from_numpy(array.astype(np.float64)).to(dtype) for key, array in state_dict.items()}
+    tensors = {
+        key: torch.from_numpy(array.astype(np.float64)).to(dtype)
+        for key, array in state_dict.items()
+        if not key.endswith("num_batches_tracked")  # PyTorch fills it in, and no result depends on it
+    }
     model = model.to(dtype)
     model.load_state_dict(tensors, strict=True)
     return model.eval()

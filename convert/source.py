@@ -1,9 +1,11 @@
 """Where a checkpoint comes from: a file, a download, PyTorch's cache, or a seed."""
 
 import argparse
+import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import download
 import numpy as np
@@ -16,7 +18,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from status import PortFailureError, Status
 
 IMAGENET_NAME = Path(reference.IMAGENET.url).name
-IMAGENET_HASH = download.hash_in_name(IMAGENET_NAME) or ""
+IMAGENET_HASH: str = download.hash_in_name(IMAGENET_NAME)  # type: ignore[assignment]  # torchvision's names have one
 
 
 @dataclass(frozen=True)
@@ -56,13 +58,14 @@ def read(args: argparse.Namespace, progress: Console) -> Source:
         except reading.ReadingError as error:
             raise PortFailureError(Status.REFUSED, str(error)) from error
         except OSError as error:
-            hint = "" if path.exists() else ": give a file, a URL, imagenet or random"
+            hint = "" if os.path.exists(path) else ": give a file, a URL, imagenet or random"
             raise PortFailureError(Status.UNAVAILABLE, f"cannot read {path}: {error.strerror}{hint}") from error
     if path.name == IMAGENET_NAME and not checkpoint.sha256.startswith(IMAGENET_HASH):
         # Its format has no checksum, so a damaged weight would go unnoticed; its name has one.
         message = f"{path} is damaged: its sha256 is {checkpoint.sha256}, and it should start with {IMAGENET_HASH}"
         raise PortFailureError(Status.REFUSED, f"{message}: delete it and download it again")
-    source = Source(args.checkpoint, checkpoint.sha256, checkpoint.state_dict)
+    name = url_without_secrets(args.checkpoint) if "://" in args.checkpoint else args.checkpoint
+    source = Source(name, checkpoint.sha256, checkpoint.state_dict)
     if source.class_names and args.checkpoint != "imagenet" and args.transform_input is None:
         progress.print("[yellow]note:[/] these are torchvision's ImageNet weights: they want --transform-input")
     if checkpoint.note:
@@ -70,8 +73,14 @@ def read(args: argparse.Namespace, progress: Console) -> Source:
     return source
 
 
+def url_without_secrets(url: str) -> str:
+    """Scheme, host and path alone: a query can hold a signature, and the rest a password."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
 def _download(url: str, scratch: Path, progress: Console) -> Path:
-    name = url.split("?")[0].rsplit("/", 1)[-1] or "checkpoint"
+    name = Path(urlsplit(url).path).name or "checkpoint"
     sha256 = download.hash_in_name(name)
     # Only a file whose hash is known is kept in PyTorch's cache: nothing tells whether another is still the same.
     directory = Path(torch.hub.get_dir()) / "checkpoints" if sha256 else scratch

@@ -19,5 +19,6 @@ class PortFailureError(Exception):
     """Ends the command with a status; the message is one line that names the file and the way out."""
 
     def __init__(self, status: Status, message: str) -> None:
-        super().__init__(message)
+        # A message may quote a file or a server: no line breaks and no escape sequences on the terminal.
+        super().__init__("".join(c if c.isprintable() else "?" for c in message))
         self.status = status

@@ -7,6 +7,7 @@ the tensors or the header. The same input makes the same bytes.
 """
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -84,19 +85,25 @@ def load(path: str | os.PathLike[str], *, dtype: Dtype | None = None) -> tuple[G
         model, variables = flax_googlenet.load("googlenet.safetensors")
         logits = jax.jit(model.apply)(variables, images).logits
     """
+    if dtype is not None and dtype not in _DTYPES.values():
+        raise CheckpointError(f"dtype must be float64, float32, float16 or bfloat16, got {dtype}")
     data, content = _read(path)
     config = content["model"]
     if config.keys() != _config(GoogLeNet()).keys():
         raise CheckpointError(
             f"{os.fspath(path)} is of another version of flax_googlenet: its model has {sorted(config)}"
         )
-    model = GoogLeNet(**config | {name: jnp.dtype(config[name]).type for name in ("dtype", "param_dtype")})
+    try:
+        model = GoogLeNet(**config | {name: jnp.dtype(config[name]).type for name in ("dtype", "param_dtype")})
+        tensors = {
+            name: np.frombuffer(view["data"], _DTYPES[view["dtype"]]).reshape(view["shape"])
+            for name, view in safetensors.deserialize(data)
+        }
+        variable_shapes(model)
+    except (TypeError, ValueError, KeyError) as error:  # the sha256 is no secret: anyone can write it
+        raise CheckpointError(f"{os.fspath(path)} holds no model of flax_googlenet: {error}") from error
     if dtype is not None:
         model = model.clone(dtype=dtype, param_dtype=dtype)
-    tensors = {
-        name: np.frombuffer(view["data"], _DTYPES[view["dtype"]]).reshape(view["shape"])
-        for name, view in safetensors.deserialize(data)
-    }
     for wanted in {model.dtype, model.param_dtype, *(tensor.dtype for tensor in tensors.values() if dtype is None)}:
         if jax.dtypes.canonicalize_dtype(wanted) != wanted:
             raise CheckpointError(
@@ -124,6 +131,8 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
         OSError: if it cannot be written; the old file is untouched then, and nothing is left beside it.
     """
     target = Path(os.path.realpath(path))  # a link stays a link, to the new contents
+    if target.exists() and not target.is_file():  # a rename would replace a device or a pipe
+        raise FileExistsError(errno.EEXIST, "it is there already and not a regular file", str(path))
     beside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         with open(beside, "xb") as file:
@@ -147,6 +156,8 @@ def _config(model: GoogLeNet) -> dict[str, Any]:
     del fields["parent"], fields["name"]
     if isinstance(model.precision, jax.lax.Precision):
         fields["precision"] = model.precision.name.lower()
+    elif not isinstance(model.precision, str | None):
+        raise CheckpointError(f"precision {model.precision} cannot be stored: use None or a name such as 'highest'")
     return fields | {name: jnp.dtype(fields[name]).name for name in ("dtype", "param_dtype")}
 
 
@@ -156,7 +167,13 @@ def _read(path: str | os.PathLike[str]) -> tuple[bytes, dict[str, Any]]:
     if stored != computed:
         raise CheckpointError(f"{os.fspath(path)} is damaged: its sha256 is {computed}, and {stored} was stored in it")
     length = int.from_bytes(data[:8], "little")
-    return data, json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["flax_googlenet"])
+    try:
+        content = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["flax_googlenet"])
+        if not (isinstance(content["model"], dict) and isinstance(content["metadata"], dict)):
+            raise TypeError("model and metadata must be objects")
+    except (TypeError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{os.fspath(path)} holds no model of flax_googlenet: {error}") from error
+    return data, content
 
 
 def _digest(data: bytes, path: str | os.PathLike[str]) -> tuple[int, str, str]:

@@ -188,7 +188,9 @@ class InceptionAux(nn.Module):
         """Maps ``x`` [N, H, W, C] to logits [N, num_classes]; dropout is on in training alone."""
         x = adaptive_avg_pool(x, 4)
         x = ConvBN(128, **_options(self), name="conv")(x, train)
-        x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)  # channels first: fc1 reads them in PyTorch's order
+        x = x.transpose(0, 3, 1, 2).reshape(
+            x.shape[0], 128 * 4 * 4
+        )  # channels first: fc1 reads them in PyTorch's order
         x = nn.relu(_dense(self, 1024, x.shape[-1], "fc1")(x))
         x = nn.Dropout(self.dropout, name="dropout")(x, deterministic=not train)
         return _dense(self, self.num_classes, x.shape[-1], "fc2")(x)
@@ -215,7 +217,7 @@ class GoogLeNet(nn.Module):
         dropout_aux: rate inside the auxiliary classifiers.
         batch_norm: False for the folded graph, whose convolutions have a bias and no BatchNorm.
         dtype: of the computation. BatchNorm computes in float32 at least.
-        param_dtype: of the parameters. BatchNorm statistics are kept in float32 at least.
+        param_dtype: of the parameters. BatchNorm statistics start in float32 at least.
         precision: of convolutions and matrix products. GPUs and TPUs compute float32 in TF32 or bfloat16 unless this is
             "highest".
     """
@@ -285,7 +287,7 @@ class GoogLeNet(nn.Module):
         x = inception("inception5a", x)
         x = inception("inception5b", x)
         x = stage("avgpool", x.mean((1, 2), keepdims=True))
-        x = x.reshape(x.shape[0], -1)
+        x = x[:, 0, 0, :]
         x = nn.Dropout(self.dropout, name="dropout")(x, deterministic=not train)
         logits = stage("fc", _dense(self, self.num_classes, x.shape[-1], "fc")(x))
 
@@ -304,8 +306,8 @@ def endpoints(model: GoogLeNet, variables: Variables, images: Float[Array, "n h 
 
     Returns:
         ``{"conv1": ..., "maxpool1": ..., ..., "inception5b": ..., "avgpool": ..., "fc": ...}``: torchvision's module
-        names in the order of computation. Stages are NHWC, ``avgpool`` [N, 1, 1, 1024] included; ``fc``, the logits, is
-        [N, num_classes].
+        names, in the order of computation (``jax.jit`` sorts them by name). Stages are NHWC, ``avgpool``
+        [N, 1, 1, 1024] included; ``fc``, the logits, is [N, num_classes].
     """
     _, collections = model.apply(variables, images, mutable=["intermediates"])
     # `sow` collects a tuple, one entry a call: each stage is computed once.
@@ -354,7 +356,8 @@ def _blocked_dot(
     PyTorch's, and in blocks it is half of PyTorch's.
     """
     del dimension_numbers  # those of x @ kernel, whenever nn.Dense asks
-    x, kernel = x.reshape(len(x), 16, -1), kernel.reshape(16, -1, kernel.shape[-1])
+    (n, k), m = x.shape, kernel.shape[1]
+    x, kernel = x.reshape(n, 16, k // 16), kernel.reshape(16, k // 16, m)
     blocks = jnp.einsum(
         "nbk,bkm->bnm", x, kernel, precision=precision, preferred_element_type=_at_least_float32(x.dtype)
     )

@@ -1,4 +1,4 @@
-"""The map between torchvision's state dict and Flax variables, in both directions, with NumPy alone.
+"""The map between torchvision's state dict and Flax variables, in both directions, without torch.
 
 Module names are torchvision's, so only this differs: ``branch2.0`` is ``branch2_0``, the tensors of a layer have Flax's
 names (``NAMES``), and kernels have Flax's order of axes (``TORCH_AXES``).
@@ -27,7 +27,7 @@ TORCH_AXES = {
 
 _COUNTER = "num_batches_tracked"  # PyTorch counts steps with it; no result depends on it while momentum is a number
 
-Path = tuple[str, ...]
+VariablePath = tuple[str, ...]
 
 
 class PortingError(ValueError):
@@ -44,8 +44,9 @@ def from_torchvision(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """Turns a state dict of ``torchvision.models.googlenet`` into the variables of ``GoogLeNet``.
 
     Args:
-        state_dict: torchvision's names -> arrays or CPU tensors, of any floating dtype, with any number of classes,
-            with or without the auxiliary heads (``aux1``, ``aux2``) and ``num_batches_tracked``.
+        state_dict: torchvision's names -> arrays of any floating dtype, ``ml_dtypes.bfloat16`` included, or CPU tensors
+            of a dtype that NumPy has (for a bfloat16 tensor, call ``.float()`` first). Any number of classes, with or
+            without the auxiliary heads (``aux1``, ``aux2``) and ``num_batches_tracked``.
 
     Returns:
         ``{"params": ..., "batch_stats": ...}``, nested dicts of NumPy arrays that share no memory with the state dict.
@@ -68,7 +69,7 @@ def from_torchvision(state_dict: Mapping[str, Any]) -> dict[str, Any]:
             unreadable[key] = str(error)
     bias = arrays.get("fc.bias", np.empty(1000))
     has_aux = any(key.startswith(("aux1.", "aux2.")) for key in state_dict)
-    shapes = _shapes(GoogLeNet(num_classes=bias.size, aux_logits=has_aux))
+    shapes = _shapes(GoogLeNet(num_classes=bias.size or 1000, aux_logits=has_aux))
     torch_shapes = {torch_key(path): _torch_shape(shape) for path, shape in shapes.items()}
     counters = {key.rsplit(".", 1)[0] + f".{_COUNTER}" for key in torch_shapes if key.endswith(".running_mean")}
     tensors = {key: array for key, array in arrays.items() if key not in counters}
@@ -92,7 +93,8 @@ def to_torchvision(variables: Variables) -> dict[str, np.ndarray]:
     Returns:
         torchvision's names -> arrays of the same dtypes, bit for bit what ``from_torchvision`` had, with a
         ``num_batches_tracked`` of 0 for every BatchNorm. ``load_state_dict(strict=True)`` takes it once the arrays are
-        tensors: ``{key: torch.from_numpy(array) for key, array in state_dict.items()}``.
+        tensors: ``{key: torch.from_numpy(array) for key, array in state_dict.items()}`` (not for bfloat16, which
+        ``torch.from_numpy`` does not know).
 
     Raises:
         PortingError: as ``from_torchvision``; also for a folded network, for which torchvision has no place.
@@ -100,7 +102,7 @@ def to_torchvision(variables: Variables) -> dict[str, np.ndarray]:
     arrays = {path: np.asarray(value) for path, value in flatten_dict(dict(variables)).items()}
     bias = arrays.get(("params", "fc", "bias"), np.empty(1000))
     has_aux = any(path[1:2] in (("aux1",), ("aux2",)) for path in arrays)
-    shapes = _shapes(GoogLeNet(num_classes=bias.size, aux_logits=has_aux))
+    shapes = _shapes(GoogLeNet(num_classes=bias.size or 1000, aux_logits=has_aux))
     _check(
         "the tree of variables",
         {"/".join(path): array for path, array in arrays.items()},
@@ -116,7 +118,7 @@ def to_torchvision(variables: Variables) -> dict[str, np.ndarray]:
     return state_dict
 
 
-def torch_key(path: Path) -> str:
+def torch_key(path: VariablePath) -> str:
     """The name in a state dict of the variable at a path.
 
     ``("params", "inception3a", "branch2_0", "conv", "kernel")`` is ``inception3a.branch2.0.conv.weight``.
@@ -125,7 +127,7 @@ def torch_key(path: Path) -> str:
     return ".".join([*(re.sub(r"^(branch\d)_(\d)$", r"\1.\2", module) for module in modules), NAMES[name]])
 
 
-def _shapes(model: GoogLeNet) -> dict[Path, tuple[int, ...]]:
+def _shapes(model: GoogLeNet) -> dict[VariablePath, tuple[int, ...]]:
     return {path: leaf.shape for path, leaf in flatten_dict(variable_shapes(model)).items()}
 
 

@@ -169,16 +169,57 @@ def test_a_missing_file_is_said_by_the_system(tmp_path: Path) -> None:
         flax_googlenet.load(tmp_path / "none.safetensors")
 
 
-def test_the_file_of_another_version_is_refused(small: Path, tmp_path: Path) -> None:
-    path = tmp_path / "newer.safetensors"
+def forge(small: Path, path: Path, **changes: Any) -> None:
+    """A file with a right sha256 and other contents: anyone can compute one."""
     with safetensors.safe_open(small, "np") as file:
         content = json.loads(file.metadata()["flax_googlenet"])
-    content["model"]["depth"] = 22
-    content["sha256"] = "0" * 64
+    content |= {"sha256": "0" * 64, **changes}
     data = safetensors.numpy.save(safetensors.numpy.load_file(small), {"flax_googlenet": json.dumps(content)})
     path.write_bytes(data.replace(b"0" * 64, hashlib.sha256(data).hexdigest().encode()))
-    with pytest.raises(CheckpointError, match=r"another version of flax_googlenet: its model has .*'depth'"):
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("depth", 22, r"is of another version of flax_googlenet: its model has .*'depth'"),
+        ("dtype", "foo", "holds no model of flax_googlenet: "),
+        ("param_dtype", "int32", "holds no model of flax_googlenet: "),
+        ("num_classes", "x", "holds no model of flax_googlenet: "),
+    ],
+)
+def test_contents_that_are_no_model_are_refused(
+    name: str, value: Any, message: str, small: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "forged.safetensors"
+    with safetensors.safe_open(small, "np") as file:
+        model = json.loads(file.metadata()["flax_googlenet"])["model"]
+    forge(small, path, model=model)
+    flax_googlenet.load(path)  # unchanged, it is a checkpoint
+    forge(small, path, model={**model, name: value})
+    with pytest.raises(CheckpointError, match=message):
         flax_googlenet.load(path)
+
+
+@pytest.mark.parametrize("changes", [{"model": 1}, {"metadata": [1]}])
+def test_contents_of_another_kind_are_refused(changes: dict[str, Any], small: Path, tmp_path: Path) -> None:
+    path = tmp_path / "forged.safetensors"
+    forge(small, path, **changes)
+    for read in (flax_googlenet.load, flax_googlenet.load_metadata):
+        with pytest.raises(
+            CheckpointError, match="holds no model of flax_googlenet: model and metadata must be objects"
+        ):
+            read(path)
+
+
+def test_a_dtype_that_is_not_floating_point_is_refused(small: Path) -> None:
+    with pytest.raises(CheckpointError, match="dtype must be float64, float32, float16 or bfloat16"):
+        flax_googlenet.load(small, dtype=jnp.int32)
+
+
+def test_a_precision_that_has_no_name_is_refused(tmp_path: Path) -> None:
+    model = SMALL.clone(precision=("high", "highest"))
+    with pytest.raises(CheckpointError, match="cannot be stored: use None or a name such as 'highest'"):
+        flax_googlenet.save(tmp_path / "model.safetensors", model, made(SMALL))
 
 
 def test_save_refuses_variables_of_another_model_and_lists_them(tmp_path: Path) -> None:
@@ -201,10 +242,16 @@ def test_save_refuses_variables_of_another_model_and_lists_them(tmp_path: Path) 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
-    path.mkdir()  # a folder cannot be renamed over
-    with pytest.raises(OSError, match="director"):
+    path.mkdir()
+    with pytest.raises(FileExistsError, match="not a regular file"):
         flax_googlenet.save(path, SMALL, made(SMALL))
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_device_is_not_replaced_by_a_file() -> None:
+    with pytest.raises(FileExistsError, match="not a regular file"):
+        write_atomically("/dev/null", b"")
+    assert Path("/dev/null").is_char_device()
 
 
 def test_writing_through_a_link_keeps_the_link_and_the_umask(tmp_path: Path) -> None:

@@ -253,5 +253,31 @@ def test_the_library_imports_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_the_public_names_are_there() -> None:
-    assert all(hasattr(flax_googlenet, name) for name in flax_googlenet.__all__)
+def test_the_public_names_are_those_of_the_contract() -> None:
+    assert set(flax_googlenet.__all__) == {
+        "CheckpointError",
+        "GoogLeNet",
+        "GoogLeNetOutput",
+        "PortingError",
+        "endpoints",
+        "from_torchvision",
+        "load",
+        "load_metadata",
+        "save",
+        "to_torchvision",
+    }
+    assert set(flax_googlenet.__all__) <= set(dir(flax_googlenet))
+
+
+def test_no_classes_are_a_wrong_shape(state_dict: StateDict) -> None:
+    bad = {**state_dict, "fc.bias": np.zeros(0, np.float32), "fc.weight": np.zeros((0, 1024), np.float32)}
+    with pytest.raises(PortingError, match=r"fc\.bias \(0,\), expected \(1000,\)"):
+        from_torchvision(bad)
+
+
+def test_a_nan_on_one_of_the_images_is_not_proven(state_dict: StateDict, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = [image[:1, :32, :32] for image in proof.proof_images()]
+    images[1] = np.full_like(images[1], 3e38)  # overflows in both, and there is nothing left to compare
+    monkeypatch.setattr(proof, "proof_images", lambda: images)
+    result = proof.prove(state_dict, GoogLeNet(), from_torchvision(state_dict))
+    assert not result.ok
