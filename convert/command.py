@@ -126,9 +126,11 @@ def diagnose_port(args: argparse.Namespace, screen: Console, progress: Console, 
             f"[bold green]No difference:[/] {escape(subject)} agrees with {escape(source.name)} in every stage."
         )
         return Status.PROVEN
-    error = found.error if math.isfinite(found.error) else None
-    result["diagnosis"] = {**vars(found), "error": error}
-    size = "its shape differs" if error is None else f"the largest error is {error:.1e} of the largest value"
+    result["diagnosis"] = {**vars(found), "error": found.error if math.isfinite(found.error) else None}
+    if math.isfinite(found.error):
+        size = f"the largest error is {found.error:.1e} of the largest value"
+    else:
+        size = "its shape differs" if math.isinf(found.error) else "it has values that are not finite"
     screen.print(f"[bold red]Diverges at {found.stage}:[/] {escape(subject)}, {size}.", soft_wrap=True)
     screen.print(f"[bold]Likely cause: {found.cause}.[/] {escape(found.explanation)}.", soft_wrap=True)
     return Status.NOT_PROVEN

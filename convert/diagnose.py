@@ -25,7 +25,7 @@ class Diagnosis:
     stage: str
     """The first stage that diverges, by torchvision's name."""
     error: float
-    """There, in float64, relative to the largest value; infinite where the shapes differ."""
+    """There, in float64, relative to the largest value; infinite if the shapes differ, NaN if it is not finite."""
     cause: str
     """padding, flatten order, transform_input, statistics, precision, weights or unknown."""
     explanation: str

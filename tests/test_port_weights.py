@@ -442,6 +442,18 @@ def test_diagnose_names_same_padding(
     assert '"SAME"' in found["explanation"]
 
 
+def test_diagnose_says_in_words_how_far_a_stage_is_off(
+    here: Path, variables: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = jax.tree.map(np.copy, variables)
+    swap_statistics(wrong)  # the square root of a negative mean is not a number
+    flax_googlenet.save("wrong.safetensors", GoogLeNet(), wrong)
+    assert port_weights.main(["random", "--output", "wrong.safetensors", "--diagnose"]) == 5
+    out = capsys.readouterr().out
+    assert "Diverges at inception3b: wrong.safetensors, it has values that are not finite." in out
+    assert "Likely cause: statistics. mean and var are swapped" in out
+
+
 def test_diagnose_finds_nothing_wrong_with_a_right_port(
     here: Path, variables: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
