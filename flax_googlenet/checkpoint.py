@@ -94,12 +94,14 @@ def load(path: str | os.PathLike[str], *, dtype: Dtype | None = None) -> tuple[G
             f"{os.fspath(path)} is of another version of flax_googlenet: its model has {sorted(config)}"
         )
     try:
-        model = GoogLeNet(**config | {name: jnp.dtype(config[name]).type for name in ("dtype", "param_dtype")})
+        fields = {name: jnp.dtype(config[name]).type for name in ("dtype", "param_dtype")}
+        if not (isinstance(config["num_classes"], int) and set(fields.values()) <= set(_DTYPES.values())):
+            raise ValueError("num_classes, dtype or param_dtype is of no kind that a model has")
+        model = GoogLeNet(**config | fields)
         tensors = {
             name: np.frombuffer(view["data"], _DTYPES[view["dtype"]]).reshape(view["shape"])
             for name, view in safetensors.deserialize(data)
         }
-        variable_shapes(model)
     except (TypeError, ValueError, KeyError) as error:  # the sha256 is no secret: anyone can write it
         raise CheckpointError(f"{os.fspath(path)} holds no model of flax_googlenet: {error}") from error
     if dtype is not None:
@@ -111,7 +113,6 @@ def load(path: str | os.PathLike[str], *, dtype: Dtype | None = None) -> tuple[G
                 "or load it with dtype=jax.numpy.float32"
             )
     _check_tensors(f"{os.fspath(path)}: the tensors", model, tensors)
-
     variables = {}
     for names, shape in flatten_dict(variable_shapes(model)).items():
         tensor = tensors["/".join(names)]

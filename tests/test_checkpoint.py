@@ -128,10 +128,10 @@ def test_any_flipped_bit_is_noticed(small: Path, tmp_path: Path) -> None:
     data = small.read_bytes()
     header_bits = 8 * (8 + int.from_bytes(data[:8], "little"))
     rng = random.Random(0)
-    bits = [*range(64), *rng.sample(range(64, header_bits), 80), *rng.sample(range(header_bits, 8 * len(data)), 40)]
+    bits = [*range(64), *rng.sample(range(64, header_bits), 40), *rng.sample(range(header_bits, 8 * len(data)), 20)]
     metadata = data.index(b"__metadata__")
     bits += [
-        8 * (metadata + i) + rng.randrange(8) for i in range(0, 600, 3)
+        8 * (metadata + i) + rng.randrange(8) for i in range(0, 600, 6)
     ]  # the configuration, the digest, the names
     flipped = tmp_path / "flipped.safetensors"
     for bit in bits:
@@ -283,7 +283,7 @@ while True:
 """
     rng = random.Random(0)
     seen = set()
-    for _ in range(6):
+    for _ in range(5):
         process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
         assert process.stdout is not None
         process.stdout.readline()  # saving has begun
