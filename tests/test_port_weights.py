@@ -39,7 +39,7 @@ def command(*arguments: str | Path, cwd: Path, **environment: str) -> subprocess
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working folder, and a cache of PyTorch's that is empty, too."""
-    folder = tmp_path / "work"
+    folder = tmp_path / "here"
     folder.mkdir()
     monkeypatch.chdir(folder)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
@@ -192,8 +192,8 @@ def test_what_cannot_be_had_is_said(
 
 def test_the_checkpoint_itself_is_never_written_over(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("model.safetensors").write_bytes(b"precious")
-    status, error = refused(["model.safetensors", "--output", "../work/model.safetensors"], capsys)
-    assert (status, error) == (2, "../work/model.safetensors is the checkpoint itself: name another file to write")
+    status, error = refused(["model.safetensors", "--output", "../here/model.safetensors"], capsys)
+    assert (status, error) == (2, "../here/model.safetensors is the checkpoint itself: name another file to write")
 
 
 def test_a_report_never_lands_on_the_port(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
