@@ -44,7 +44,7 @@ def test_max_pool_is_torchs(h: int, w: int, pool: tuple[int, int, int]) -> None:
     np.testing.assert_array_equal(max_pool(x, window, stride, padding), nhwc(expected))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.integers(3, 12), st.integers(3, 12), pools())
 def test_max_pool_gives_the_gradient_of_a_tie_to_the_same_pixel(h: int, w: int, pool: tuple[int, int, int]) -> None:
     window, stride, padding = pool
@@ -74,7 +74,7 @@ def test_max_pool_refuses_padding_above_half_a_window_as_torch_does() -> None:
         max_pool(images(5, 5), window=3, stride=1, padding=2)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.integers(1, 30), st.integers(1, 30), st.integers(1, 7))
 def test_adaptive_avg_pool_is_torchs(h: int, w: int, output_size: int) -> None:
     x = np.random.default_rng([h, w]).standard_normal((2, h, w, 3))

@@ -415,7 +415,7 @@ def test_flipped_bits_in_a_legacy_file_never_end_in_anything_but_tensors_or_a_re
     data = path.read_bytes()
     rng = random.Random(0)
     refused = 0
-    for _ in range(100):
+    for _ in range(40):
         flipped = bytearray(data)
         flipped[rng.randrange(60_000)] ^= 1 << rng.randrange(8)  # the pickles
         path.write_bytes(flipped)
@@ -424,4 +424,4 @@ def test_flipped_bits_in_a_legacy_file_never_end_in_anything_but_tensors_or_a_re
         except reading.ReadingError as error:
             assert str(error).startswith(f"{path}: ")
             refused += 1
-    assert refused > 25
+    assert refused > 10
