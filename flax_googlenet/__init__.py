@@ -3,16 +3,20 @@
 from flax_googlenet.checkpoint import CheckpointError, load, load_metadata, save
 from flax_googlenet.model import GoogLeNet, GoogLeNetOutput, endpoints
 from flax_googlenet.porting import PortingError, from_torchvision, to_torchvision
+from flax_googlenet.preprocess import ImageError, preprocess, preprocess_batch
 
 __all__ = [
     "CheckpointError",
     "GoogLeNet",
     "GoogLeNetOutput",
+    "ImageError",
     "PortingError",
     "endpoints",
     "from_torchvision",
     "load",
     "load_metadata",
+    "preprocess",
+    "preprocess_batch",
     "save",
     "to_torchvision",
 ]

@@ -1,0 +1,209 @@
+"""An image, from a file, Pillow or NumPy, to the network's input: pixel-equal to torchvision's preset for ImageNet.
+
+The preset is ``torchvision.models.GoogLeNet_Weights.IMAGENET1K_V1.transforms()``: the short side resized to 256 pixels
+(bilinear, antialiased), a centre crop of 224, [0, 1], ImageNet's mean and standard deviation.
+"""
+
+import errno
+import os
+import stat
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+
+import numpy as np
+from jaxtyping import Float32
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from flax_googlenet.model import IMAGENET_MEAN, IMAGENET_STD
+
+RESIZE = 256
+"""The short side after resizing, in pixels."""
+
+CROP = 224
+"""Height and width of the result, in pixels."""
+
+ImageSource = str | os.PathLike[str] | Image.Image | np.ndarray
+
+_MARGIN = (RESIZE - CROP) // 2
+_LONGEST = (
+    32 * RESIZE
+)  # a longer side is enlarged only where the crop needs it: 1x20000 pixels would become 256x5120000
+_BITS = 22  # after the point, in the fixed-point numbers of Pillow's resampling
+
+
+class ImageError(ValueError):
+    """Something that is no image, or none that can be read; the message names it and the way out."""
+
+
+def preprocess(image: ImageSource) -> Float32[np.ndarray, "224 224 3"]:
+    """Prepares one image for the network.
+
+    Args:
+        image: a file that Pillow reads, a Pillow image, or uint8 RGB [H, W, 3]. Files and Pillow images are turned as
+            their EXIF orientation says and converted to RGB: alpha is dropped and what lies under it is seen, as in
+            torchvision's loader; 16-bit greys are scaled to 8 bits; of an animation it is the first frame.
+
+    Returns:
+        float32 [224, 224, 3], normalised RGB.
+
+    Raises:
+        ImageError: if there is no such file, if it is damaged or not an image, if it has more pixels than
+            ``PIL.Image.MAX_IMAGE_PIXELS``, or if the array is of another dtype or shape.
+    """
+    pixels = np.asarray(_resize_and_crop(_rgb(image)), np.float32) / np.float32(255)
+    return (pixels - np.array(IMAGENET_MEAN, np.float32)) / np.array(IMAGENET_STD, np.float32)
+
+
+def preprocess_batch(images: Iterable[ImageSource], workers: int | None = None) -> Float32[np.ndarray, "n 224 224 3"]:
+    """Prepares many images at once, as ``preprocess`` does one.
+
+    Args:
+        images: as for ``preprocess``. A Pillow image that is not loaded yet must not be among them twice: Pillow reads
+            it in one thread alone.
+        workers: number of threads, by default one for each core: Pillow works outside Python's lock.
+
+    Returns:
+        float32 [N, 224, 224, 3], in the order of ``images``.
+
+    Raises:
+        ImageError: as ``preprocess``, for the first image that fails; the message tells its place.
+    """
+
+    def numbered(item: tuple[int, ImageSource]) -> np.ndarray:
+        try:
+            return preprocess(item[1])
+        except ImageError as error:
+            raise ImageError(f"images[{item[0]}]: {error}") from error
+
+    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+        arrays = list(pool.map(numbered, enumerate(images)))
+    return np.stack(arrays) if arrays else np.empty((0, CROP, CROP, 3), np.float32)
+
+
+def _rgb(source: ImageSource) -> Image.Image:
+    if isinstance(source, np.ndarray):
+        return _from_array(source)
+    if isinstance(source, Image.Image):
+        name = str(getattr(source, "filename", "") or "the image")
+    elif isinstance(source, str | os.PathLike):
+        name = os.fsdecode(source)
+    else:
+        raise ImageError(
+            f"an image must be a path, a PIL.Image or a uint8 array [H, W, 3], not {type(source).__name__}: "
+            "use numpy.asarray for an array, PIL.Image.open(io.BytesIO(data)) for the bytes of a file"
+        )
+    try:
+        if isinstance(source, Image.Image):
+            return _to_rgb(source, name)
+        # Opening a pipe would wait for its writer.
+        if not stat.S_ISREG((status := os.stat(source)).st_mode):
+            raise ImageError(f"{name} is {'a folder' if stat.S_ISDIR(status.st_mode) else 'no file'}: name an image")
+        if status.st_size == 0:
+            raise ImageError(f"{name} is empty: get a new copy")
+        with Image.open(source) as image:
+            return _to_rgb(image, name)
+    except ImageError:
+        raise
+    except UnidentifiedImageError as error:
+        raise ImageError(f"{name} is not an image that Pillow can read: convert it to PNG or JPEG") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise _too_large(name) from error
+    except Exception as error:  # on a damaged file Pillow's readers raise anything
+        if isinstance(error, OSError) and error.errno is not None:
+            hint = ": check the path" if error.errno == errno.ENOENT else ""
+            raise ImageError(f"{name}: {(error.strerror or 'unreadable').lower()}{hint}") from error
+        raise ImageError(f"{name} is damaged or cut off ({error}): get a new copy") from error
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    # Before the pixels are decoded. Pillow itself only warns up to twice this size.
+    if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+        raise _too_large(name)
+    image.load()
+    with suppress(SyntaxError):  # EXIF that Pillow cannot read: the pixels are sound
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # I;16 and its variants, and I, as which Pillow opens some files of 16 bits
+        grey = np.asarray(image).astype(np.int32)
+        if grey.min() < 0 or grey.max() > 65535:
+            raise ImageError(f"{name} has values outside of 0 to 65535: scale it to 8 bits first")
+        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")  # Pillow would clip at 255
+    if image.mode == "F":
+        raise ImageError(f"{name} is in floating point, of unknown range: scale it to 8 bits first")
+    if image.mode in ("P", "PA"):
+        image = image.convert("RGBA")  # the same colours; Pillow warns of transparency that goes straight to RGB
+    return image.convert("RGB")
+
+
+def _too_large(name: str) -> ImageError:
+    return ImageError(
+        f"{name} has more than {Image.MAX_IMAGE_PIXELS} pixels, which may be a decompression bomb: make it smaller, or "
+        "raise PIL.Image.MAX_IMAGE_PIXELS if you trust it"
+    )
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    problem = f"expected a uint8 array [H, W, 3], got {array.dtype} {list(array.shape)}"
+    if array.dtype != np.uint8:
+        raise ImageError(f"{problem}: scale to 0 ... 255, round and use .astype(numpy.uint8)")
+    if array.ndim == 2:
+        raise ImageError(f"{problem}: for greys use numpy.stack([image] * 3, axis=-1)")
+    if array.ndim == 4:
+        raise ImageError(f"{problem}: use preprocess_batch for several images")
+    if array.ndim != 3 or array.size == 0:
+        raise ImageError(problem)
+    if array.shape[2] == 4:
+        raise ImageError(f"{problem}: drop alpha with image[..., :3]")
+    if array.shape[2] != 3:
+        raise ImageError(f"{problem}: CHW? use image.transpose(1, 2, 0)" if array.shape[0] == 3 else problem)
+    return Image.fromarray(array)
+
+
+def _resize_and_crop(image: Image.Image) -> Image.Image:
+    """torchvision's ``resize(image, 256)`` and ``center_crop(image, 224)``, its rounding included."""
+    width, height = image.size
+    short, long = min(width, height), int(RESIZE * max(width, height) / min(width, height))
+    start = round((long - CROP) / 2)  # to even, as torchvision does
+    if short < RESIZE and long > _LONGEST:
+        return _enlarge_strip(image, long, start)
+    size, left, top = ((RESIZE, long), _MARGIN, start) if width <= height else ((long, RESIZE), start, _MARGIN)
+    return image.resize(size, Image.Resampling.BILINEAR).crop((left, top, left + CROP, top + CROP))
+
+
+def _enlarge_strip(image: Image.Image, long: int, start: int) -> Image.Image:
+    """The same for a very long image, without the parts that the crop would cut away; pixel-equal.
+
+    Pillow resizes horizontally, rounds to 8 bits, and then resizes vertically. It can itself take a part of an image,
+    but of one whose borders are float32: some pixels would differ. So the long side is resized here.
+    """
+    width, height = image.size
+    first, weights = _bilinear_weights(max(width, height), long, start)
+    last = first + weights.shape[1]
+    if width <= height:
+        rows = image.crop((0, first, width, last)).resize((RESIZE, last - first), Image.Resampling.BILINEAR)
+        rows = rows.crop((_MARGIN, 0, _MARGIN + CROP, last - first))
+        return Image.fromarray(_weighted_sums(weights, np.asarray(rows)))
+    columns = np.asarray(image.crop((first, 0, last, height))).swapaxes(0, 1)
+    strip = Image.fromarray(_weighted_sums(weights, columns).swapaxes(0, 1))
+    return strip.resize((CROP, RESIZE), Image.Resampling.BILINEAR).crop((0, _MARGIN, CROP, _MARGIN + CROP))
+
+
+def _bilinear_weights(size: int, new_size: int, start: int) -> tuple[int, np.ndarray]:
+    """Pillow's weights for ``CROP`` pixels, from ``start`` on, of a side enlarged from ``size`` to ``new_size``.
+
+    Returns:
+        The first source pixel that counts, and int64 [CROP, source pixels from there on], in fixed point.
+
+    Reference: ``precompute_coeffs`` in https://github.com/python-pillow/Pillow/blob/main/src/libImaging/Resample.c
+    """
+    centres = (np.arange(start, start + CROP) + 0.5) * (size / new_size) - 0.5
+    pixels = np.arange(max(int(centres[0]), 0), min(int(centres[-1]) + 2, size))
+    weights = np.maximum(1 - abs(pixels - centres[:, None]), 0)
+    weights /= weights.sum(1, keepdims=True)  # less than 1 at the ends of the side
+    return int(pixels[0]), (weights * (1 << _BITS) + 0.5).astype(np.int64)
+
+
+def _weighted_sums(weights: np.ndarray, pixels: np.ndarray) -> np.ndarray:
+    """int64 [CROP, L] and uint8 [L, K, 3] -> uint8 [CROP, K, 3], rounded as Pillow does."""
+    sums = np.tensordot(weights, pixels.astype(np.int64), axes=1) + (1 << (_BITS - 1))
+    return (sums >> _BITS).astype(np.uint8)
