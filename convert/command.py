@@ -15,15 +15,15 @@ import jax
 import ml_dtypes
 import numpy as np
 import torch
+from checkpoint_source import Source, read
 from diagnose import diagnose
+from exit_status import PortFailureError, Status
 from proof import Proof, prove, summary
 from report import render
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
-from source import Source, read
-from status import PortFailureError, Status
 
 import flax_googlenet
 from flax_googlenet import GoogLeNet

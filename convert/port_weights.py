@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from exit_status import PortFailureError, Status
 from rich.console import Console
 from rich.markup import escape
-from status import PortFailureError, Status
 
 DESCRIPTION = """\
 Turn a torchvision GoogLeNet checkpoint into Flax variables, and prove it: torchvision's network and ours run on the

@@ -9,13 +9,13 @@ from urllib.parse import urlsplit
 
 import download
 import numpy as np
-import reading
 import reference
 import torch
+import untrusted
+from exit_status import PortFailureError, Status
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-from status import PortFailureError, Status
 
 IMAGENET_NAME = Path(reference.IMAGENET.url).name
 IMAGENET_HASH: str = download.hash_in_name(IMAGENET_NAME)  # type: ignore[assignment]  # torchvision's names have one
@@ -54,8 +54,8 @@ def read(args: argparse.Namespace, progress: Console) -> Source:
         else:
             path = Path(args.checkpoint)
         try:
-            checkpoint = reading.read(path, args.key)
-        except reading.ReadingError as error:
+            checkpoint = untrusted.read(path, args.key)
+        except untrusted.UntrustedFileError as error:
             raise PortFailureError(Status.REFUSED, str(error)) from error
         except OSError as error:
             hint = "" if os.path.exists(path) else ": give a file, a URL, imagenet or random"
@@ -94,7 +94,7 @@ def _download(url: str, scratch: Path, progress: Console) -> Path:
                 url,
                 path,
                 sha256=sha256,
-                max_bytes=reading.MAX_BYTES,
+                max_bytes=untrusted.MAX_BYTES,
                 on_progress=lambda done, total: bar.update(task, completed=done, total=total),
             )
     except download.DownloadError as error:

@@ -29,7 +29,7 @@ WRAPPERS = ("model", "state_dict", "model_ema")  # as in torchvision's reference
 PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and torch.compile
 
 
-class ReadingError(Exception):
+class UntrustedFileError(Exception):
     """One line: the file, and what is wrong with it."""
 
 
@@ -51,7 +51,7 @@ def read(path: Path, key: str | None = None) -> Checkpoint:
         key: of the state dict inside a training checkpoint; None finds it where it is plain which one is meant.
 
     Raises:
-        ReadingError: for anything but a whole checkpoint of plain tensors.
+        UntrustedFileError: for anything but a whole checkpoint of plain tensors.
         OSError: if there is no such file.
     """
     try:
@@ -59,24 +59,24 @@ def read(path: Path, key: str | None = None) -> Checkpoint:
         state_dict, note = _find_state_dict(_load(path, data), key)
         tensors = _strip_prefixes(state_dict)
         return Checkpoint(_to_numpy(tensors, len(data)), hashlib.sha256(data).hexdigest(), note)
-    except ReadingError as error:
-        raise ReadingError(f"{path}: {error}") from error
+    except UntrustedFileError as error:
+        raise UntrustedFileError(f"{path}: {error}") from error
 
 
 def _read_capped(path: Path) -> bytes:
     size = path.stat().st_size
     if size == 0:
-        raise ReadingError("the file is empty")
+        raise UntrustedFileError("the file is empty")
     if size > MAX_BYTES:
-        raise ReadingError(f"the file has {size:,} bytes, and no GoogLeNet has more than {MAX_BYTES:,}")
+        raise UntrustedFileError(f"the file has {size:,} bytes, and no GoogLeNet has more than {MAX_BYTES:,}")
     return path.read_bytes()
 
 
 def _load(path: Path, data: bytes) -> Any:
     if re.match(rb"\s*<(!doctype|\?xml|html|head|body)", data[:512].lower()):
-        raise ReadingError("this is a web page, not a checkpoint: download the file itself")
+        raise UntrustedFileError("this is a web page, not a checkpoint: download the file itself")
     if data.startswith(b"version https://git-lfs"):
-        raise ReadingError("this is a Git LFS pointer, not the checkpoint: run `git lfs pull`")
+        raise UntrustedFileError("this is a Git LFS pointer, not the checkpoint: run `git lfs pull`")
     if path.suffix == ".safetensors":
         return _load_safetensors(data)
     if data.startswith(b"PK\x03\x04"):
@@ -84,16 +84,16 @@ def _load(path: Path, data: bytes) -> Any:
     if data.startswith(LEGACY_MAGIC):
         _check_legacy_pickles(data)
         return _load_pickled(io.BytesIO(data))
-    raise ReadingError("this is neither a file of torch.save nor a .safetensors, or its first bytes are damaged")
+    raise UntrustedFileError("this is neither a file of torch.save nor a .safetensors, or its first bytes are damaged")
 
 
 def _load_safetensors(data: bytes) -> dict[str, torch.Tensor]:
     try:
         tensors = safetensors.torch.load(data)
     except Exception as error:  # a KeyError for an unknown dtype, too
-        raise ReadingError(f"the file is damaged or cut off ({_first_line(error)})") from error
+        raise UntrustedFileError(f"the file is damaged or cut off ({_first_line(error)})") from error
     if any(name.startswith("params/") for name in tensors):
-        raise ReadingError("this is a port already: --to-torchvision FILE.pth turns it back")
+        raise UntrustedFileError("this is a port already: --to-torchvision FILE.pth turns it back")
     return tensors
 
 
@@ -104,23 +104,25 @@ def _checked_zip(data: bytes) -> io.BytesIO:
         with zipfile.ZipFile(io.BytesIO(data)) as source, zipfile.ZipFile(clean, "w") as target:
             entries = source.infolist()
             if any("/code/" in entry.filename for entry in entries):
-                raise ReadingError("this is a TorchScript program, not a state dict: save model.state_dict() instead")
+                raise UntrustedFileError(
+                    "this is a TorchScript program, not a state dict: save model.state_dict() instead"
+                )
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-                raise ReadingError("the zip has compressed entries, which torch.save never writes: a zip bomb?")
+                raise UntrustedFileError("the zip has compressed entries, which torch.save never writes: a zip bomb?")
             if sum(entry.file_size for entry in entries) > len(data):
-                raise ReadingError("the zip claims more contents than it has bytes: a zip bomb?")
+                raise UntrustedFileError("the zip claims more contents than it has bytes: a zip bomb?")
             if len({entry.filename for entry in entries}) < len(entries):
-                raise ReadingError("the zip has two entries of one name")
+                raise UntrustedFileError("the zip has two entries of one name")
             if any(e.filename.endswith("data.pkl") and e.file_size > MAX_PICKLE_BYTES for e in entries):
-                raise ReadingError(f"its pickle has more than {MAX_PICKLE_BYTES:,} bytes: no list of tensors has")
+                raise UntrustedFileError(f"its pickle has more than {MAX_PICKLE_BYTES:,} bytes: no list of tensors has")
             for entry in entries:
                 target.writestr(entry.filename, source.read(entry))  # checks the CRC
-    except ReadingError:
+    except UntrustedFileError:
         raise
     except (
         Exception
     ) as error:  # zipfile raises a dozen kinds on damage: BadZipFile, struct.error, NotImplementedError...
-        raise ReadingError(f"the zip is damaged or cut off ({_first_line(error)})") from error
+        raise UntrustedFileError(f"the zip is damaged or cut off ({_first_line(error)})") from error
     clean.seek(0)
     return clean
 
@@ -134,10 +136,10 @@ def _check_legacy_pickles(data: bytes) -> None:
                 pass
     except Exception as error:  # pickletools raises several kinds
         if len(data) > MAX_PICKLE_BYTES and stream.tell() > MAX_PICKLE_BYTES:
-            raise ReadingError(
+            raise UntrustedFileError(
                 f"its pickle has more than {MAX_PICKLE_BYTES:,} bytes: no list of tensors has"
             ) from error
-        raise ReadingError(f"the file is damaged or cut off ({_first_line(error)})") from error
+        raise UntrustedFileError(f"the file is damaged or cut off ({_first_line(error)})") from error
 
 
 def _load_pickled(file: io.BytesIO) -> Any:
@@ -151,22 +153,22 @@ def _load_pickled(file: io.BytesIO) -> Any:
             reason = f"it asks for {wanted[1]}, and only plain tensors are loaded: save model.state_dict() instead"
         else:
             reason = f"the file is damaged or cut off ({_first_line(error)})"
-        raise ReadingError(reason) from error
+        raise UntrustedFileError(reason) from error
 
 
 def _find_state_dict(content: Any, key: str | None) -> tuple[Mapping[str, Any], str | None]:
     if not isinstance(content, Mapping):
-        raise ReadingError(f"it holds a {type(content).__name__}, not a state dict")
+        raise UntrustedFileError(f"it holds a {type(content).__name__}, not a state dict")
     found = ", ".join(str(name) for name in list(content)[:12]) + (", ..." if len(content) > 12 else "")
     candidates = [name for name in WRAPPERS if isinstance(content.get(name), Mapping)]
     if key is not None:
         if not isinstance(content.get(key), Mapping):
-            raise ReadingError(f"there is no state dict under --key {key}; the keys found: {found}")
+            raise UntrustedFileError(f"there is no state dict under --key {key}; the keys found: {found}")
         return content[key], None
     if any(isinstance(value, torch.Tensor) for value in content.values()):
         return content, None
     if not candidates:
-        raise ReadingError(f"no state dict found; name one with --key; the keys found: {found or 'none'}")
+        raise UntrustedFileError(f"no state dict found; name one with --key; the keys found: {found or 'none'}")
     chosen, *others = candidates
     return content[chosen], f"took {chosen!r}; --key {others[0]} takes the other weights in it" if others else None
 
@@ -185,19 +187,19 @@ def _to_numpy(tensors: Mapping[str, Any], file_size: int) -> dict[str, np.ndarra
     arrays, storages = {}, {}
     for name, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu":
-            raise ReadingError(f"{name} is not a plain tensor")
+            raise UntrustedFileError(f"{name} is not a plain tensor")
         storage = tensor.untyped_storage()
         storages[storage.data_ptr()] = storage.nbytes()
         # Stated sizes cost nothing; the first copy of a view that repeats its storage would fill the memory.
         if tensor.numel() * tensor.itemsize > storage.nbytes() or sum(storages.values()) > file_size:
-            raise ReadingError(f"{name} claims {tuple(tensor.shape)}, more than the bytes stored for it")
+            raise UntrustedFileError(f"{name} claims {tuple(tensor.shape)}, more than the bytes stored for it")
         try:
             if tensor.dtype == torch.bfloat16:
                 arrays[name] = tensor.detach().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
             else:
                 arrays[name] = tensor.detach().numpy()
         except (TypeError, RuntimeError) as error:  # quantized, float8
-            raise ReadingError(f"{name} is not a plain tensor ({_first_line(error)})") from error
+            raise UntrustedFileError(f"{name} is not a plain tensor ({_first_line(error)})") from error
     return arrays
 
 

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import reading
 import reference
 import safetensors.torch
 import torch
 import torchvision
+import untrusted
 
 Tensors = dict[str, torch.Tensor]
 
@@ -44,8 +44,8 @@ def same(state_dict: dict[str, np.ndarray], tensors: Tensors) -> bool:
 
 def refusal(path: Path, key: str | None = None) -> str:
     """The message without the file's name, with which it must begin."""
-    with pytest.raises(reading.ReadingError) as caught:
-        reading.read(path, key)
+    with pytest.raises(untrusted.UntrustedFileError) as caught:
+        untrusted.read(path, key)
     message = str(caught.value)
     assert "\n" not in message
     assert message.startswith(f"{path}: ")
@@ -53,20 +53,20 @@ def refusal(path: Path, key: str | None = None) -> str:
 
 
 def test_a_zip_is_read_bit_for_bit(tensors: Tensors, zipped: Path) -> None:
-    assert same(reading.read(zipped).state_dict, tensors)
+    assert same(untrusted.read(zipped).state_dict, tensors)
 
 
 def test_the_legacy_format_is_read_bit_for_bit(tensors: Tensors, tmp_path: Path) -> None:
     path = tmp_path / "legacy.pth"
     torch.save(tensors, path, _use_new_zipfile_serialization=False)
     assert not zipfile.is_zipfile(path)
-    assert same(reading.read(path).state_dict, tensors)
+    assert same(untrusted.read(path).state_dict, tensors)
 
 
 def test_safetensors_is_read_bit_for_bit(tensors: Tensors, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     safetensors.torch.save_file(tensors, path)
-    assert same(reading.read(path).state_dict, tensors)
+    assert same(untrusted.read(path).state_dict, tensors)
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
@@ -74,7 +74,7 @@ def test_bfloat16_is_read_bit_for_bit(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"model{suffix}"
     tensors = {"fc.bias": torch.randn(5).bfloat16()}
     torch.save(tensors, path) if suffix == ".pth" else safetensors.torch.save_file(tensors, path)
-    array = reading.read(path).state_dict["fc.bias"]
+    array = untrusted.read(path).state_dict["fc.bias"]
     assert array.dtype.name == "bfloat16"
     assert array.astype(np.float32).tobytes() == tensors["fc.bias"].float().numpy().tobytes()
 
@@ -102,13 +102,13 @@ def training_checkpoint(tensors: Tensors, tmp_path_factory: pytest.TempPathFacto
 def test_a_training_checkpoint_gives_its_model_and_tells_of_the_other(
     tensors: Tensors, training_checkpoint: Path
 ) -> None:
-    checkpoint = reading.read(training_checkpoint)
+    checkpoint = untrusted.read(training_checkpoint)
     assert same(checkpoint.state_dict, tensors)
     assert checkpoint.note == "took 'model'; --key model_ema takes the other weights in it"
 
 
 def test_key_chooses_the_averaged_model(training_checkpoint: Path) -> None:
-    checkpoint = reading.read(training_checkpoint, "model_ema")
+    checkpoint = untrusted.read(training_checkpoint, "model_ema")
     assert len(checkpoint.state_dict) == 364
     assert "n_averaged" not in checkpoint.state_dict
     assert checkpoint.state_dict["fc.bias"].shape == (1000,)
@@ -126,14 +126,14 @@ def test_a_key_that_is_not_there_is_refused_with_the_keys_found(training_checkpo
 def test_wrappers_and_their_prefixes_are_understood(prefix: str, tensors: Tensors, tmp_path: Path) -> None:
     path = tmp_path / "model.pth"
     torch.save({"state_dict": {prefix + key: tensor for key, tensor in tensors.items()}, "epoch": 1}, path)
-    assert same(reading.read(path).state_dict, tensors)
+    assert same(untrusted.read(path).state_dict, tensors)
 
 
 def test_an_unknown_wrapper_is_refused_with_the_keys_found(tensors: Tensors, tmp_path: Path) -> None:
     path = tmp_path / "model.pth"
     torch.save({"weights": tensors, "epoch": 1}, path)
     assert refusal(path) == "no state dict found; name one with --key; the keys found: weights, epoch"
-    assert same(reading.read(path, "weights").state_dict, tensors)
+    assert same(untrusted.read(path, "weights").state_dict, tensors)
 
 
 # What is not a checkpoint, or is a hostile one.
@@ -180,16 +180,16 @@ def test_a_whole_pickled_model_is_refused_with_the_way_out(tmp_path: Path) -> No
 def memory_growth(path: Path) -> int:
     """Bytes by which the peak memory of a new process grows while it reads one file, which is refused."""
     code = """
-import pathlib, re, sys, reading
+import pathlib, re, sys, untrusted
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", pathlib.Path("/proc/self/status").read_text())[1])
 before = peak()
 try:
-    reading.read(pathlib.Path(sys.argv[1]))
-except reading.ReadingError:
+    untrusted.read(pathlib.Path(sys.argv[1]))
+except untrusted.UntrustedFileError:
     print(peak() - before)
 """
-    environment = {**os.environ, "PYTHONPATH": str(Path(reading.__file__).parent)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(untrusted.__file__).parent)}
     command = [sys.executable, "-c", code, str(path)]
     return 1024 * int(subprocess.run(command, env=environment, check=True, capture_output=True).stdout)
 
@@ -283,7 +283,7 @@ def test_a_legacy_file_whose_tensors_are_larger_than_its_bytes_is_refused(
     head = pickle.dumps(1001, 2) + pickle.dumps({"little_endian": True}, 2)
     forged = forged_pickle(View(Storage(numel), size, (1,)))
     # With the storage left out of the list of those that follow, nothing would ever fill it.
-    path.write_bytes(reading.LEGACY_MAGIC + head + forged + pickle.dumps([], 2) + bytes(64))
+    path.write_bytes(untrusted.LEGACY_MAGIC + head + forged + pickle.dumps([], 2) + bytes(64))
     refusal(path)
     if numel * 4 == 4e9:  # the one that PyTorch would make room for
         assert memory_growth(path) < 100e6
@@ -292,9 +292,9 @@ def test_a_legacy_file_whose_tensors_are_larger_than_its_bytes_is_refused(
 @pytest.mark.parametrize("legacy", [True, False])
 def test_a_pickle_out_of_all_proportion_is_refused(legacy: bool, tmp_path: Path) -> None:
     path = tmp_path / "lists.pth"
-    lists = b"\x80\x02" + b"]" * (reading.MAX_PICKLE_BYTES + 1)  # a list an opcode: 60 bytes of memory each
+    lists = b"\x80\x02" + b"]" * (untrusted.MAX_PICKLE_BYTES + 1)  # a list an opcode: 60 bytes of memory each
     if legacy:
-        path.write_bytes(reading.LEGACY_MAGIC + lists)
+        path.write_bytes(untrusted.LEGACY_MAGIC + lists)
     else:
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("archive/data.pkl", lists)
@@ -399,8 +399,8 @@ def test_200_flipped_bits_in_a_zip_are_refused_or_change_nothing(
         flipped[position] ^= 1 << rng.randrange(8)
         path.write_bytes(flipped)
         try:
-            assert same(reading.read(path).state_dict, tensors), position
-        except reading.ReadingError as error:
+            assert same(untrusted.read(path).state_dict, tensors), position
+        except untrusted.UntrustedFileError as error:
             assert str(error).startswith(f"{path}: ")
             refused += 1
     assert refused > 150  # most bits carry weights
@@ -420,8 +420,8 @@ def test_flipped_bits_in_a_legacy_file_never_end_in_anything_but_tensors_or_a_re
         flipped[rng.randrange(60_000)] ^= 1 << rng.randrange(8)  # the pickles
         path.write_bytes(flipped)
         try:
-            reading.read(path)
-        except reading.ReadingError as error:
+            untrusted.read(path)
+        except untrusted.UntrustedFileError as error:
             assert str(error).startswith(f"{path}: ")
             refused += 1
     assert refused > 10
