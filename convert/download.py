@@ -14,6 +14,8 @@ from typing import NoReturn
 from urllib.error import HTTPError, URLError
 from urllib.request import FTPHandler, Request, build_opener
 
+from flax_googlenet.checkpoint import replace_synced
+
 _CHUNK = 1 << 20  # bytes
 
 
@@ -74,7 +76,7 @@ def fetch(
                 _fill(file, sha256 or "", partial(_transfer, file, url, max_bytes, timeout, on_progress))
                 file.flush()
                 os.fsync(file.fileno())
-                os.replace(beside, path)
+                replace_synced(beside, path)
             except BaseException:
                 if not sha256 or not file.seek(0, os.SEEK_END):  # nothing to resume
                     beside.unlink(missing_ok=True)
@@ -82,11 +84,6 @@ def fetch(
     except DownloadError as error:
         message = f"{url}: {error}{note}"  # may quote the server, line breaks and escape sequences included
         raise DownloadError("".join(c if c.isprintable() else " " for c in message).strip()) from error
-    directory = os.open(path.parent, os.O_RDONLY)  # the rename itself reaches the disk with its directory
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
 def _sha256(file: BufferedIOBase) -> str:

@@ -140,11 +140,16 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, target)
+        replace_synced(beside, target)
     except BaseException:
         with suppress(FileNotFoundError):
             beside.unlink()
         raise
+
+
+def replace_synced(source: Path, target: Path) -> None:
+    """Renames ``source`` to ``target``, in the same directory, and waits until the disk has it."""
+    os.replace(source, target)
     directory = os.open(target.parent, os.O_RDONLY)  # the rename itself reaches the disk with its directory
     try:
         os.fsync(directory)
