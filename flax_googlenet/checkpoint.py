@@ -13,6 +13,7 @@ import json
 import os
 import re
 import secrets
+import shlex
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -188,7 +189,8 @@ def _digest(data: bytes, path: str | os.PathLike[str]) -> tuple[int, str, str]:
     match = _DIGEST.search(data, 8, header_end)
     if match is None:
         raise CheckpointError(
-            f"{os.fspath(path)} is not a checkpoint of flax_googlenet, or is damaged: it has no sha256"
+            f"{os.fspath(path)} is not a checkpoint of flax_googlenet, or is damaged: it has no sha256; "
+            f"one of PyTorch's is ported with: python convert/port_weights.py {shlex.quote(os.fspath(path))}"
         )
     start, stop = match.span(1)
     view = memoryview(data)

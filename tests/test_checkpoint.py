@@ -16,7 +16,9 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+import reference
 import safetensors.numpy
+import torch
 from jax import numpy as jnp
 
 import flax_googlenet
@@ -153,6 +155,13 @@ def test_a_file_of_something_else_is_refused(contents: bytes, tmp_path: Path) ->
     path = tmp_path / "else.safetensors"
     path.write_bytes(contents)
     with pytest.raises(CheckpointError, match="is not a checkpoint of flax_googlenet, or is damaged"):
+        flax_googlenet.load(path)
+
+
+def test_a_checkpoint_of_pytorchs_is_refused_with_the_command_that_ports_it(tmp_path: Path) -> None:
+    path = tmp_path / "my model.pth"
+    torch.save(reference.random_checkpoint(num_classes=2), path)
+    with pytest.raises(CheckpointError, match=re.escape(f"python convert/port_weights.py '{path}'")):
         flax_googlenet.load(path)
 
 
