@@ -254,6 +254,8 @@ def _transform_input(args: argparse.Namespace) -> bool:
 
 
 def _one_line(error: flax_googlenet.PortingError) -> str:
+    if not error.problems:
+        return str(error)
     kinds = (
         f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
         for kind, names in error.problems.items()

@@ -26,18 +26,21 @@ TORCH_AXES = {
 """Number of axes -> the transposition from Flax to PyTorch."""
 
 _COUNTER = "num_batches_tracked"  # PyTorch counts steps with it; no result depends on it while momentum is a number
+_FIRST = "conv1.conv.weight"  # by its end a state dict is known whatever is put before its names
 
 VariablePath = tuple[str, ...]
 
 
 class PortingError(ValueError):
-    """Weights that are not those of a GoogLeNet. ``problems`` lists every offender by kind."""
+    """Weights that are not those of a GoogLeNet.
 
-    def __init__(self, subject: str, problems: Mapping[str, list[str]]) -> None:
+    ``problems`` lists every offender by kind. It is empty where the weights are only wrapped in something, and the
+    message says how to unwrap them.
+    """
+
+    def __init__(self, message: str, problems: Mapping[str, list[str]] = MappingProxyType({})) -> None:
         self.problems = {kind: names for kind, names in problems.items() if names}
-        super().__init__(
-            "\n".join([f"{subject} is not a GoogLeNet's:", *(f"{k}: {names}" for k, names in self.problems.items())])
-        )
+        super().__init__("\n".join([message, *(f"{kind}: {names}" for kind, names in self.problems.items())]))
 
 
 def from_torchvision(state_dict: Mapping[str, Any]) -> dict[str, Any]:
@@ -55,12 +58,14 @@ def from_torchvision(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises:
         PortingError: if anything is missing, unexpected, of the wrong shape, not floating point, not finite, or a
-            variance is negative. The message lists all of it.
+            variance is negative: the message lists all of it. Also for a model, for a training checkpoint around the
+            state dict, and for names with a prefix: the message says what to pass instead.
 
     Example::
 
         variables = from_torchvision(torchvision.models.googlenet(weights="IMAGENET1K_V1").state_dict())
     """
+    _check_unwrapped(state_dict)
     arrays, unreadable = {}, {}
     for key, value in state_dict.items():
         try:
@@ -127,6 +132,21 @@ def torch_key(path: VariablePath) -> str:
     return ".".join([*(re.sub(r"^(branch\d)_(\d)$", r"\1.\2", module) for module in modules), NAMES[name]])
 
 
+def _check_unwrapped(state_dict: Mapping[str, Any]) -> None:
+    """Raises PortingError for what usually stands around a state dict: a model, a training checkpoint, DataParallel."""
+    if not isinstance(state_dict, Mapping):
+        raise PortingError(f"expected a state dict, got {type(state_dict).__name__}: pass model.state_dict()")
+    for name, value in state_dict.items():
+        if isinstance(value, Mapping) and any(str(key).endswith(_FIRST) for key in value):
+            raise PortingError(f"this is a checkpoint around a state dict: pass checkpoint[{name!r}]")
+    prefixes = {key.removesuffix(_FIRST) for key in state_dict if key.endswith(_FIRST)}
+    if len(prefixes) == 1 and (prefix := prefixes.pop()):
+        raise PortingError(
+            f"the names begin with {prefix!r}: pass "
+            f"{{name.removeprefix({prefix!r}): x for name, x in state_dict.items() if name.startswith({prefix!r})}}"
+        )
+
+
 def _shapes(model: GoogLeNet) -> dict[VariablePath, tuple[int, ...]]:
     return {path: leaf.shape for path, leaf in flatten_dict(variable_shapes(model)).items()}
 
@@ -165,4 +185,4 @@ def _check(
         "negative variance": [name for name, array in sound.items() if name.endswith("var") and (array < 0).any()],
     }
     if any(problems.values()):
-        raise PortingError(subject, problems)
+        raise PortingError(f"{subject} is not a GoogLeNet's:", problems)

@@ -137,6 +137,33 @@ def test_values_that_are_not_finite_are_refused_by_key(state_dict: StateDict, ke
     assert caught.value.problems == {"not finite": [key]}
 
 
+def message(state_dict: Any) -> str:
+    with pytest.raises(PortingError) as caught:
+        from_torchvision(state_dict)
+    assert caught.value.problems == {}
+    return str(caught.value)
+
+
+def test_a_model_is_refused_with_the_way_out(torch32: TorchGoogLeNet) -> None:
+    assert message(torch32) == "expected a state dict, got GoogLeNet: pass model.state_dict()"
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_a_training_checkpoint_is_refused_with_the_way_out(prefix: str, state_dict: StateDict) -> None:
+    weights = {prefix + key: array for key, array in state_dict.items()}
+    checkpoint = {"optimizer": {"state": {}}, "model": weights, "epoch": 3}
+    assert message(checkpoint) == "this is a checkpoint around a state dict: pass checkpoint['model']"
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.module.", "backbone."])
+def test_names_with_a_prefix_are_refused_with_the_way_out(prefix: str, state_dict: StateDict) -> None:
+    wrapped = {"n_averaged": np.array(2), **{prefix + key: array for key, array in state_dict.items()}}
+    start, _, advice = message(wrapped).partition(": pass ")
+    assert start == f"the names begin with {prefix!r}"
+    unwrapped = eval(advice, {"state_dict": wrapped})  # the advice is code, and it works
+    assert jax.tree.all(jax.tree.map(np.array_equal, from_torchvision(unwrapped), from_torchvision(state_dict)))
+
+
 def test_another_network_is_refused() -> None:
     resnet = torchvision.models.resnet18(weights=None).state_dict()
     with pytest.raises(PortingError, match=r"missing: \['aux|missing: \[.*conv2\.conv\.weight"):
