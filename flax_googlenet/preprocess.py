@@ -197,9 +197,8 @@ def _bilinear_weights(size: int, new_size: int, start: int) -> tuple[int, np.nda
     Reference: ``precompute_coeffs`` in https://github.com/python-pillow/Pillow/blob/main/src/libImaging/Resample.c
     """
     centres = (np.arange(start, start + CROP) + 0.5) * (size / new_size) - 0.5
-    pixels = np.arange(max(int(centres[0]), 0), min(int(centres[-1]) + 2, size))
+    pixels = np.arange(int(centres[0]), int(centres[-1]) + 2)  # the crop of a long side is far from its ends
     weights = np.maximum(1 - abs(pixels - centres[:, None]), 0)
-    weights /= weights.sum(1, keepdims=True)  # less than 1 at the ends of the side
     return int(pixels[0]), (weights * (1 << _BITS) + 0.5).astype(np.int64)
 
 

@@ -1,0 +1,185 @@
+"""What ``flax-googlenet classify`` does: runs the network over images, and tells its answers."""
+
+import hashlib
+import itertools
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jax import numpy as jnp
+from rich.console import Console, Group
+from rich.markup import escape
+from rich.progress import Progress, SpinnerColumn, TextColumn
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from flax_googlenet.checkpoint import CheckpointError, load, load_metadata
+from flax_googlenet.images import decode, display_name, find_images
+from flax_googlenet.inference import Predictor, make_predictor
+from flax_googlenet.results import SUFFIXES, Row, open_results
+from flax_googlenet.status import CommandError, Status, printable
+
+DEFAULT_WEIGHTS = (Path("googlenet-imagenet.safetensors"), Path("googlenet-random.safetensors"))
+"""The outputs of ``convert/port_weights.py``, looked for in the working folder."""
+
+
+class Classifier(NamedTuple):
+    predict: Predictor
+    num_classes: int
+    class_names: list[str] | None
+    is_random: bool
+    digest: str
+    """The first digits of the sha256 of the file."""
+
+
+def classify(
+    arguments: Sequence[str], *, weights: Path | None, as_json: bool, output: Path | None, top: int, batch_size: int
+) -> Status:
+    """Classifies images and tells the answers, on standard output or in a file; the arguments are the command line's.
+
+    Raises:
+        CommandError: if the arguments are wrong, or nothing can be done at all.
+        OSError: if the output cannot be written.
+    """
+    if not arguments:
+        raise CommandError(Status.USAGE, "no images: name files, folders or globs")
+    if top < 1 or batch_size < 1:
+        raise CommandError(Status.USAGE, "--top and --batch-size must be at least 1")
+    if output and output.suffix not in SUFFIXES:
+        raise CommandError(Status.USAGE, f"{output}: --output must end in one of {', '.join(SUFFIXES)}")
+    screen, notes = _Screen(highlight=False), Console(stderr=True, soft_wrap=True, highlight=False)
+    failed = done = skipped = 0
+
+    def fail(message: str) -> None:
+        nonlocal failed
+        failed += 1
+        notes.print(f"[bold red]error:[/] {escape(printable(message))}")
+
+    paths = find_images(arguments, fail)
+    first = next(paths, None)
+    if first is None:
+        return Status.NOT_DONE
+    classifier = load_classifier(weights)
+    if top > classifier.num_classes:
+        raise CommandError(Status.USAGE, f"--top {top}: these weights have {classifier.num_classes} classes")
+    if classifier.is_random:
+        notes.print("[bold yellow]warning:[/] these weights are random: the answers mean nothing")
+
+    with nullcontext() if output is None else open_results(output, classifier.digest, top) as results:
+
+        def is_new(path: str) -> bool:
+            nonlocal skipped
+            new = results is None or results.claim(display_name(path))
+            skipped += not new
+            return new
+
+        start = time.perf_counter()
+        # On the terminal that shows the answers, progress would be noise.
+        hidden = not notes.is_terminal or (screen.is_terminal and output is None)
+        with _progress(notes, hidden) as progress:
+            task = progress.add_task("", total=None, rate=0.0)
+            new = filter(is_new, itertools.chain([first], paths))
+            for rows in _answers(classifier, decode(new, 2 * batch_size, fail), batch_size, top):
+                if results:
+                    results.append(rows)
+                if as_json:
+                    sys.stdout.write("".join(f"{json.dumps(row)}\n" for row in rows))
+                    sys.stdout.flush()
+                elif not results:
+                    for row in rows:
+                        screen.print(_block(row))
+                done += len(rows)
+                progress.update(task, completed=done, rate=done / (time.perf_counter() - start))
+        seconds = time.perf_counter() - start
+
+    summary = f"{done} image{'' if done == 1 else 's'} in {seconds:.1f} s, {done / seconds:.1f} images/s"
+    if skipped:
+        summary += f"; {skipped} were done before"
+    if failed:
+        summary += f"; [bold red]{failed} could not be read[/]"
+    notes.print(summary)
+    return Status.SOME_UNREADABLE if failed else Status.DONE
+
+
+def load_classifier(weights: Path | None) -> Classifier:
+    """Reads the weights and makes the predictor; ``None`` takes the first of ``DEFAULT_WEIGHTS`` that is there.
+
+    Raises:
+        CommandError: if there are none, or they are not those of this library.
+    """
+    path = weights or next((path for path in DEFAULT_WEIGHTS if path.is_file()), None)
+    if path is None:
+        raise CommandError(
+            Status.NOT_DONE,
+            f"no weights: name them with --weights, or make {DEFAULT_WEIGHTS[0]} in this folder with "
+            "python convert/port_weights.py imagenet",
+        )
+    try:
+        model, variables = load(path, dtype=jnp.float32)
+        metadata = load_metadata(path)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    except CheckpointError as error:
+        raise CommandError(Status.NOT_DONE, " ".join(str(error).split())) from error
+    except OSError as error:
+        raise CommandError(Status.NOT_DONE, f"cannot read {path}: {error.strerror}") from error
+    names = metadata.get("class_names")
+    if not isinstance(names, list) or list(map(type, names)) != [str] * model.num_classes:
+        names = None  # metadata is free: whatever else it has under this name are no names of classes
+    is_random = metadata.get("source") == "random"
+    return Classifier(make_predictor(model, variables), model.num_classes, names, is_random, digest[:16])
+
+
+def _answers(
+    classifier: Classifier, images: Iterator[tuple[str, np.ndarray]], batch_size: int, top: int
+) -> Iterator[list[Row]]:
+    while batch := list(itertools.islice(images, batch_size)):
+        logits = np.asarray(classifier.predict(np.stack([pixels for _, pixels in batch])), np.float64)
+        if not np.isfinite(logits).all():
+            raise CommandError(Status.NOT_DONE, "the weights are wrong: their answers are not finite")
+        yield [
+            {"image": display_name(path), "predictions": rank(row, top, classifier.class_names)}
+            for (path, _), row in zip(batch, logits, strict=True)
+        ]
+
+
+def rank(logits: np.ndarray, top: int, class_names: Sequence[str] | None) -> list[dict[str, int | str | float | None]]:
+    """The ``top`` likeliest classes of float64 logits [num_classes], the likeliest first."""
+    exponentials = np.exp(logits - logits.max())
+    probabilities = exponentials / exponentials.sum()
+    return [
+        {
+            "index": int(index),
+            "label": class_names[index] if class_names else None,
+            "probability": float(f"{probabilities[index]:.6g}"),  # the logits are float32
+        }
+        for index in np.argsort(-probabilities, kind="stable")[:top]
+    ]
+
+
+class _Screen(Console):
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError  # instead of rich's own exit, with the status of images that could not be read
+
+
+def _block(row: Row) -> Group:
+    table = Table.grid(padding=(0, 2))
+    for prediction in row["predictions"]:
+        probability = prediction["probability"]
+        label = prediction["label"] or f"class {prediction['index']}"
+        bar = ProgressBar(total=1, completed=probability, width=30)
+        table.add_row("", Text(printable(label)), f"{probability:7.2%}", bar)
+    return Group(Text(printable(row["image"]), style="bold"), table, "")
+
+
+def _progress(console: Console, hidden: bool) -> Progress:
+    columns = (SpinnerColumn(), TextColumn("{task.completed} images, {task.fields[rate]:.1f} images/s"))
+    # Redirection would send the answers, too, to the terminal.
+    return Progress(
+        *columns, console=console, transient=True, disable=hidden, redirect_stdout=False, redirect_stderr=False
+    )

@@ -1,0 +1,121 @@
+"""The ``flax-googlenet`` command: one function for each subcommand; what they do is in modules of their own.
+
+Nothing heavy is imported until a subcommand runs, so that ``--help`` and a wrong option need not wait for JAX.
+"""
+
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from flax_googlenet.status import CommandError, Status, printable
+
+
+def classify(
+    images: tuple[str, ...],
+    /,
+    *,
+    weights: Path | None = None,
+    json: bool = False,
+    output: Path | None = None,
+    top: int = 5,
+    batch_size: int = 32,
+) -> int:
+    """Name the likeliest classes of images.
+
+    A folder stands for all images in it and in the folders below it, but not for hidden ones. An --output file grows
+    batch by batch, and the same command goes on where an earlier one was stopped: images that have a row are skipped,
+    and those that could not be read are tried again.
+
+    Exit status:
+      0    all images are done
+      1    some images could not be read; they are named on standard error, and the others are done
+      2    the command line is wrong
+      3    nothing is done: no such file, no image, no weights or wrong ones, or no place for the output
+      130  interrupted
+      141  nobody reads the standard output any more
+
+    Args:
+        images: Files, folders and globs such as 'photos/**/*.jpg'.
+        weights: A file that port_weights.py or flax_googlenet.save wrote. By default googlenet-imagenet.safetensors
+            in the working folder, or else googlenet-random.safetensors.
+        json: Print one line of JSON for each image: {"image", "predictions": [{"index", "label", "probability"}]}.
+        output: Write to this .csv, .jsonl or .parquet file instead of the terminal.
+        top: How many classes to name, the likeliest first.
+        batch_size: How many images to compute at once.
+    """
+    from flax_googlenet import classify as command
+
+    _use_compilation_cache()
+    return command.classify(images, weights=weights, as_json=json, output=output, top=top, batch_size=batch_size)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit status; ``argv`` defaults to the process's own."""
+    try:
+        with _ctrl_c_ends_the_process(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of JAX's cache, of Pillow's readers: what is wrong is said in our words
+            import tyro
+
+            return tyro.extras.subcommand_cli_from_dict(
+                {"classify": classify},
+                prog="flax-googlenet",
+                description="GoogLeNet in JAX and Flax.",
+                args=argv,
+                config=(tyro.conf.FlagCreatePairsOff,),
+            )
+    except CommandError as error:
+        return _fail(error.status, str(error))
+    except OSError as error:
+        # Python flushes standard output once more at its end, and would complain if that is what failed.
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            return Status.CLOSED_PIPE
+        return _fail(Status.NOT_DONE, f"cannot write {error.filename or 'standard output'}: {error.strerror}")
+
+
+@contextmanager
+def _ctrl_c_ends_the_process() -> Iterator[None]:
+    """In the block Ctrl-C ends the process on the spot: outputs are made for that, as for any kill.
+
+    KeyboardInterrupt would be lost in the callback that JAX gives to the garbage collector, and come out of an import
+    as an ImportError.
+    """
+
+    def end(signum: int, frame: FrameType | None) -> NoReturn:
+        if os.isatty(2):
+            os.write(2, b"\r\x1b[2K\x1b[?25h")  # the line of progress goes, and the cursor comes back
+        os._exit(Status.INTERRUPTED)
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.SIG_IGN:  # as for a job in the background of a script
+        signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _fail(status: Status, message: str) -> Status:
+    from rich.console import Console
+    from rich.markup import escape
+
+    Console(stderr=True, soft_wrap=True, highlight=False).print(f"[bold red]error:[/] {escape(printable(message))}")
+    return status
+
+
+def _use_compilation_cache() -> None:
+    """Keeps what XLA compiles in the user's cache folder, unless JAX has been told of another place."""
+    import jax
+
+    if jax.config.values["jax_compilation_cache_dir"] is None:
+        caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        if os.path.isabs(caches):  # without a home it is not
+            jax.config.update("jax_compilation_cache_dir", os.path.join(caches, "flax-googlenet", "jax"))
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

@@ -1,0 +1,213 @@
+"""The output of ``flax-googlenet classify``: a file that holds whole rows whatever happens, and goes on in a rerun.
+
+A row is ``{"image": path, "predictions": [{"index", "label", "probability"}, ...], "weights": digits}``, the likeliest
+class first. ``.jsonl`` and ``.parquet`` have it as it is; ``.csv`` has the columns image, index1, label1, probability1,
+index2, ..., weights. ``weights`` are the first digits of the sha256 of their file: rows of different weights, or of
+different numbers of predictions, are never mixed.
+
+Rows are appended and synced batch by batch. A kill can cut off the last row: the next run removes what is left of it.
+Parquet cannot grow, so its rows wait as JSON lines in ``FILE.parquet.part`` for the end of the run.
+"""
+
+import csv
+import fcntl
+import io
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from flax_googlenet.checkpoint import write_atomically
+from flax_googlenet.status import CommandError, Status
+
+SUFFIXES = (".csv", ".jsonl", ".parquet")
+
+Row = dict[str, Any]
+
+
+class Results:
+    """The rows of one output, appended to an open file."""
+
+    def __init__(self, file: BinaryIO, *, is_csv: bool, weights: str, top: int) -> None:
+        self._done: set[str] = set()
+        self._file, self._is_csv, self._weights, self._top = file, is_csv, weights, top
+
+    def claim(self, image: str) -> bool:
+        """Whether an image is still to be done: it has no row, and was not asked for before."""
+        is_new = image not in self._done
+        self._done.add(image)
+        return is_new
+
+    def append(self, rows: list[Row]) -> None:
+        """Writes rows, which have no ``weights`` yet, and syncs them to the disk; an OSError names the file."""
+        rows = [row | {"weights": self._weights} for row in rows]
+        self._write(_csv(map(_flat, rows)) if self._is_csv else _json(rows))
+
+    def _write(self, data: bytes) -> None:
+        try:
+            while data:  # a disk that is nearly full takes a part
+                data = data[os.write(self._file.fileno(), data) :]
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self._file.name) from error
+
+    def admit(self, rows: Iterable[Row]) -> None:
+        """Counts rows as done; a ValueError if they are not of these weights and this number of predictions."""
+        for row in rows:
+            if row["weights"] != self._weights:
+                raise ValueError("it was made with other weights")
+            if len(row["predictions"]) != self._top:
+                raise ValueError(f"it was made with --top {len(row['predictions'])}")
+            self._done.add(row["image"])
+
+    def recover(self) -> None:
+        """Admits the rows of the file, and removes what a kill has left behind the last whole one."""
+        header = _csv([_columns(self._top)]) if self._is_csv else b""
+        end = 0
+        self._file.seek(0)
+        for row, row_end in _csv_rows(self._file, self._top) if self._is_csv else _json_rows(self._file):
+            self.admit([] if row is None else [row])
+            end = row_end
+        if end == 0:  # new, or cut off in its first line
+            start = header or b'{"image": "'
+            self._file.seek(0)
+            if not start.startswith(self._file.read(len(start))):
+                raise ValueError("it holds something else")
+        self._file.truncate(end)
+        if end == 0:
+            self._write(header)
+
+
+@contextmanager
+def open_results(path: Path, weights: str, top: int) -> Iterator[Results]:
+    """Opens an output, or makes it, and locks it against other runs.
+
+    Args:
+        path: the file, with one of ``SUFFIXES``.
+        weights: what the rows have as ``weights``.
+        top: the number of predictions in a row.
+
+    Raises:
+        CommandError: if it holds anything but rows of these weights and this number, or another run is writing it.
+        OSError: if it cannot be written.
+    """
+    is_parquet = path.suffix == ".parquet"
+    growing = path.with_name(f"{path.name}.part") if is_parquet else path
+    if is_parquet:
+        _require_pyarrow()
+    for file_to_write in (path, growing):
+        if file_to_write.exists() and not file_to_write.is_file():
+            raise CommandError(Status.NOT_DONE, f"cannot write {file_to_write}: it is there and not a regular file")
+    with growing.open("a+b") as file:
+        results = Results(file, is_csv=path.suffix == ".csv", weights=weights, top=top)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            results.recover()
+            if is_parquet and path.exists():
+                results.admit(_parquet_rows(path))
+        except BlockingIOError as error:
+            raise CommandError(Status.NOT_DONE, f"another run is writing {growing}: wait for it") from error
+        except (ValueError, KeyError, TypeError, csv.Error) as error:  # what the readers make of something else
+            if is_parquet and growing.stat().st_size == 0:
+                growing.unlink()
+            message = f"{path} cannot be continued ({error}): name another --output, or move it away"
+            raise CommandError(Status.NOT_DONE, message) from error
+        yield results
+        if is_parquet:
+            file.seek(0)
+            _add_to_parquet(path, (row for row, _ in _json_rows(file)))
+            growing.unlink()
+
+
+def _json(rows: Iterable[Row]) -> bytes:
+    return "".join(f"{json.dumps(row)}\n" for row in rows).encode()
+
+
+def _json_rows(file: BinaryIO) -> Iterator[tuple[Row, int]]:
+    """Each whole row of a growing file, and where it ends."""
+    end = 0
+    for line in file:
+        end += len(line)
+        if line.endswith(b"\n"):
+            yield json.loads(line), end
+
+
+def _csv(rows: Iterable[list[Any]]) -> bytes:
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue().encode()
+
+
+def _columns(top: int) -> list[str]:
+    ranked = [f"{name}{rank}" for rank in range(1, top + 1) for name in ("index", "label", "probability")]
+    return ["image", *ranked, "weights"]
+
+
+def _flat(row: Row) -> list[Any]:
+    return [
+        row["image"],
+        *(value for prediction in row["predictions"] for value in prediction.values()),
+        row["weights"],
+    ]
+
+
+def _csv_rows(file: BinaryIO, top: int) -> Iterator[tuple[Row | None, int]]:
+    """The header, as None, and each whole row of a growing file, and where it ends. A row can have several lines."""
+    end = 0
+
+    def whole_lines() -> Iterator[str]:
+        nonlocal end
+        for line in file:
+            end += len(line)
+            if line.endswith(b"\n"):
+                yield line.decode()
+
+    reader = csv.reader(whole_lines())
+    for columns in reader:
+        if columns != _columns(top):
+            raise ValueError(f"its columns are not those of --top {top}")
+        yield None, end
+        for fields in reader:
+            if len(fields) == len(columns):
+                yield {"image": fields[0], "predictions": fields[1:-1:3], "weights": fields[-1]}, end
+            elif next(reader, None) is not None:  # only the last row can be cut off
+                raise ValueError(f"line {reader.line_num} has other columns")
+
+
+def _require_pyarrow() -> None:
+    try:
+        import pyarrow  # type: ignore[import-untyped]  # noqa: F401
+    except ImportError as error:
+        message = 'a .parquet file needs PyArrow: pip install "flax-googlenet[parquet]", or name a .csv or .jsonl file'
+        raise CommandError(Status.NOT_DONE, message) from error
+
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    from pyarrow import parquet
+
+    with parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches():
+            yield from batch.to_pylist()
+
+
+def _add_to_parquet(path: Path, rows: Iterable[Row]) -> None:
+    """Adds the rows to the file. They may be in it already, after a kill between this and the end of the run."""
+    import pyarrow
+    from pyarrow import parquet
+
+    prediction = {"index": pyarrow.int64(), "label": pyarrow.string(), "probability": pyarrow.float64()}
+    schema = pyarrow.schema(
+        {
+            "image": pyarrow.string(),
+            "predictions": pyarrow.list_(pyarrow.struct(prediction)),
+            "weights": pyarrow.string(),
+        }
+    )
+    table = parquet.read_table(path) if path.exists() else schema.empty_table()
+    known = set(table["image"].to_pylist())
+    new = pyarrow.Table.from_pylist([row for row in rows if row["image"] not in known], schema)
+    buffer = io.BytesIO()
+    parquet.write_table(pyarrow.concat_tables([table, new]), buffer)
+    write_atomically(path, buffer.getvalue())

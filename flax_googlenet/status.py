@@ -1,0 +1,27 @@
+"""How a command ends: the exit status, and one message for the person."""
+
+from enum import IntEnum
+
+
+class Status(IntEnum):
+    """Documented in ``flax-googlenet classify --help``."""
+
+    DONE = 0
+    SOME_UNREADABLE = 1
+    USAGE = 2
+    NOT_DONE = 3
+    INTERRUPTED = 130  # 128 and the number of the signal, as a shell says it: SIGINT
+    CLOSED_PIPE = 141  # SIGPIPE
+
+
+class CommandError(Exception):
+    """Ends the command with a status; the message is one line that names the file and the way out."""
+
+    def __init__(self, status: Status, message: str) -> None:
+        super().__init__(printable(message))
+        self.status = status
+
+
+def printable(text: str) -> str:
+    """The text, which may quote a file, on one line and without escape sequences for the terminal."""
+    return "".join(c if c.isprintable() else "?" for c in text)
