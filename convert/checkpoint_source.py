@@ -13,6 +13,7 @@ import reference
 import torch
 import untrusted
 from exit_status import PortFailureError, Status
+from interrupt import cleans_up
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
@@ -46,7 +47,7 @@ def read(args: argparse.Namespace, progress: Console) -> Source:
     if args.checkpoint == "random":
         state_dict = {key: tensor.numpy() for key, tensor in reference.random_checkpoint().items()}
         return Source("random", None, state_dict)
-    with tempfile.TemporaryDirectory() as scratch:
+    with cleans_up(), tempfile.TemporaryDirectory() as scratch:
         if args.checkpoint == "imagenet":
             path = _download(reference.IMAGENET.url, Path(scratch), progress)
         elif "://" in args.checkpoint:

@@ -1,7 +1,6 @@
 """What ``port_weights.py`` does: from torchvision to Flax, the way back, and why a port is wrong."""
 
 import argparse
-import hashlib
 import importlib.metadata
 import io
 import math
@@ -9,7 +8,6 @@ import os
 import platform
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import jax
 import ml_dtypes
@@ -18,6 +16,7 @@ import torch
 from checkpoint_source import Source, read
 from diagnose import diagnose
 from exit_status import PortFailureError, Status
+from output_files import check_outputs, default_output, sha256, writing
 from proof import Proof, prove, summary
 from report import render
 from rich.console import Console
@@ -33,57 +32,50 @@ from flax_googlenet.model import Variables
 jax.config.update("jax_enable_x64", True)  # the proof is in float64
 
 
-def port(args: argparse.Namespace, screen: Console, progress: Console, result: dict[str, Any]) -> Status:
+def port(args: argparse.Namespace, screen: Console, progress: Console) -> tuple[Status, dict[str, Any]]:
     """Reads, converts, proves, writes.
 
     Args:
         args: the command line.
         screen: for the table and what comes next.
         progress: for bars and notes.
-        result: filled with what ``--json`` prints.
+
+    Returns:
+        How it ended, and what ``--json`` prints.
 
     Raises:
         PortFailureError: for every status but success.
     """
-    output = args.output or _default_output(args.checkpoint)
-    _check_outputs(args.checkpoint, output, args.report)
+    output = args.output or default_output(args.checkpoint)
+    check_outputs(args.checkpoint, output, args.report)
     source = read(args, progress)
     model, variables = _convert(source, _transform_input(args))
     proof = _prove(source.state_dict, model, variables, progress)
-    _describe(result, source.name, source.sha256, model, proof)
-
-    metadata = {**result, "class_names": source.class_names}
+    facts = _facts(source.name, source.sha256, model, proof)
     if proof.ok:
-        try:
-            flax_googlenet.save(output, model, variables, metadata)
-        except OSError as error:
-            raise PortFailureError(Status.NOT_WRITTEN, f"cannot write {output}: {error.strerror}") from error
-        result["output"] = str(output)
+        with writing(output):
+            flax_googlenet.save(output, model, variables, facts | {"class_names": source.class_names})
     dtype = ", dtype=jax.numpy.float32" if model.param_dtype == np.float64 else ""  # float64 needs 64 bits enabled
     next_step = f"model, variables = flax_googlenet.load({str(output)!r}{dtype})"
-    return _conclude(args, screen, result, proof, output, source.class_names, next_step)
+    return _conclude(args.report, screen, facts, proof, output, source.class_names, next_step)
 
 
-def port_back(args: argparse.Namespace, screen: Console, progress: Console, result: dict[str, Any]) -> Status:
-    """The same from a file of this library to a state dict of torchvision's; arguments as for ``port``."""
+def port_back(args: argparse.Namespace, screen: Console, progress: Console) -> tuple[Status, dict[str, Any]]:
+    """The same from a file of this library to a state dict of torchvision's; as ``port``."""
     path, output = Path(args.checkpoint), args.to_torchvision
-    _check_outputs(args.checkpoint, output, args.report)
+    check_outputs(args.checkpoint, output, args.report)
     model, variables, metadata = _load(path)
     try:
         state_dict = flax_googlenet.to_torchvision(variables)
     except flax_googlenet.PortingError as error:
         raise PortFailureError(Status.REFUSED, f"{path}: {_one_line(error)}") from error
     proof = _prove(state_dict, model, variables, progress)
-    _describe(result, str(path), _sha256(path), model, proof)
-
+    facts = _facts(str(path), sha256(path), model, proof)
     if proof.ok:
         buffer = io.BytesIO()
         torch.save({key: _tensor(array) for key, array in state_dict.items()}, buffer)
-        try:
+        with writing(output):
             write_atomically(output, buffer.getvalue())
-        except OSError as error:
-            raise PortFailureError(Status.NOT_WRITTEN, f"cannot write {output}: {error.strerror}") from error
-        result["output"] = str(output)
     arguments = f"num_classes={model.num_classes}, aux_logits={model.aux_logits}, init_weights=False"
     if model.transform_input:
         arguments += ", transform_input=True"
@@ -91,12 +83,12 @@ def port_back(args: argparse.Namespace, screen: Console, progress: Console, resu
     class_names = metadata.get("class_names")
     if not isinstance(class_names, list) or list(map(type, class_names)) != [str] * model.num_classes:
         class_names = None  # metadata is free: whatever else it has under this name are no names of classes
-    return _conclude(args, screen, result, proof, output, class_names, next_step)
+    return _conclude(args.report, screen, facts, proof, output, class_names, next_step)
 
 
-def diagnose_port(args: argparse.Namespace, screen: Console, progress: Console, result: dict[str, Any]) -> Status:
-    """Names the first stage that diverges and the likely cause; writes nothing. Arguments as for ``port``."""
-    output = args.output or _default_output(args.checkpoint)
+def diagnose_port(args: argparse.Namespace, screen: Console, progress: Console) -> tuple[Status, dict[str, Any]]:
+    """Names the first stage that diverges and the likely cause; writes nothing. As ``port``, and NOT_PROVEN returns."""
+    output = args.output or default_output(args.checkpoint)
     source = read(args, progress)
     fresh_model, fresh_variables = _convert(source, _transform_input(args))
     if os.path.exists(output):
@@ -120,20 +112,19 @@ def diagnose_port(args: argparse.Namespace, screen: Console, progress: Console, 
             variables,
             transform_input=fresh_model.transform_input if is_known else model.transform_input,
         )
-    result |= {"port": subject, "diagnosis": None}
     if found is None:
         screen.print(
             f"[bold green]No difference:[/] {escape(subject)} agrees with {escape(source.name)} in every stage."
         )
-        return Status.PROVEN
-    result["diagnosis"] = {**vars(found), "error": found.error if math.isfinite(found.error) else None}
+        return Status.PROVEN, {"port": subject, "diagnosis": None}
     if math.isfinite(found.error):
         size = f"the largest error is {found.error:.1e} of the largest value"
     else:
         size = "its shape differs" if math.isinf(found.error) else "it has values that are not finite"
     screen.print(f"[bold red]Diverges at {found.stage}:[/] {escape(subject)}, {size}.", soft_wrap=True)
     screen.print(f"[bold]Likely cause: {found.cause}.[/] {escape(found.explanation)}.", soft_wrap=True)
-    return Status.NOT_PROVEN
+    diagnosis = {**vars(found), "error": found.error if math.isfinite(found.error) else None}
+    return Status.NOT_PROVEN, {"port": subject, "diagnosis": diagnosis}
 
 
 def _convert(source: Source, transform_input: bool) -> tuple[GoogLeNet, Variables]:
@@ -167,11 +158,11 @@ def _prove(state_dict: dict[str, np.ndarray], model: GoogLeNet, variables: Varia
         return prove(state_dict, model, variables, lambda done, total: bar.update(task, completed=done, total=total))
 
 
-def _describe(result: dict[str, Any], source: str, sha256: str | None, model: GoogLeNet, proof: Proof) -> None:
+def _facts(source: str, source_sha256: str | None, model: GoogLeNet, proof: Proof) -> dict[str, Any]:
     packages = ("flax-googlenet", "jax", "flax", "torch", "torchvision", "numpy")
-    result |= {
+    return {
         "source": source,
-        "source_sha256": sha256,
+        "source_sha256": source_sha256,
         "num_classes": model.num_classes,
         "aux_logits": model.aux_logits,
         "transform_input": model.transform_input,
@@ -182,34 +173,32 @@ def _describe(result: dict[str, Any], source: str, sha256: str | None, model: Go
 
 
 def _conclude(
-    args: argparse.Namespace,
+    report: Path | None,
     screen: Console,
-    result: dict[str, Any],
+    facts: dict[str, Any],
     proof: Proof,
     output: Path,
     class_names: list[str] | None,
     next_step: str,
-) -> Status:
-    """Says what came out, on the screen, in the report and in ``result``."""
+) -> tuple[Status, dict[str, Any]]:
+    """Says what came out, on the screen and in the report; returns and raises as ``port``."""
     screen.print(_table(proof))
-    result |= {"output": str(output), "output_sha256": _sha256(output)} if proof.ok else {"output": None}
-    if args.report:
-        hidden = ("parity", "versions", "source_sha256" if result["source_sha256"] is None else "")
-        facts = {name: str(value) for name, value in result.items() if name not in hidden} | result["versions"]
-        try:
-            write_atomically(args.report, render(proof, facts, class_names).encode())
-        except OSError as error:
-            raise PortFailureError(Status.NOT_WRITTEN, f"cannot write {args.report}: {error.strerror}") from error
-        screen.print(f"Report: {escape(str(args.report))}", soft_wrap=True)
+    facts = facts | ({"output": str(output), "output_sha256": sha256(output)} if proof.ok else {"output": None})
+    if report:
+        hidden = ("parity", "versions", "source_sha256" if facts["source_sha256"] is None else "")
+        shown = {name: str(value) for name, value in facts.items() if name not in hidden} | facts["versions"]
+        with writing(report, facts):
+            write_atomically(report, render(proof, shown, class_names).encode())
+        screen.print(f"Report: {escape(str(report))}", soft_wrap=True)
     if not proof.ok:
         first = next(stage.name for stage in proof.stages if not stage.ok)
-        message = f"{result['source']}: not proven: {first} is off, and nothing was written; --diagnose tells more"
-        raise PortFailureError(Status.NOT_PROVEN, message)
+        message = f"{facts['source']}: not proven: {first} is off, and nothing was written; --diagnose tells more"
+        raise PortFailureError(Status.NOT_PROVEN, message, facts)
     size = output.stat().st_size / 1e6
     screen.print(f"[bold green]Proven:[/] all {len(proof.stages)} stages agree.", soft_wrap=True)
     screen.print(f"Wrote {escape(str(output))} ({size:.1f} MB). Next:", soft_wrap=True)
     screen.print(f"    {escape(next_step)}", soft_wrap=True)
-    return Status.PROVEN
+    return Status.PROVEN, facts
 
 
 def _table(proof: Proof) -> Table:
@@ -227,28 +216,6 @@ def _table(proof: Proof) -> Table:
     return table
 
 
-def _check_outputs(checkpoint: str, *outputs: Path | None) -> None:
-    """Before the work is done: is there a place for the results, and is it not the checkpoint's own?"""
-    targets = [os.path.realpath(output) for output in outputs if output]
-    if len(set(targets)) < len(targets):
-        raise PortFailureError(Status.USAGE, f"{outputs[0]} is named twice: the report needs a file of its own")
-    for output in filter(None, outputs):
-        if os.path.realpath(output) == os.path.realpath(checkpoint):
-            raise PortFailureError(Status.USAGE, f"{output} is the checkpoint itself: name another file to write")
-        if not output.absolute().parent.is_dir():
-            message = f"cannot write {output}: there is no folder {output.absolute().parent}"
-            raise PortFailureError(Status.NOT_WRITTEN, message)
-        if os.path.exists(output) and not os.path.isfile(output):
-            raise PortFailureError(Status.NOT_WRITTEN, f"cannot write {output}: it is there and not a regular file")
-
-
-def _default_output(checkpoint: str) -> Path:
-    if checkpoint in ("imagenet", "random"):
-        return Path(f"googlenet-{checkpoint}.safetensors")
-    name = Path(urlsplit(checkpoint).path if "://" in checkpoint else checkpoint)
-    return Path(f"{name.stem}-flax.safetensors" if name.suffix == ".safetensors" else f"{name.stem}.safetensors")
-
-
 def _transform_input(args: argparse.Namespace) -> bool:
     return args.checkpoint == "imagenet" if args.transform_input is None else args.transform_input
 
@@ -261,11 +228,6 @@ def _one_line(error: flax_googlenet.PortingError) -> str:
         for kind, names in error.problems.items()
     )
     return f"not the weights of a GoogLeNet: {'; '.join(kinds)}"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _tensor(array: np.ndarray) -> torch.Tensor:

@@ -1,6 +1,9 @@
 """How the command ends: the exit status, and one message for the person."""
 
+from collections.abc import Mapping
 from enum import IntEnum
+from types import MappingProxyType
+from typing import Any
 
 
 class Status(IntEnum):
@@ -16,9 +19,13 @@ class Status(IntEnum):
 
 
 class PortFailureError(Exception):
-    """Ends the command with a status; the message is one line that names the file and the way out."""
+    """Ends the command with a status; the message is one line that names the file and the way out.
 
-    def __init__(self, status: Status, message: str) -> None:
+    ``facts`` is what ``--json`` prints beside them.
+    """
+
+    def __init__(self, status: Status, message: str, facts: Mapping[str, Any] = MappingProxyType({})) -> None:
         # A message may quote a file or a server: no line breaks and no escape sequences on the terminal.
         super().__init__("".join(c if c.isprintable() else "?" for c in message))
         self.status = status
+        self.facts = facts

@@ -4,11 +4,9 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
-from exit_status import PortFailureError, Status
-from rich.console import Console
-from rich.markup import escape
+from exit_status import PortFailureError
+from interrupt import ends_the_process
 
 DESCRIPTION = """\
 Turn a torchvision GoogLeNet checkpoint into Flax variables, and prove it: torchvision's network and ours run on the
@@ -81,23 +79,22 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns its exit status; ``argv`` defaults to the process's own."""
     args = parse(argv)
-    progress = Console(stderr=True, soft_wrap=True, highlight=False)
-    result: dict[str, Any] = {}
-    try:
-        with progress.status("starting PyTorch and JAX"):
-            import command  # here, so that --help and a wrong option need not wait for them
+    with ends_the_process(as_json=args.json):
+        from rich.console import Console  # here, where Ctrl-C is already seen to
+        from rich.markup import escape
 
-        run = command.diagnose_port if args.diagnose else command.port_back if args.to_torchvision else command.port
-        status = run(args, Console(quiet=args.json, highlight=False), progress, result)
-    except PortFailureError as failure:
-        status, result["error"] = failure.status, str(failure)
-        progress.print(f"[bold red]error:[/] {escape(str(failure))}")
-    except KeyboardInterrupt:
-        written = result.get("output")
-        status, result["error"] = Status.INTERRUPTED, "interrupted"
-        progress.print(f"interrupted: {escape(written) if written else 'nothing'} was written")
-    if args.json:
-        sys.stdout.write(json.dumps({"status": status, **result}) + "\n")
+        progress = Console(stderr=True, soft_wrap=True, highlight=False)
+        try:
+            with progress.status("starting PyTorch and JAX"):
+                import command  # here, so that --help and a wrong option need not wait for them
+
+            run = command.diagnose_port if args.diagnose else command.port_back if args.to_torchvision else command.port
+            status, facts = run(args, Console(quiet=args.json, highlight=False), progress)
+        except PortFailureError as failure:
+            status, facts = failure.status, {**failure.facts, "error": str(failure)}
+            progress.print(f"[bold red]error:[/] {escape(str(failure))}")
+        if args.json:
+            sys.stdout.write(json.dumps({"status": status, **facts}) + "\n")
     return status
 
 
