@@ -89,11 +89,12 @@ def port_back(args: argparse.Namespace, screen: Console, progress: Console) -> t
 def diagnose_port(args: argparse.Namespace, screen: Console, progress: Console) -> tuple[Status, dict[str, Any]]:
     """Names the first stage that diverges and the likely cause; writes nothing. As ``port``, and NOT_PROVEN returns."""
     output = args.output or default_output(args.checkpoint)
+    port_at_output = _load(output) if args.output or os.path.exists(output) else None
     source = read(args, progress)
     fresh_model, fresh_variables = _convert(source, _transform_input(args))
-    if os.path.exists(output):
+    if port_at_output:
         subject = str(output)
-        model, variables, _ = _load(output)
+        model, variables, _ = port_at_output
         if (model.num_classes, model.aux_logits, model.batch_norm) != (
             fresh_model.num_classes,
             fresh_model.aux_logits,

@@ -62,8 +62,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--diagnose",
         action="store_true",
-        help="write nothing; name the first stage that diverges and the likely cause, in the port at --output if "
-        "there is one, else in a fresh one",
+        help="write nothing; name the first stage that diverges and the likely cause, in the port at --output; if "
+        "that is not given, in the port that this command wrote here before, or else in a fresh one",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object for machines on standard output")
     args = parser.parse_args(argv)

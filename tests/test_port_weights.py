@@ -178,6 +178,7 @@ def test_a_bad_file_ends_a_real_process_without_a_traceback(here: Path) -> None:
         (["random", "--output", "/dev/null"], 6, "cannot write /dev/null: it is there and not a regular file"),
         (["random", "--output", "."], 6, "cannot write .: it is there and not a regular file"),
         (["random", "--report", "none/report.html"], 6, "cannot write none/report.html: there is no folder"),
+        (["random", "--output", "none.safetensors", "--diagnose"], 3, "cannot read none.safetensors: No such file"),
         (["ftp://127.0.0.1/googlenet.pth"], 3, "ftp://127.0.0.1/googlenet.pth: only http and https"),
     ],
 )
@@ -203,6 +204,16 @@ def test_a_name_that_is_too_long_is_said(here: Path, capsys: pytest.CaptureFixtu
     status, error = refused(["x" * 300], capsys)
     assert status == 3
     assert "File name too long" in error
+
+
+def test_a_checkpoint_of_pytorchs_has_no_way_back_and_the_command_is_told(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(reference.random_checkpoint(num_classes=2), "model.pth")
+    status, error = refused(["model.pth", "--to-torchvision", "back.pth"], capsys)
+    assert status == 4
+    assert error.startswith("model.pth is not a checkpoint of flax_googlenet")
+    assert error.endswith("python convert/port_weights.py model.pth")
 
 
 def test_names_in_a_file_do_not_reach_the_terminal_as_they_are(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
