@@ -50,6 +50,9 @@ def port(args: argparse.Namespace, screen: Console, progress: Console) -> tuple[
     check_outputs(args.checkpoint, output, args.report)
     source = read(args, progress)
     model, variables = _convert(source, _transform_input(args))
+    if args.transform_input is None and args.checkpoint not in ("imagenet", "random") and not source.class_names:
+        advice = "add --transform-input if the network was made with it on, as fine-tuned ImageNet weights are"
+        progress.print(f"[yellow]note:[/] transform_input is taken as off: {advice}")
     proof = _prove(source.state_dict, model, variables, progress)
     facts = _facts(source.name, source.sha256, model, proof)
     if proof.ok:

@@ -309,7 +309,10 @@ def test_a_url_with_a_hash_is_downloaded_checked_cached_and_ported(
     (folder / "model.pth").rename(folder / f"{name}.pth")
 
     assert port_weights.main([f"{url}/{name}.pth"]) == 0
-    capsys.readouterr()
+    assert capsys.readouterr().err == (
+        "note: transform_input is taken as off: add --transform-input if the network was made with it on, "
+        "as fine-tuned ImageNet weights are\n"
+    )
     assert flax_googlenet.load_metadata(f"{name}.safetensors")["source_sha256"] == digest
     cached = tmp_path / "torch" / "hub" / "checkpoints" / f"{name}.pth"
     assert cached.read_bytes() == (folder / f"{name}.pth").read_bytes()
