@@ -242,7 +242,9 @@ class GoogLeNet(nn.Module):
                 ``mutable=["batch_stats"]`` and, for dropout above 0, ``rngs={"dropout": key}``.
 
         Raises:
-            ValueError: if ``images`` has another rank, layout, number of channels or dtype, or is smaller than 15x15.
+            TypeError: if ``images`` is no array of JAX's or NumPy's.
+            ValueError: if ``images`` has another rank, layout, number of channels or dtype, or is smaller than 15x15;
+                in training with ``aux_logits``, if the variables have no auxiliary heads.
         """
         _check_images(images)
         options = _options(self)
@@ -258,6 +260,11 @@ class GoogLeNet(nn.Module):
         def aux_head(name: str, x: jax.Array) -> jax.Array | None:
             if not self.aux_logits or not (train or self.is_initializing()):
                 return None
+            if not (self.is_initializing() or self.has_variable("params", name)):
+                raise ValueError(
+                    f"aux_logits is True and the variables have no {name}: train model.clone(aux_logits=False), or add "
+                    f"the {name} of model.init"
+                )
             return InceptionAux(self.num_classes, self.dropout_aux, **options, name=name)(x, train)
 
         x = jnp.asarray(images)
@@ -372,7 +379,11 @@ def _transform_input(images: jax.Array) -> jax.Array:
 
 
 def _check_images(images: Any) -> None:
-    shape = jnp.shape(images)
+    try:
+        shape, dtype = jnp.shape(images), jnp.result_type(images)
+    except TypeError as error:
+        kind = f"{type(images).__module__}.{type(images).__name__}"
+        raise TypeError(f"expected an array of JAX or NumPy, got {kind}: pass numpy.asarray(images)") from error
     expected = f"expected floating point images [N, H, W, 3] with H and W at least {MIN_SIZE}, got shape {shape}"
     if len(shape) != 4:
         raise ValueError(f"{expected}: add the batch axis with images[None]" if len(shape) == 3 else expected)
@@ -380,5 +391,5 @@ def _check_images(images: Any) -> None:
         raise ValueError(f"{expected}: NCHW? use images.transpose(0, 2, 3, 1)" if shape[1] == 3 else expected)
     if min(shape[1:3]) < MIN_SIZE:
         raise ValueError(expected)
-    if not jnp.issubdtype(jnp.result_type(images), jnp.floating):
-        raise ValueError(f"{expected} of {jnp.result_type(images)}: scale to [0, 1] and normalise first")
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"{expected} of {dtype}: scale to [0, 1] and normalise first")

@@ -1,5 +1,6 @@
 """The network against torchvision's, stage by stage: in float64 where nothing can hide, then in float32."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -279,6 +280,26 @@ def test_images_of_another_shape_are_refused(shape: tuple[int, ...], message: st
 def test_raw_pixels_are_refused(variables: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="uint8: scale to"):
         GoogLeNet().apply(variables, np.zeros((1, 32, 32, 3), np.uint8))
+
+
+def test_a_tensor_of_pytorchs_is_refused_with_the_way_out(variables: dict[str, Any]) -> None:
+    message = "expected an array of JAX or NumPy, got torch.Tensor: pass numpy.asarray(images)"
+    with pytest.raises(TypeError, match=re.escape(message)):
+        GoogLeNet().apply(variables, torch.zeros(1, 32, 32, 3))
+
+
+def test_training_without_the_variables_of_an_aux_head_is_refused_with_the_way_out(variables: dict[str, Any]) -> None:
+    for name in ("aux1", "aux2"):
+        headless = {collection: {**tree} for collection, tree in variables.items()}
+        del headless["params"][name], headless["batch_stats"][name]
+        with pytest.raises(ValueError, match=rf"no {name}: train model\.clone\(aux_logits=False\), or add"):
+            jax.eval_shape(
+                lambda v: GoogLeNet(dropout=0.0, dropout_aux=0.0).apply(
+                    v, np.zeros((2, 32, 32, 3), np.float32), train=True, mutable=["batch_stats"]
+                ),
+                headless,
+            )
+        GoogLeNet().apply(headless, np.zeros((1, 32, 32, 3), np.float32))  # inference does without them
 
 
 def test_the_smallest_size_is_torchvisions() -> None:
