@@ -246,7 +246,7 @@ class GoogLeNet(nn.Module):
             ValueError: if ``images`` has another rank, layout, number of channels or dtype, or is smaller than 15x15;
                 in training with ``aux_logits``, if the variables have no auxiliary heads.
         """
-        _check_images(images)
+        check_images(images)
         options = _options(self)
         conv: Callable[..., ConvBN] = functools.partial(ConvBN, **options)
 
@@ -269,7 +269,7 @@ class GoogLeNet(nn.Module):
 
         x = jnp.asarray(images)
         if self.transform_input:
-            x = _transform_input(x)
+            x = transform_input(x)
         x = x.astype(self.dtype)
 
         x = stage("conv1", conv(64, kernel_size=7, stride=2, padding=3, name="conv1")(x, train))
@@ -371,14 +371,14 @@ def _blocked_dot(
     return blocks.sum(0).astype(x.dtype)
 
 
-def _transform_input(images: jax.Array) -> jax.Array:
+def transform_input(images: jax.Array) -> jax.Array:
     """From ImageNet's normalisation to the Inception one, pixels in [-1, 1], in which the checkpoint was trained."""
     scale = [std / 0.5 for std in IMAGENET_STD]
     shift = [(mean - 0.5) / 0.5 for mean in IMAGENET_MEAN]
     return images * jnp.asarray(scale, images.dtype) + jnp.asarray(shift, images.dtype)
 
 
-def _check_images(images: Any) -> None:
+def check_images(images: Any) -> None:
     try:
         shape, dtype = jnp.shape(images), jnp.result_type(images)
     except TypeError as error:

@@ -25,11 +25,11 @@ def max_pool(x: Float[Array, "n h w c"], window: int, stride: int, padding: int 
     """
     if not 0 <= 2 * padding <= window:
         raise ValueError(f"padding must be between 0 and half the window, got padding {padding} and window {window}")
-    pads = tuple(_ceil_mode_padding(size, window, stride, padding) for size in x.shape[1:3])
+    pads = tuple(ceil_mode_padding(size, window, stride, padding) for size in x.shape[1:3])
     return nn.max_pool(x, (window, window), (stride, stride), pads)
 
 
-def _ceil_mode_padding(size: int, window: int, stride: int, padding: int) -> tuple[int, int]:
+def ceil_mode_padding(size: int, window: int, stride: int, padding: int) -> tuple[int, int]:
     length = -((window - size - 2 * padding) // stride) + 1
     if (length - 1) * stride >= size + padding:  # the last window would see only padding: torch drops it
         length -= 1
