@@ -1,6 +1,7 @@
 """GoogLeNet in JAX and Flax, proven to be torchvision's."""
 
 from flax_googlenet.checkpoint import CheckpointError, load, load_metadata, save
+from flax_googlenet.inference import Predictor, fold_batch_norm, make_predictor
 from flax_googlenet.model import GoogLeNet, GoogLeNetOutput, endpoints
 from flax_googlenet.porting import PortingError, from_torchvision, to_torchvision
 from flax_googlenet.preprocess import ImageError, preprocess, preprocess_batch
@@ -11,10 +12,13 @@ __all__ = [
     "GoogLeNetOutput",
     "ImageError",
     "PortingError",
+    "Predictor",
     "endpoints",
+    "fold_batch_norm",
     "from_torchvision",
     "load",
     "load_metadata",
+    "make_predictor",
     "preprocess",
     "preprocess_batch",
     "save",

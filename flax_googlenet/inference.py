@@ -86,13 +86,15 @@ def make_predictor(model: GoogLeNet, variables: Variables, devices: Sequence[jax
         check_images(images)
         if isinstance(images, jax.core.Tracer):
             return graph(weights, images)
-        if on_cpu:
-            images = np.asarray(images)
-            # One after the other: several calls at once compete for the caches.
-            logits = [np.asarray(compiled(weights, batch)) for batch in _batches(images, len(devices))]
-            return jax.device_put(np.concatenate(logits)[: len(images)], devices[0])
-        padded = _pad(images, max(len(devices), 1 << (len(images) - 1).bit_length()))
-        return compiled(weights, jax.device_put(padded, split))[: len(images)]
+        images = np.asarray(images) if on_cpu else jnp.asarray(images)
+        sizes = cpu.BATCH_SIZES if on_cpu else (_power_of_two(len(images), len(devices)),)
+        logits = []
+        for batch in _batches(images, [size * len(devices) for size in sizes]):
+            logits.append(compiled(weights, batch if on_cpu else jax.device_put(batch, split)))
+            if on_cpu:
+                logits[-1].block_until_ready()  # several batches at once would compete for the caches
+        joined = logits[0] if len(logits) == 1 else jax.device_put(np.concatenate(logits), devices[0])
+        return joined if len(joined) == len(images) else joined[: len(images)]
 
     return predict
 
@@ -118,16 +120,18 @@ def _inference_graph(
     return graph, jax.tree.map(lambda x: x.astype(model.dtype), cpu.prepare(folded_variables["params"]))
 
 
-def _batches(images: np.ndarray, devices: int) -> Iterator[np.ndarray]:
-    """Consecutive batches: the largest of ``cpu.BATCH_SIZES`` that fill all devices, or the smallest one, padded."""
-    start = 0
-    while start < max(len(images), 1):
-        full = [size for size in cpu.BATCH_SIZES if size * devices <= len(images) - start]
-        size = devices * max(full, default=min(cpu.BATCH_SIZES))
-        yield _pad(images[start : start + size], size)
-        start += size
+def _power_of_two(images: int, devices: int) -> int:
+    """The least power of two that is enough images for each device."""
+    return 1 << max(-(-images // devices) - 1, 0).bit_length()
 
 
-def _pad(images: Any, length: int) -> Any:
-    missing = length - len(images)
-    return np.pad(images, [(0, missing), (0, 0), (0, 0), (0, 0)]) if missing else images
+def _batches(images: Any, sizes: Sequence[int]) -> Iterator[Any]:
+    """Consecutive batches: always the largest of ``sizes`` that is full, or the smallest one, padded with zeros."""
+    rest = images
+    while True:
+        size = max((size for size in sizes if size <= len(rest)), default=min(sizes))
+        batch, rest = rest[:size], rest[size:]
+        missing = size - len(batch)
+        yield jnp.pad(batch, [(0, missing), (0, 0), (0, 0), (0, 0)]) if missing else batch
+        if not len(rest):
+            return

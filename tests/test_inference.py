@@ -1,0 +1,182 @@
+"""Folding and the predictor, against the model and against PyTorch."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import torch
+from jax import numpy as jnp
+from torchvision.models import GoogLeNet as TorchGoogLeNet
+
+import flax_googlenet
+from flax_googlenet import cpu, fold_batch_norm, make_predictor
+
+Images = Callable[..., np.ndarray]
+MODEL = flax_googlenet.GoogLeNet()
+MODEL64 = flax_googlenet.GoogLeNet(dtype=jnp.float64, param_dtype=jnp.float64)
+
+
+@pytest.fixture(scope="module")
+def predict(variables: dict[str, Any]) -> flax_googlenet.Predictor:
+    return make_predictor(MODEL, variables)
+
+
+def _logits(model: flax_googlenet.GoogLeNet, variables: dict[str, Any], images: np.ndarray) -> jax.Array:
+    return jax.jit(model.apply)(variables, images).logits
+
+
+def _relative_error(actual: Any, expected: Any) -> float:
+    return float(np.abs(actual - expected).max() / np.abs(expected).max())
+
+
+def test_folded_network_is_the_same_function(variables64: dict[str, Any], random_images: Images) -> None:
+    images = random_images(2, 64, 64)
+    model, folded = fold_batch_norm(MODEL64, variables64)
+    assert not model.batch_norm
+    assert folded.keys() == {"params"}
+    assert (
+        _relative_error(_logits(model, folded, images), _logits(MODEL64, variables64, images)) < 1e-13
+    )  # measured: 1.3e-14
+
+
+def test_folded_variables_are_those_that_the_folded_network_initialises(variables: dict[str, Any]) -> None:
+    model, folded = fold_batch_norm(MODEL, variables)
+    expected = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 15, 15, 3), jnp.float32))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), folded) == jax.tree.map(lambda x: (x.shape, x.dtype), expected)
+
+
+def test_fold_is_computed_in_float64_and_rounded_once(variables: dict[str, Any], variables64: dict[str, Any]) -> None:
+    _, folded = fold_batch_norm(MODEL, variables)
+    _, folded64 = fold_batch_norm(MODEL64, variables64)
+    jax.tree.map(np.testing.assert_array_equal, folded, jax.tree.map(lambda x: x.astype(np.float32), folded64))
+
+
+def test_folding_twice_is_folding_once(variables: dict[str, Any]) -> None:
+    model, folded = fold_batch_norm(MODEL, variables)
+    again, folded_again = fold_batch_norm(model, folded)
+    assert again == model
+    jax.tree.map(np.testing.assert_array_equal, folded, folded_again)
+
+
+@pytest.mark.parametrize("transform_input", [False, True])
+def test_predictor_computes_the_models_logits_in_float64(
+    variables64: dict[str, Any], random_images: Images, transform_input: bool
+) -> None:
+    images = random_images(5, 40, 47)
+    model = MODEL64.clone(transform_input=transform_input)
+    error = _relative_error(make_predictor(model, variables64)(images), _logits(model, variables64, images))
+    assert error < 1e-12  # measured: 3e-14
+
+
+@pytest.mark.parametrize(("n", "size"), [(8, 224), (1, 224), (4, 64), (2, 15)])
+def test_float32_error_is_at_most_three_times_pytorchs(
+    n: int,
+    size: int,
+    predict: flax_googlenet.Predictor,
+    torch32: TorchGoogLeNet,
+    torch64: TorchGoogLeNet,
+    random_images: Images,
+) -> None:
+    images = random_images(n, size, size)
+    chw = torch.from_numpy(images).permute(0, 3, 1, 2)
+    with torch.inference_mode():
+        truth = torch64(chw).numpy()
+        pytorch = torch32(chw.float()).numpy()
+    ours = np.asarray(predict(images.astype(np.float32)), np.float64)
+    assert _relative_error(ours, truth) < 3 * _relative_error(pytorch, truth)  # measured: 1.0 to 1.9 times
+
+
+def test_every_number_of_images_gives_the_same_logits(predict: flax_googlenet.Predictor, random_images: Images) -> None:
+    images = random_images(17, 32, 32).astype(np.float32)
+    expected = predict(images)
+    for n in range(18):
+        logits = predict(images[:n])
+        assert logits.shape == (n, 1000)
+        # Matrix products of other sizes round in another order.
+        np.testing.assert_allclose(logits, expected[:n], atol=3e-5)
+
+
+def test_number_of_images_costs_no_compilation_of_its_own(
+    predict: flax_googlenet.Predictor, random_images: Images, caplog: pytest.LogCaptureFixture
+) -> None:
+    images = random_images(31, 32, 32).astype(np.float32)
+    predict(images[: sum(cpu.BATCH_SIZES)])
+    with jax.log_compiles():
+        for n in (1, 2, 7, 9, 24, 31):
+            predict(images[:n])
+        assert "Compiling" not in caplog.text
+        predict(images[:1, :31])  # another size of images does
+        assert "Compiling" in caplog.text
+
+
+def test_predictor_can_be_traced(variables64: dict[str, Any], random_images: Images) -> None:
+    images = random_images(2, 16, 16)
+    predict = make_predictor(MODEL64, variables64)
+    expected = _logits(MODEL64, variables64, images)
+    assert _relative_error(jax.jit(predict)(images), expected) < 1e-12
+    one_by_one = jax.jit(jax.vmap(lambda image: predict(image[None])[0]))
+    assert _relative_error(one_by_one(images), expected) < 1e-12
+
+    def gradient(function: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        return jax.jit(jax.grad(lambda images: function(images)[:, 7].sum()))(images)
+
+    of_model = gradient(lambda images: MODEL64.apply(variables64, images).logits)
+    assert _relative_error(gradient(predict), of_model) < 1e-11
+
+
+def test_predictor_in_bfloat16_is_the_folded_model(variables: dict[str, Any], random_images: Images) -> None:
+    images = random_images(2, 32, 32).astype(np.float32)
+    model = MODEL.clone(dtype=jnp.bfloat16)
+    folded, folded_variables = fold_batch_norm(model, variables)
+    logits = make_predictor(model, variables)(images)
+    assert logits.dtype == jnp.bfloat16
+    expected = _logits(folded, folded_variables, images).astype(jnp.float32)
+    assert _relative_error(logits.astype(jnp.float32), expected) < 0.05  # measured: 0.01
+
+
+def test_wrong_images_are_refused_as_by_the_model(predict: flax_googlenet.Predictor) -> None:
+    with pytest.raises(ValueError, match=r"images\.transpose\(0, 2, 3, 1\)"):
+        predict(np.zeros((1, 3, 224, 224), np.float32))
+
+
+def test_concurrent_calls_never_mix_their_images(predict: flax_googlenet.Predictor, random_images: Images) -> None:
+    images = random_images(64, 32, 32).astype(np.float32)
+    batches = [images[i : i + n] for i in range(0, 50, 5) for n in (1, 4, 8)]
+    alone = [np.asarray(predict(batch)) for batch in batches]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda i: np.asarray(predict(batches[i % len(batches)])), range(1000)))
+    for i, logits in enumerate(together):
+        np.testing.assert_array_equal(logits, alone[i % len(batches)])
+
+
+_ON_DEVICES = """
+import json, sys
+import jax, numpy as np
+jax.config.update("jax_num_cpu_devices", 3)
+import flax_googlenet
+model, variables = flax_googlenet.load(sys.argv[1])
+images = np.load(sys.argv[2])
+on_three = flax_googlenet.make_predictor(model, variables)
+on_one = flax_googlenet.make_predictor(model, variables, devices=jax.devices()[1:2])
+errors = [float(abs(np.asarray(on_three(images[:n])) - np.asarray(on_one(images[:n]))).max()) for n in (1, 3, 13)]
+print(json.dumps([len(on_three(images[:3]).devices()), *errors]))
+"""
+
+
+def test_several_devices_give_the_logits_of_one(
+    variables: dict[str, Any], random_images: Images, tmp_path: Path
+) -> None:
+    flax_googlenet.save(tmp_path / "weights.safetensors", MODEL, variables)
+    np.save(tmp_path / "images.npy", random_images(13, 32, 32).astype(np.float32))
+    arguments = [tmp_path / "weights.safetensors", tmp_path / "images.npy"]
+    done = subprocess.run([sys.executable, "-c", _ON_DEVICES, *arguments], capture_output=True, text=True, check=True)
+    devices, *errors = json.loads(done.stdout)
+    assert devices == 3
+    assert max(errors) < 3e-5  # matrix products of other sizes round in another order
