@@ -1,0 +1,305 @@
+"""Inference on a CPU, side by side: this library, PyTorch, ONNX Runtime and OpenVINO.
+
+Each engine has a process of its own, and they take turns: in every round each computes the same images once uncounted
+and then counted, the others idle, in an order that changes. Each gets its input in the layout that it likes best,
+outside the time. Printed are medians over all rounds, ratios, start, memory and the error against float64.
+
+    pip install -e ".[benchmark]"
+    python benchmarks/inference.py
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "convert"))
+
+THREADS = len(os.sched_getaffinity(0))
+ERROR_BATCH = 8
+
+Engine = tuple[Callable[[np.ndarray], Any], Callable[[Any], np.ndarray]]
+"""From images NHWC to the input, uncounted, and from the input to the logits, counted."""
+
+
+def pytorch(folder: Path, channels_last: bool = False, compiled: bool = False) -> Engine:
+    import torch
+    from torchvision.models import GoogLeNet
+
+    torch.set_num_threads(THREADS)
+    model = GoogLeNet(init_weights=False).eval()
+    model.load_state_dict(torch.load(folder / "weights.pth"))
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    model = model.to(memory_format=layout)
+    if compiled:
+        import torch._inductor.config
+
+        torch._inductor.config.freezing = True
+        model = torch.compile(model)
+    mode = torch.no_grad if compiled else torch.inference_mode  # freezing does not take inference tensors
+
+    def run(images: "torch.Tensor") -> np.ndarray:
+        with mode():
+            return model(images).numpy()
+
+    return lambda images: torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(memory_format=layout), run
+
+
+def onnxruntime(folder: Path) -> Engine:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = THREADS
+    session = onnxruntime.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
+    return _channels_first, lambda images: session.run(None, {"images": images})[0]
+
+
+def openvino(folder: Path) -> Engine:
+    import openvino
+
+    settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": THREADS, "INFERENCE_PRECISION_HINT": "f32"}
+    request = openvino.compile_model(folder / "model.onnx", "CPU", settings).create_infer_request()
+    return _channels_first, lambda images: request.infer({"images": images})[0]
+
+
+def flax(folder: Path, fast: bool = False) -> Engine:
+    import jax
+
+    import flax_googlenet
+
+    model, variables = flax_googlenet.load(folder / "weights.safetensors")
+    if fast:
+        predict = flax_googlenet.make_predictor(model, variables)
+        return lambda images: images, lambda images: np.asarray(predict(images))
+    apply = jax.jit(model.apply)
+    return lambda images: images, lambda images: np.asarray(apply(variables, images).logits)
+
+
+ENGINES: dict[str, Callable[[Path], Engine]] = {
+    "ONNX Runtime": onnxruntime,
+    "OpenVINO": openvino,
+    "PyTorch": pytorch,
+    "PyTorch channels_last": lambda folder: pytorch(folder, channels_last=True),
+    "torch.compile, frozen": lambda folder: pytorch(folder, channels_last=True, compiled=True),
+    "jax.jit(model.apply)": flax,
+    "make_predictor": lambda folder: flax(folder, fast=True),
+}
+BASELINE = "ONNX Runtime"
+
+
+def main() -> None:
+    """Runs the benchmark and prints its tables in Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32], help="images in a call (1 8 32)")
+    parser.add_argument("--rounds", type=int, default=15, help="turns of each engine at each batch (15)")
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES), help="default: all of them")
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)  # the folder of a process that is one engine
+    arguments = parser.parse_args()
+    if arguments.work:
+        serve(arguments.engines[0], arguments.work)
+        return
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as processes:
+        make_inputs(Path(folder))
+        starts = {}
+        for name in arguments.engines:
+            starts[name] = [_start(name, Path(folder)) for _ in range(2)]
+            _progress(f"{name}: started twice")
+        workers = {name: processes.enter_context(Worker(name, Path(folder))) for name in arguments.engines}
+        times = measure(workers, sorted(arguments.batches), arguments.rounds)
+        report(
+            arguments.batches, starts, times, {name: worker.errors(Path(folder)) for name, worker in workers.items()}
+        )
+
+
+def make_inputs(folder: Path) -> None:
+    """Writes the weights in each engine's format, and the logits in float64."""
+    import reference
+    import torch
+
+    import flax_googlenet
+
+    checkpoint = reference.random_checkpoint()
+    torch.save(checkpoint, folder / "weights.pth")
+    state_dict = {key: tensor.numpy() for key, tensor in checkpoint.items()}
+    variables = flax_googlenet.from_torchvision(state_dict)
+    flax_googlenet.save(folder / "weights.safetensors", flax_googlenet.GoogLeNet(), variables)
+    model = reference.build(state_dict, transform_input=False, dtype=torch.float32)
+    example = (torch.zeros(2, 3, 224, 224),)
+    shapes = {"x": {0: torch.export.Dim("n", min=1, max=4096)}}
+    with contextlib.redirect_stdout(sys.stderr):
+        torch.onnx.export(model, example, folder / "model.onnx", input_names=["images"], dynamic_shapes=shapes)
+    exact = reference.build(state_dict, transform_input=False, dtype=torch.float64)
+    with torch.inference_mode():
+        images = torch.from_numpy(_images(ERROR_BATCH).astype(np.float64)).permute(0, 3, 1, 2)
+        np.save(folder / "truth.npy", exact(images).numpy())
+
+
+def serve(name: str, folder: Path) -> None:
+    """Computes what standard input asks for, a line of JSON a request, and answers in lines of JSON."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
+    to_input, run = ENGINES[name](folder)
+
+    def answer(value: Any) -> None:
+        print(json.dumps(value), file=answers, flush=True)
+
+    answer("ready")
+    for line in sys.stdin:
+        request = json.loads(line)
+        images = to_input(_images(request["batch"]))
+        logits, seconds = run(images), []
+        for _ in range(request["calls"]):
+            start = time.perf_counter()
+            run(images)
+            seconds.append(time.perf_counter() - start)
+        answer(
+            {
+                "seconds": seconds,
+                "peak": _peak(),
+                "logits": logits.tolist() if request.get("logits") else None,
+            }
+        )
+
+
+class Worker:
+    """A process that is one engine; a context that ends it."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name = name
+        environment = {
+            **os.environ,
+            "JAX_COMPILATION_CACHE_DIR": str(folder / "jax"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
+        }
+        command = [sys.executable, __file__, "--engines", name, "--work", str(folder)]
+        self.log = (folder / "log").open("w+")
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self.log, text=True, env=environment)
+        self._answer()
+
+    def ask(self, batch: int, calls: int, logits: bool = False) -> dict[str, Any]:
+        """Times ``calls`` calls on ``batch`` images, after one that is not counted."""
+        self.process.stdin.write(json.dumps({"batch": batch, "calls": calls, "logits": logits}) + "\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def errors(self, folder: Path) -> float:
+        """The largest error of the logits against float64, relative to the largest logit."""
+        truth = np.load(folder / "truth.npy")
+        logits = np.asarray(self.ask(ERROR_BATCH, 0, logits=True)["logits"])
+        return float(np.abs(logits - truth).max() / np.abs(truth).max())
+
+    def _answer(self) -> Any:
+        line = self.process.stdout.readline()
+        if not line:
+            self.log.seek(0)
+            sys.exit(f"{self.name} ended:\n{self.log.read()[-3000:]}")
+        return json.loads(line)
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def measure(
+    workers: dict[str, Worker], batches: list[int], rounds: int
+) -> dict[tuple[str, int], tuple[list[float], float]]:
+    """Seconds an image of every call, and the peak memory so far in MB, by engine and batch."""
+    order = random.Random(0)
+    results: dict[tuple[str, int], tuple[list[float], float]] = {}
+    for batch in batches:
+        for round_number in range(rounds):
+            for name in order.sample(list(workers), len(workers)):
+                answer = workers[name].ask(batch, max(2, 8 // batch))
+                seconds, _ = results.get((name, batch), ([], 0.0))
+                results[name, batch] = [*seconds, *(s / batch for s in answer["seconds"])], answer["peak"]
+            _progress(f"batch {batch}: round {round_number + 1} of {rounds}")
+    return results
+
+
+def report(
+    batches: list[int],
+    starts: dict[str, list[tuple[float, float]]],
+    results: dict[tuple[str, int], tuple[list[float], float]],
+    errors: dict[str, float],
+) -> None:
+    """Prints the tables."""
+    names = ("jax", "jaxlib", "flax", "torch", "torchvision", "onnxruntime", "openvino")
+    print(f"{_processor()}, {THREADS} threads; " + ", ".join(f"{name} {version(name)}" for name in names) + "\n")
+    baseline = BASELINE if BASELINE in starts else next(iter(starts))
+    _row("milliseconds an image", *(f"batch {batch}" for batch in batches))
+    _row(*["---"] * (len(batches) + 1))
+    for name in starts:
+        medians = {batch: statistics.median(results[name, batch][0]) for batch in batches}
+        cells = []
+        for batch, median in medians.items():
+            ratio = statistics.median(results[baseline, batch][0]) / median
+            cells.append(f"{1000 * median:.1f} ({ratio:.2f}x)")
+        _row(name, *cells)
+    print(f"\nIn brackets: times faster than {baseline}.\n")
+    peaks = [f"peak MB, batch {batch}" for batch in batches]
+    _row("", "import and load, s", "first call, s", "in a second process, s", *peaks, "error / largest logit")
+    _row(*["---"] * (len(batches) + 5))
+    for name, (first, second) in starts.items():
+        memory = [f"{results[name, batch][1]:.0f}" for batch in batches]
+        _row(name, f"{first[0]:.1f}", f"{first[1]:.1f}", f"{second[1]:.1f}", *memory, f"{errors[name]:.1e}")
+
+
+def _start(name: str, folder: Path) -> tuple[float, float]:
+    """Seconds from the start of a process until the engine is loaded, and from there to the logits of one image."""
+    start = time.perf_counter()
+    with Worker(name, folder) as worker:
+        loaded = time.perf_counter()
+        worker.ask(1, 0)
+        return loaded - start, time.perf_counter() - loaded
+
+
+def _images(batch: int) -> np.ndarray:
+    return np.random.default_rng(batch).standard_normal((batch, 224, 224, 3)).astype(np.float32)
+
+
+def _channels_first(images: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+
+
+def _peak() -> float:
+    """The most memory that this process has had, in MB. getrusage would count that of the parent at the fork."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _row(*cells: str) -> None:
+    print("| " + " | ".join(cells) + " |")
+
+
+def _progress(message: str) -> None:
+    print(f"\r\x1b[2K{message}", end="" if sys.stderr.isatty() else "\n", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
