@@ -105,7 +105,7 @@ def _inference_graph(
     """The function (weights, images) -> logits that is fastest on the platform, and its weights."""
     params = {name: block for name, block in variables["params"].items() if not name.startswith("aux")}
     folded, folded_variables = fold_batch_norm(model.clone(aux_logits=False), {**variables, "params": params})
-    if platform != "cpu" or jnp.finfo(model.dtype).bits < 32:  # F(4, 3) would lose all digits of bfloat16
+    if platform != "cpu" or jnp.finfo(model.dtype).bits < 32:  # Winograd would lose the few digits of bfloat16
 
         def plain_graph(weights: Variables, images: jax.Array) -> jax.Array:
             output: Any = folded.apply(weights, images)

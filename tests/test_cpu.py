@@ -41,4 +41,4 @@ def test_every_stage_is_the_models_in_float64(
     assert stages.keys() == expected.keys() - {"conv1", "conv3"}
     for name, stage in stages.items():
         error = np.abs(stage - expected[name]).max() / np.abs(expected[name]).max()
-        assert error < 1e-12, name  # measured: worst 1e-13
+        assert error < 3e-13, name  # measured: worst 3.5e-14

@@ -72,7 +72,7 @@ def test_predictor_computes_the_models_logits_in_float64(
     images = random_images(5, 40, 47)
     model = MODEL64.clone(transform_input=transform_input)
     error = _relative_error(make_predictor(model, variables64)(images), _logits(model, variables64, images))
-    assert error < 1e-12  # measured: 3e-14
+    assert error < 1e-13  # measured: 1.2e-14
 
 
 @pytest.mark.parametrize(("n", "size"), [(8, 224), (1, 224), (4, 64), (2, 15)])
@@ -90,7 +90,7 @@ def test_float32_error_is_at_most_three_times_pytorchs(
         truth = torch64(chw).numpy()
         pytorch = torch32(chw.float()).numpy()
     ours = np.asarray(predict(images.astype(np.float32)), np.float64)
-    assert _relative_error(ours, truth) < 3 * _relative_error(pytorch, truth)  # measured: 1.0 to 1.9 times
+    assert _relative_error(ours, truth) < 3 * _relative_error(pytorch, truth)  # measured: 1.0 to 2.1 times
 
 
 def test_every_number_of_images_gives_the_same_logits(predict: flax_googlenet.Predictor, random_images: Images) -> None:
@@ -124,9 +124,9 @@ def test_predictor_can_be_traced(variables64: dict[str, Any], random_images: Ima
         return predict(image[None])[0, 7]
 
     values, gradients = jax.jit(jax.vmap(jax.value_and_grad(logit)))(images)
-    assert _relative_error(values, predict(images)[:, 7]) < 1e-12
+    assert _relative_error(values, predict(images)[:, 7]) < 1e-13  # measured: 2.5e-15
     difference = predict(images + step)[:, 7] - predict(images - step)[:, 7]
-    assert _relative_error((gradients * step).sum((1, 2, 3)), difference / 2) < 1e-6  # measured: 7e-9
+    assert _relative_error((gradients * step).sum((1, 2, 3)), difference / 2) < 1e-7  # measured: 1.2e-9
 
 
 def test_predictor_in_bfloat16_is_the_folded_model(variables: dict[str, Any], random_images: Images) -> None:
@@ -136,7 +136,7 @@ def test_predictor_in_bfloat16_is_the_folded_model(variables: dict[str, Any], ra
     logits = make_predictor(model, variables)(images)
     assert logits.dtype == jnp.bfloat16
     expected = _logits(folded, folded_variables, images).astype(jnp.float32)
-    assert _relative_error(logits.astype(jnp.float32), expected) < 0.05  # measured: 0.01
+    assert _relative_error(logits.astype(jnp.float32), expected) < 0.01  # measured: 0; bfloat16 rounds to 0.004
 
 
 def test_wrong_images_are_refused_as_by_the_model(predict: flax_googlenet.Predictor) -> None:
