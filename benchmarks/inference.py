@@ -49,7 +49,7 @@ def pytorch(folder: Path, channels_last: bool = False, compiled: bool = False) -
         import torch._inductor.config
 
         torch._inductor.config.freezing = True
-        model = torch.compile(model)
+        model = torch.compile(model, dynamic=False)  # or the second batch size would get a slower graph
     mode = torch.no_grad if compiled else torch.inference_mode  # freezing does not take inference tensors
 
     def run(images: "torch.Tensor") -> np.ndarray:
@@ -186,7 +186,7 @@ class Worker:
             "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
         }
         command = [sys.executable, __file__, "--engines", name, "--work", str(folder)]
-        self.log = (folder / "log").open("w+")
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115  # closed with the process
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self.log, text=True, env=environment)
         self._answer()
@@ -216,6 +216,7 @@ class Worker:
     def __exit__(self, *_: object) -> None:
         self.process.kill()
         self.process.wait()
+        self.log.close()
 
 
 def measure(

@@ -113,9 +113,9 @@ def load(path: str | os.PathLike[str], *, dtype: Dtype | None = None) -> tuple[G
                 f"{os.fspath(path)}: {jnp.dtype(wanted)} needs jax.config.update('jax_enable_x64', True); "
                 "or load it with dtype=jax.numpy.float32"
             )
-    _check_tensors(f"{os.fspath(path)}: the tensors", model, tensors)
+    shapes = _check_tensors(f"{os.fspath(path)}: the tensors", model, tensors)
     variables = {}
-    for names, shape in flatten_dict(variable_shapes(model)).items():
+    for names, shape in shapes.items():
         tensor = tensors["/".join(names)]
         variables[names] = jnp.asarray(tensor, tensor.dtype if dtype is None else shape.dtype)
     return model, unflatten_dict(variables)
@@ -200,8 +200,12 @@ def _digest(data: bytes, path: str | os.PathLike[str]) -> tuple[int, str, str]:
     return start, match[1].decode(), sha256.hexdigest()
 
 
-def _check_tensors(subject: str, model: GoogLeNet, tensors: Mapping[str, np.ndarray]) -> None:
-    expected = {"/".join(names): shape.shape for names, shape in flatten_dict(variable_shapes(model)).items()}
+def _check_tensors(
+    subject: str, model: GoogLeNet, tensors: Mapping[str, np.ndarray]
+) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
+    """Raises unless the tensors are those of the model; returns the shapes that it would initialise."""
+    shapes = flatten_dict(variable_shapes(model))
+    expected = {"/".join(names): shape.shape for names, shape in shapes.items()}
     known = {name: tensor for name, tensor in tensors.items() if name in expected}
     problems = {
         "missing": [name for name in expected if name not in tensors],
@@ -218,3 +222,4 @@ def _check_tensors(subject: str, model: GoogLeNet, tensors: Mapping[str, np.ndar
     if any(problems.values()):
         listing = "\n".join(f"{kind}: {names}" for kind, names in problems.items() if names)
         raise CheckpointError(f"{subject} are not those of {model.__class__.__name__}({_config(model)}):\n{listing}")
+    return shapes

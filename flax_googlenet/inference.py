@@ -14,6 +14,8 @@ from flax_googlenet.model import BatchNorm, GoogLeNet, Variables, check_images, 
 Predictor = Callable[[Any], jax.Array]
 """images [N, H, W, 3] -> logits [N, num_classes]"""
 
+_BATCH_SIZES = (256, 128, 64, 32, 16, 8, 4, 2, 1)  # of a device other than a CPU
+
 
 def fold_batch_norm(model: GoogLeNet, variables: Variables) -> tuple[GoogLeNet, dict[str, Any]]:
     """The same function without BatchNorm: each convolution takes over the scale and shift that follow it.
@@ -23,8 +25,8 @@ def fold_batch_norm(model: GoogLeNet, variables: Variables) -> tuple[GoogLeNet, 
         variables: its variables, concrete arrays.
 
     Returns:
-        The network with ``batch_norm=False``, and its variables: NumPy arrays, computed in float64 and rounded once to
-        the dtype of the kernels. A network without BatchNorm comes back as it is. The fold is for inference: what
+        The network with ``batch_norm=False``, and its variables: those of the convolutions as NumPy arrays, computed in
+        float64 and rounded once to the dtype of the kernels, the others as they are. A network without BatchNorm comes back as it is. The fold is for inference: what
         BatchNorm does in training is gone.
     """
     params = {"params": variables["params"]}
@@ -49,10 +51,10 @@ def _fold(params: Mapping[str, Any], batch_stats: Mapping[str, Any]) -> dict[str
 def make_predictor(model: GoogLeNet, variables: Variables, devices: Sequence[jax.Device] | None = None) -> Predictor:
     """The fast path: a compiled function from images to logits, of the folded network.
 
-    It takes any number of images and compiles a few sizes of batches alone, each when it is first needed: on a CPU a
-    batch is cut into them, elsewhere it is padded to a power of two. On a CPU a graph tuned for it computes, in
-    ``flax_googlenet.cpu``, and the result is ready when the call returns. Any number of threads may call it at once.
-    Under ``jax.jit``, ``jax.vmap`` and ``jax.grad`` it is part of what they trace.
+    It takes any number of images, cuts them into batches of a few sizes, and compiles each size when it is first
+    needed. On a CPU it computes the graph of ``flax_googlenet.cpu``, one batch after the other, and ``model.precision``
+    has no effect. Any number of threads may call it at once. Under ``jax.jit``, ``jax.vmap`` and ``jax.grad`` it is
+    part of what they trace: the same graph, made for the platform of ``devices``, with the caller's compiler options.
 
     Example::
 
@@ -62,67 +64,70 @@ def make_predictor(model: GoogLeNet, variables: Variables, devices: Sequence[jax
     Args:
         model: the network.
         variables: its variables, concrete arrays; those of the auxiliary heads are not used.
-        devices: the devices, of one platform, over which each batch is split; by default all that JAX shows. With
+        devices: the devices, of one platform, over which each batch is split; by default all of this process. With
             ``jax.config.update("jax_num_cpu_devices", 2)`` a CPU counts as two.
 
     Returns:
-        Images, floating point [N, H, W, 3] as for the model, to logits [N, num_classes] of the model's dtype.
+        Images, floating point [N, H, W, 3] as for the model, to logits [N, num_classes] of the model's dtype, on the
+        first of the devices.
 
     Raises:
-        ValueError: by the function returned, where the model would raise it.
+        TypeError, ValueError: by the function returned, where the model would raise them.
     """
     devices = jax.local_devices() if devices is None else devices
-    graph, weights = _inference_graph(model, variables, devices[0].platform)
-    mesh = Mesh(np.asarray(devices), ("batch",))
-    split = NamedSharding(mesh, PartitionSpec("batch"))
-    weights = jax.device_put(weights, NamedSharding(mesh, PartitionSpec()))
     on_cpu = devices[0].platform == "cpu"
-    compiled = jax.jit(
-        jax.shard_map(graph, mesh=mesh, in_specs=(PartitionSpec(), split.spec), out_specs=split.spec),
-        compiler_options=cpu.compiler_options() if on_cpu else None,
-    )
+    graph, weights, compiler_options = _inference_graph(model, variables, on_cpu)
+    if len(devices) == 1:
+        weights = jax.device_put(weights, devices[0])
+        compiled = jax.jit(graph, compiler_options=compiler_options)
+    else:
+        mesh, whole, split = Mesh(np.asarray(devices), ("batch",)), PartitionSpec(), PartitionSpec("batch")
+        weights = jax.device_put(weights, NamedSharding(mesh, whole))
+        on_all = jax.shard_map(graph, mesh=mesh, in_specs=(whole, split), out_specs=split)
+        compiled = jax.jit(on_all, compiler_options=compiler_options)
+    sizes = [size * len(devices) for size in (cpu.BATCH_SIZES if on_cpu else _BATCH_SIZES)]
 
     def predict(images: Any) -> jax.Array:
         check_images(images)
         if isinstance(images, jax.core.Tracer):
             return graph(weights, images)
-        images = np.asarray(images) if on_cpu else jnp.asarray(images)
-        sizes = cpu.BATCH_SIZES if on_cpu else (_power_of_two(len(images), len(devices)),)
+        if on_cpu or len(devices) > 1:
+            images = np.asarray(images)
         logits = []
-        for batch in _batches(images, [size * len(devices) for size in sizes]):
-            logits.append(compiled(weights, batch if on_cpu else jax.device_put(batch, split)))
+        for batch in _batches(images, sizes):
+            logits.append(compiled(weights, batch))
             if on_cpu:
                 logits[-1].block_until_ready()  # several batches at once would compete for the caches
-        joined = logits[0] if len(logits) == 1 else jax.device_put(np.concatenate(logits), devices[0])
-        return joined if len(joined) == len(images) else joined[: len(images)]
+        if len(logits) == len(devices) == 1 and len(logits[0]) == len(images):
+            return logits[0]
+        # Joined and cut on the host: on the devices each number of images would be compiled for.
+        return jax.device_put(np.concatenate(logits)[: len(images)], devices[0])
 
     return predict
 
 
 def _inference_graph(
-    model: GoogLeNet, variables: Variables, platform: str
-) -> tuple[Callable[[Any, jax.Array], jax.Array], Any]:
-    """The function (weights, images) -> logits that is fastest on the platform, and its weights."""
-    params = {name: block for name, block in variables["params"].items() if not name.startswith("aux")}
-    folded, folded_variables = fold_batch_norm(model.clone(aux_logits=False), {**variables, "params": params})
-    if platform != "cpu" or jnp.finfo(model.dtype).bits < 32:  # Winograd would lose the few digits of bfloat16
+    model: GoogLeNet, variables: Variables, on_cpu: bool
+) -> tuple[Callable[[Any, jax.Array], jax.Array], Any, dict[str, str]]:
+    """The function (weights, images) -> logits that is fastest, its weights, and its options for ``jax.jit``."""
+    needed = {name: block for name, block in variables["params"].items() if not name.startswith("aux")}
+    # In float64 until all is folded and transformed: parameters in bfloat16 would be rounded at every step.
+    exact = jax.tree.map(lambda x: np.asarray(x, np.float64), {**variables, "params": needed})
+    folded, folded_variables = fold_batch_norm(model.clone(aux_logits=False), exact)
 
-        def plain_graph(weights: Variables, images: jax.Array) -> jax.Array:
-            output: Any = folded.apply(weights, images)
-            return output.logits
+    def plain_graph(weights: Variables, images: jax.Array) -> jax.Array:
+        output: Any = folded.apply(weights, images)
+        return output.logits
 
-        return plain_graph, folded_variables
-
-    def graph(weights: cpu.Weights, images: jax.Array) -> jax.Array:
+    def cpu_graph(weights: cpu.Weights, images: jax.Array) -> jax.Array:
         images = transform_input(images) if model.transform_input else images
         return cpu.logits(weights, images.astype(model.dtype))
 
-    return graph, jax.tree.map(lambda x: x.astype(model.dtype), cpu.prepare(folded_variables["params"]))
-
-
-def _power_of_two(images: int, devices: int) -> int:
-    """The least power of two that is enough images for each device."""
-    return 1 << max(-(-images // devices) - 1, 0).bit_length()
+    # Winograd would lose the few digits of bfloat16.
+    tuned = on_cpu and jnp.finfo(model.dtype).bits >= 32
+    weights = cpu.prepare(folded_variables["params"]) if tuned else folded_variables
+    rounded = jax.tree.map(lambda x: x.astype(model.dtype), weights)
+    return (cpu_graph, rounded, cpu.compiler_options()) if tuned else (plain_graph, rounded, {})
 
 
 def _batches(images: Any, sizes: Sequence[int]) -> Iterator[Any]:
@@ -132,6 +137,6 @@ def _batches(images: Any, sizes: Sequence[int]) -> Iterator[Any]:
         size = max((size for size in sizes if size <= len(rest)), default=min(sizes))
         batch, rest = rest[:size], rest[size:]
         missing = size - len(batch)
-        yield jnp.pad(batch, [(0, missing), (0, 0), (0, 0), (0, 0)]) if missing else batch
+        yield np.pad(batch, [(0, missing), (0, 0), (0, 0), (0, 0)]) if missing else batch
         if not len(rest):
             return

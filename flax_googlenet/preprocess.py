@@ -70,6 +70,9 @@ def preprocess_batch(images: Iterable[ImageSource], workers: int | None = None) 
         ImageError: as ``preprocess``, for the first image that fails; the message tells its place.
     """
 
+    if isinstance(images, str | os.PathLike):
+        raise ImageError(f"images is one path, {os.fsdecode(images)}: pass a list of paths, or use preprocess")
+
     def numbered(item: tuple[int, ImageSource]) -> np.ndarray:
         try:
             return preprocess(item[1])

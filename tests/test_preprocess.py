@@ -309,3 +309,8 @@ def test_a_batch_names_the_image_that_fails(photograph: Image.Image, tmp_path: P
         preprocess_batch([photograph, tmp_path / "missing.jpg", photograph])
     with pytest.raises(ImageError, match=r"^images\[2\]: expected a uint8 array"):
         preprocess_batch([photograph, np.asarray(photograph), np.zeros(3)])
+
+
+def test_one_path_is_no_batch() -> None:
+    with pytest.raises(ImageError, match=r"photo\.jpg: pass a list"):
+        preprocess_batch("photo.jpg")
