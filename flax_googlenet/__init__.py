@@ -1,6 +1,7 @@
 """GoogLeNet in JAX and Flax, proven to be torchvision's."""
 
 from flax_googlenet.checkpoint import CheckpointError, load, load_metadata, save
+from flax_googlenet.exporting import export
 from flax_googlenet.inference import Predictor, fold_batch_norm, make_predictor
 from flax_googlenet.model import GoogLeNet, GoogLeNetOutput, endpoints
 from flax_googlenet.porting import PortingError, from_torchvision, to_torchvision
@@ -14,6 +15,7 @@ __all__ = [
     "PortingError",
     "Predictor",
     "endpoints",
+    "export",
     "fold_batch_norm",
     "from_torchvision",
     "load",

@@ -55,6 +55,46 @@ def classify(
     return command.classify(images, weights=weights, as_json=json, output=output, top=top, batch_size=batch_size)
 
 
+def export(
+    *,
+    weights: Path,
+    output: Path,
+    platforms: tuple[str, ...] = ("cpu", "cuda", "tpu"),
+    size: tuple[int, int] | None = None,
+    uint8: bool = False,
+    top: int | None = None,
+    gradient: bool = False,
+) -> int:
+    """Write the network, its weights inside, as one file that runs with JAX alone.
+
+    The file is a serialized jax.export (StableHLO), for inference on any number of images. JAX promises to run it with
+    any jaxlib built up to 6 months after the one that wrote it, or up to 3 weeks before: keep the weights, to export
+    anew. At the end three lines of Python are printed that run it.
+
+    Exit status:
+      0    the file is written
+      2    the command line is wrong
+      3    nothing is written: no weights or wrong ones, or no place for the output
+      130  interrupted
+      141  nobody reads the standard output any more
+
+    Args:
+        weights: A file that port_weights.py or flax_googlenet.save wrote.
+        output: The file to write, for example googlenet.stablehlo. What is there already is replaced.
+        platforms: Some of cpu, cuda, rocm and tpu; they need not be on this machine.
+        size: Height and width of the images, in pixels. By default any from 15 up.
+        uint8: Take uint8 images, and scale and normalise them inside. Otherwise they are floating point, normalised.
+        top: Return the probabilities and indices of so many likeliest classes, instead of the logits.
+        gradient: Keep the derivative by the images; twice the size. Needs --size.
+    """
+    from flax_googlenet.exporting import export_file
+
+    told = export_file(weights, output, platforms, size=size, uint8=uint8, top=top, gradient=gradient)
+    sys.stdout.write(told)
+    sys.stdout.flush()
+    return Status.DONE
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status; ``argv`` defaults to the process's own."""
     try:
@@ -63,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             import tyro
 
             return tyro.extras.subcommand_cli_from_dict(
-                {"classify": classify},
+                {"classify": classify, "export": export},
                 prog="flax-googlenet",
                 description="GoogLeNet in JAX and Flax.",
                 args=argv,

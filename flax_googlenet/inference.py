@@ -26,8 +26,8 @@ def fold_batch_norm(model: GoogLeNet, variables: Variables) -> tuple[GoogLeNet, 
 
     Returns:
         The network with ``batch_norm=False``, and its variables: those of the convolutions as NumPy arrays, computed in
-        float64 and rounded once to the dtype of the kernels, the others as they are. A network without BatchNorm comes back as it is. The fold is for inference: what
-        BatchNorm does in training is gone.
+        float64 and rounded once to the dtype of the kernels, the others as they are. A network without BatchNorm comes
+        back as it is. The fold is for inference: what BatchNorm does in training is gone.
     """
     params = {"params": variables["params"]}
     if model.batch_norm:

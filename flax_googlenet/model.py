@@ -389,7 +389,7 @@ def check_images(images: Any) -> None:
         raise ValueError(f"{expected}: add the batch axis with images[None]" if len(shape) == 3 else expected)
     if shape[3] != 3:
         raise ValueError(f"{expected}: NCHW? use images.transpose(0, 2, 3, 1)" if shape[1] == 3 else expected)
-    if min(shape[1:3]) < MIN_SIZE:
+    if any(size < MIN_SIZE for size in shape[1:3]):  # min would compare symbolic sizes with each other
         raise ValueError(expected)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"{expected} of {dtype}: scale to [0, 1] and normalise first")

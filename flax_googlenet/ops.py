@@ -37,8 +37,10 @@ def ceil_mode_padding(size: int, window: int, stride: int, padding: int) -> tupl
         raise ValueError(
             f"{size} pixels are too few for a max pool of window {window}, stride {stride} and padding {padding}"
         )
-    # A stride beyond the window can end the last window before the input does: nothing to pad then.
-    return padding, max(0, (length - 1) * stride + window - size - padding)
+    beyond = (length - 1) * stride + window - size - padding
+    # A stride beyond the window can end the last window before the input does: nothing to pad then. Asked only there:
+    # of a symbolic size, while exporting, the answer is unknown.
+    return padding, max(0, beyond) if stride > window else beyond
 
 
 def adaptive_avg_pool(x: Float[Array, "n h w c"], output_size: int) -> Float[Array, "n {output_size} {output_size} c"]:

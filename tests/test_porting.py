@@ -289,6 +289,7 @@ def test_the_public_names_are_those_of_the_contract() -> None:
         "PortingError",
         "Predictor",
         "endpoints",
+        "export",
         "fold_batch_norm",
         "from_torchvision",
         "load",
