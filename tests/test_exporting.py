@@ -154,10 +154,9 @@ def test_the_gradient_is_in_the_file_on_request(
     # The model's own derivative along a random direction: forward mode compiles in half the time.
     _, change = jax.jit(lambda *inputs: jax.jvp(lambda x: logits_of(small, x), *inputs))((images,), (direction,))
     expected = np.sum(weights * change)
-    print('GRAD', abs(np.sum(gradient * direction) - expected)/ np.linalg.norm(gradient), expected/np.linalg.norm(gradient))
-    assert abs(np.sum(gradient * direction) - expected) < RTOL * np.linalg.norm(gradient)
+    assert abs(np.sum(gradient * direction) - expected) < RTOL * np.linalg.norm(gradient)  # measured 2e-6
     with pytest.raises(ValueError, match="No VJP is available"):
-        jax.grad(lambda images: read(any_size).call(images).sum())(images)
+        jax.eval_shape(jax.grad(lambda images: read(any_size).call(images).sum()), images)
 
 
 @pytest.mark.parametrize(("dtype", "images"), [(jnp.bfloat16, "float32"), (jnp.float64, "float64")])
