@@ -291,8 +291,10 @@ while True:
     print(i, flush=True)
 """
     rng = random.Random(0)
-    seen = set()
-    for _ in range(5):
+    seen: set[int] = set()
+    kills = 0
+    while kills < 5 or seen != {0, 1}:  # a slow machine may need more kills to see both versions
+        kills += 1
         process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
         assert process.stdout is not None
         process.stdout.readline()  # saving has begun
@@ -305,7 +307,7 @@ while True:
         seen.add(version)
         assert {float(x.min()) for x in jax.tree.leaves(variables)} == {version}
         assert {float(x.max()) for x in jax.tree.leaves(variables)} == {version}
-    assert seen == {0, 1}
+        assert kills < 50
 
 
 def test_the_same_input_makes_the_same_bytes(small: Path, tmp_path: Path) -> None:
