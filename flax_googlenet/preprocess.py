@@ -26,9 +26,8 @@ CROP = 224
 ImageSource = str | os.PathLike[str] | Image.Image | np.ndarray
 
 _MARGIN = (RESIZE - CROP) // 2
-_LONGEST = (
-    32 * RESIZE
-)  # a longer side is enlarged only where the crop needs it: 1x20000 pixels would become 256x5120000
+# A longer side is enlarged only where the crop needs it: 1x20000 pixels would become 256x5120000.
+_LONGEST = 32 * RESIZE
 _BITS = 22  # after the point, in the fixed-point numbers of Pillow's resampling
 
 
@@ -69,7 +68,6 @@ def preprocess_batch(images: Iterable[ImageSource], workers: int | None = None) 
     Raises:
         ImageError: as ``preprocess``, for the first image that fails; the message tells its place.
     """
-
     if isinstance(images, str | os.PathLike):
         raise ImageError(f"images is one path, {os.fsdecode(images)}: pass a list of paths, or use preprocess")
 
