@@ -1,7 +1,12 @@
 """Pooling with PyTorch's geometry, as pure functions on NHWC arrays."""
 
+import functools
+import operator
+from collections.abc import Sequence
+
 import jax
 from flax import linen as nn
+from jax import lax
 from jax import numpy as jnp
 from jaxtyping import Array, Float
 
@@ -10,7 +15,8 @@ def max_pool(x: Float[Array, "n h w c"], window: int, stride: int, padding: int 
     """Max pooling with ``ceil_mode=True``, equal to ``torch.nn.MaxPool2d``.
 
     The output length is ``ceil((size + 2 * padding - window) / stride) + 1``, less one where the last window would
-    start in the padding on the right. Padded places never win: they count as minus infinity.
+    start in the padding on the right. Padded places never win: they count as minus infinity. The gradient of a tie goes
+    to its first pixel, row by row, as PyTorch's does.
 
     Args:
         x: the input, NHWC.
@@ -25,8 +31,41 @@ def max_pool(x: Float[Array, "n h w c"], window: int, stride: int, padding: int 
     """
     if not 0 <= 2 * padding <= window:
         raise ValueError(f"padding must be between 0 and half the window, got padding {padding} and window {window}")
-    pads = tuple(ceil_mode_padding(size, window, stride, padding) for size in x.shape[1:3])
+    rows, columns = (ceil_mode_padding(size, window, stride, padding) for size in x.shape[1:3])
+    return _max_pool(x, window, stride, (rows, columns))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
+def _max_pool(x: jax.Array, window: int, stride: int, pads: Sequence[tuple[int, int]]) -> jax.Array:
     return nn.max_pool(x, (window, window), (stride, stride), pads)
+
+
+@_max_pool.defjvp
+def _max_pool_jvp(
+    window: int, stride: int, pads: Sequence[tuple[int, int]], primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """The same gradient as XLA's own, a loop over single values on a CPU: there 5 to 11 times faster, 2.4 of a step."""
+    first, *others = _window_slices(primals[0], window, stride, pads, -jnp.inf)
+    best, place = first, jnp.zeros(first.shape, jnp.int8)
+    for i, x in enumerate(others, start=1):
+        wins = (x > best) | jnp.isnan(x)
+        best, place = jnp.where(wins, x, best), jnp.where(wins, jnp.int8(i), place)
+    slices = _window_slices(tangents[0], window, stride, pads, 0)
+    return best, functools.reduce(operator.add, (jnp.where(place == i, x, 0) for i, x in enumerate(slices)))
+
+
+def _window_slices(
+    x: jax.Array, window: int, stride: int, pads: Sequence[tuple[int, int]], padding_value: float
+) -> list[jax.Array]:
+    """By place in the window, row by row: what all windows have there, [N, H2, W2, C] each."""
+    x = jnp.pad(x, ((0, 0), *pads, (0, 0)), constant_values=padding_value)
+    n, h, w, c = x.shape
+    height, width = (h - window) // stride * stride + 1, (w - window) // stride * stride + 1
+    return [
+        lax.slice(x, (0, i, j, 0), (n, i + height, j + width, c), (1, stride, stride, 1))
+        for i in range(window)
+        for j in range(window)
+    ]
 
 
 def ceil_mode_padding(size: int, window: int, stride: int, padding: int) -> tuple[int, int]:
@@ -58,7 +97,7 @@ def adaptive_avg_pool(x: Float[Array, "n h w c"], output_size: int) -> Float[Arr
     for axis in (1, 2):  # the windows are rectangles, so the two axes can be averaged one after the other
         size = x.shape[axis]
         windows = [
-            jax.lax.slice_in_dim(x, i * size // output_size, -(-(i + 1) * size // output_size), axis=axis)
+            lax.slice_in_dim(x, i * size // output_size, -(-(i + 1) * size // output_size), axis=axis)
             for i in range(output_size)
         ]
         x = jnp.concatenate([window.mean(axis, keepdims=True) for window in windows], axis)

@@ -60,6 +60,27 @@ def test_max_pool_gives_the_gradient_of_a_tie_to_the_same_pixel(h: int, w: int, 
     np.testing.assert_allclose(gradient, nhwc(tensor.grad), rtol=0, atol=1e-14)  # sums of at most 9 in another order
 
 
+def test_max_pool_has_derivatives_of_every_mode() -> None:
+    x, v = images(6, 7), np.random.default_rng(1).standard_normal((2, 6, 7, 3))
+
+    def total(x: jax.Array) -> jax.Array:
+        return (max_pool(x, 3, 2, 1) ** 3).sum()
+
+    _, forward = jax.jvp(total, (x,), (v,))
+    np.testing.assert_allclose(forward, (jax.grad(total)(x) * v).sum(), rtol=1e-13)
+    _, second = jax.jvp(jax.grad(total), (x,), (v,))  # the Hessian times v
+    np.testing.assert_allclose(second, jax.grad(lambda x: (jax.grad(total)(x) * v).sum())(x), rtol=1e-13)
+
+
+def test_max_pool_carries_nan_as_torch_does() -> None:
+    x = images(7, 7)
+    x[:, 3, 3] = np.nan
+    expected = torch.nn.functional.max_pool2d(nchw(x), 3, 2, 1, ceil_mode=True)
+    np.testing.assert_array_equal(max_pool(x, 3, 2, 1), nhwc(expected))
+    pooled, _ = jax.jvp(lambda x: max_pool(x, 3, 2, 1), (x,), (x,))
+    np.testing.assert_array_equal(pooled, nhwc(expected))
+
+
 def test_max_pool_drops_a_window_that_starts_in_the_padding() -> None:
     # ceil((2 + 2 - 2) / 2) + 1 is 2 windows; with a size of 2 and a padding of 1 the second starts at pixel 1: kept.
     assert max_pool(images(2, 2), window=2, stride=2, padding=1).shape == (2, 2, 2, 3)
