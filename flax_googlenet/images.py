@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 from jaxtyping import Float32
 
-from flax_googlenet.preprocess import ImageError, preprocess
+from flax_googlenet.preprocessing import ImageError, preprocess
 
 IMAGE_NAME = re.compile(
     r"\.(apng|avif|bmp|gif|j2k|jfif|jp2|jpe|jpeg|jpg|pbm|pgm|png|pnm|ppm|tga|tif|tiff|webp)\Z", re.IGNORECASE

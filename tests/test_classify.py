@@ -540,12 +540,22 @@ def test_a_full_disk_ends_in_one_line(here: Path, output: str, environment: dict
 # The start.
 
 
-def test_the_library_loads_nothing_that_only_commands_or_training_need() -> None:
-    code = "import flax, sys; of_flax = set(sys.modules); import flax_googlenet; print(*sys.modules.keys() - of_flax)"
+def loaded_by(code: str, beside: str = "pass") -> set[str]:
+    """The packages that code loads in a new process, beside those that other code loads."""
+    code = f"import sys; {beside}; before = set(sys.modules); {code}; print(*sys.modules.keys() - before)"
     loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
-    assert "flax_googlenet" in loaded
+    return {name.split(".")[0] for name in loaded}
+
+
+def test_the_library_loads_nothing_before_it_is_needed() -> None:
+    assert loaded_by("import flax_googlenet.cli").isdisjoint({"jax", "numpy", "flax", "tyro", "rich", "PIL"})
+
+
+def test_the_library_loads_nothing_that_only_commands_or_training_need() -> None:
+    loaded = loaded_by("from flax_googlenet import *", beside="import flax")
+    assert {"flax_googlenet", "safetensors", "PIL"} <= loaded
     heavy = {"torch", "torchvision", "optax", "grain", "orbax", "tensorstore", "tyro", "rich", "pyarrow", "sklearn"}
-    assert heavy.isdisjoint(name.split(".")[0] for name in loaded)
+    assert heavy.isdisjoint(loaded)
 
 
 @pytest.mark.parametrize("is_possible", [True, False])

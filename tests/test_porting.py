@@ -276,7 +276,7 @@ def test_flattening_the_aux_features_as_nhwc_is_noticed(state_dict: StateDict) -
 
 
 def test_the_library_imports_no_torch() -> None:
-    code = "import sys, flax_googlenet; sys.exit(any(m.split('.')[0] in ('torch', 'torchvision') for m in sys.modules))"
+    code = "import sys; from flax_googlenet import *; sys.exit(not {'torch', 'torchvision'}.isdisjoint(sys.modules))"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -301,6 +301,13 @@ def test_the_public_names_are_those_of_the_contract() -> None:
         "to_torchvision",
     }
     assert set(flax_googlenet.__all__) <= set(dir(flax_googlenet))
+
+
+def test_every_public_name_is_there_and_no_other() -> None:
+    for name in flax_googlenet.__all__:
+        assert getattr(flax_googlenet, name) is not None
+    with pytest.raises(AttributeError, match="has no attribute 'preproces'"):
+        _ = flax_googlenet.preproces
 
 
 def test_no_classes_are_a_wrong_shape(state_dict: StateDict) -> None:
