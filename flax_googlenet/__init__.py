@@ -3,8 +3,7 @@
 A name is imported when it is first used: the command's ``--help`` need not wait for JAX, nor inference for optax.
 """
 
-from typing import TYPE_CHECKING
-
+TYPE_CHECKING = False  # typing's own takes longer to import than the rest
 if TYPE_CHECKING:
     from flax_googlenet import training as training
     from flax_googlenet.checkpoint import CheckpointError, load, load_metadata, save

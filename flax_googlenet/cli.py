@@ -4,14 +4,11 @@ Nothing heavy is imported until a subcommand runs, so that ``--help`` and a wron
 """
 
 import os
-import signal
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
 
 from flax_googlenet.status import CommandError, Status, printable
 
@@ -98,7 +95,7 @@ def export(
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status; ``argv`` defaults to the process's own."""
     try:
-        with _ctrl_c_ends_the_process(), warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of JAX's cache, of Pillow's readers: what is wrong is said in our words
             import tyro
 
@@ -118,28 +115,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, BrokenPipeError):
             return Status.CLOSED_PIPE
         return _fail(Status.NOT_DONE, f"cannot write {error.filename or 'standard output'}: {error.strerror}")
-
-
-@contextmanager
-def _ctrl_c_ends_the_process() -> Iterator[None]:
-    """In the block Ctrl-C ends the process on the spot: outputs are made for that, as for any kill.
-
-    KeyboardInterrupt would be lost in the callback that JAX gives to the garbage collector, and come out of an import
-    as an ImportError.
-    """
-
-    def end(signum: int, frame: FrameType | None) -> NoReturn:
-        if os.isatty(2):
-            os.write(2, b"\r\x1b[2K\x1b[?25h")  # the line of progress goes, and the cursor comes back
-        os._exit(Status.INTERRUPTED)
-
-    before = signal.getsignal(signal.SIGINT)
-    if before is not signal.SIG_IGN:  # as for a job in the background of a script
-        signal.signal(signal.SIGINT, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _fail(status: Status, message: str) -> Status:
