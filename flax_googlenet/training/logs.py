@@ -1,0 +1,216 @@
+"""The figures of a run: on the screen, in ``metrics.jsonl`` and for TensorBoard as it goes, and then as a picture."""
+
+import io
+import json
+import math
+import os
+import struct
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from flax_googlenet.checkpoint import write_atomically
+from flax_googlenet.status import printable
+
+METRICS = "metrics.jsonl"
+CURVES = "curves.png"
+TRAIN, HELD_OUT = "train", "held_out"
+
+_SHOWN = {
+    "loss": "loss {:.4f}",
+    "accuracy": "accuracy {:.2%}",
+    "top5": "top-5 {:.2%}",
+    "learning_rate": "rate {:.2g}",
+    "images_per_second": "{:.1f} images/s",
+}
+"""The metrics that the screen shows; the files have all of them."""
+
+_SECONDS_BETWEEN_LINES = 10.0  # without a terminal, between two lines about training
+
+
+class RunLog:
+    """Tells the metrics of a run, for as long as its ``with`` block lasts.
+
+    On a terminal a progress bar shows the latest ones; elsewhere lines do, at most one in ten seconds about training.
+    ``metrics.jsonl`` gets one line for each record, ``{"split": "train" or "held_out", "step": int, name: float}``,
+    where null stands for what is not finite. TensorBoard reads the folder, too. A line is in its file when the method
+    returns; it is there whole or not at all, however the run ends. A full disk is said, and stops nothing.
+
+    Args:
+        workdir: the folder of the run; it is there.
+        total_steps: at which the run ends.
+        start_step: at which it starts. Records of later steps, of a run that went further than its last checkpoint,
+            are dropped. So what belongs to a step must be recorded before its checkpoint is saved.
+
+    Raises:
+        OSError: on entering, if the files cannot be opened.
+    """
+
+    def __init__(self, workdir: Path, total_steps: int, start_step: int = 0) -> None:
+        self._workdir, self._start_step = workdir, start_step
+        self._exit = ExitStack()
+        self._disk_failed = False
+        self._next_line = 0.0
+        self._console = Console(stderr=True, soft_wrap=True, highlight=False)
+        self._progress = Progress(
+            BarColumn(20),
+            MofNCompleteColumn(),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+            redirect_stdout=False,
+        )
+        self._task = self._progress.add_task("", total=total_steps, completed=start_step)
+
+    def __enter__(self) -> Self:
+        from tensorboardX.proto.event_pb2 import SessionLog
+
+        path = self._workdir / METRICS
+        _drop_records_after(self._start_step, path)
+        events = self._workdir / f"events.out.tfevents.{time.time_ns()}"
+        with ExitStack() as stack:
+            self._lines = stack.enter_context(open(path, "ab", buffering=0))
+            self._events = stack.enter_context(open(events, "xb", buffering=0))
+            _append(self._events, _event(file_version="brain.Event:2"))
+            # TensorBoard forgets the steps from this one on in the files before.
+            _append(self._events, _event(step=self._start_step + 1, session_log=SessionLog(status=SessionLog.START)))
+            stack.enter_context(self._progress)
+            self._exit = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._exit.close()
+
+    def train(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Records what the step that made the parameters those of ``step`` saw of its own batch."""
+        self._record(TRAIN, step, metrics)
+        text = _text(metrics)
+        self._progress.update(self._task, completed=step, description=text)
+        total = self._progress.tasks[0].total
+        if not self._console.is_terminal and (time.monotonic() >= self._next_line or step == total):
+            self._next_line = time.monotonic() + _SECONDS_BETWEEN_LINES
+            left = TimeRemainingColumn().render(self._progress.tasks[0])
+            self._console.print(f"step {step}/{total}: {text}" + ("" if step == total else f", {left} left"))
+
+    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Records what the parameters of ``step`` do on the held-out data."""
+        self._record(HELD_OUT, step, metrics)
+        self._console.print(f"step {step}: held out: {_text(metrics)}")
+
+    def message(self, text: str) -> None:
+        """Says something beside the metrics, on the screen alone."""
+        self._console.print(escape(printable(text)))
+
+    def _record(self, split: str, step: int, metrics: Mapping[str, float]) -> None:
+        values = {name: float(value) for name, value in metrics.items()}
+        record = {"split": split, "step": step} | {
+            name: value if math.isfinite(value) else None for name, value in values.items()
+        }
+        try:
+            _append(self._lines, json.dumps(record, allow_nan=False).encode() + b"\n")
+            summary = _scalars({f"{split}/{name}": value for name, value in values.items()})
+            _append(self._events, _event(step=step, summary=summary))
+            self._disk_failed = False
+        except OSError as error:
+            if not self._disk_failed:  # once is enough
+                self.message(f"warning: cannot write the metrics: {error.strerror}; the run goes on without")
+            self._disk_failed = True
+
+
+def draw_curves(workdir: Path) -> Path:
+    """Draws loss and accuracy by step, in training and on the held-out data, from ``metrics.jsonl``.
+
+    Returns:
+        The picture, ``curves.png`` in the same folder.
+
+    Raises:
+        OSError: if there are no metrics, or the picture cannot be written.
+    """
+    from matplotlib.figure import Figure  # not pyplot, which would choose a backend and keep figures alive
+
+    records = [json.loads(line) for line in _whole_lines(workdir / METRICS)]
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    for axes, name in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+        for split, color in ((TRAIN, "#0072b2"), (HELD_OUT, "#d55e00")):  # Okabe and Ito's, for the colour-blind too
+            points = [(record["step"], record[name]) for record in records if record["split"] == split]
+            steps, values = np.array(points, np.float64).reshape(-1, 2).T  # null becomes NaN, a gap in the curve
+            if split == TRAIN:
+                axes.plot(steps, values, color=color, alpha=0.25, lw=0.8)
+                axes.plot(steps, _smooth(values), color=color, label="training, batch by batch and smoothed")
+            else:
+                axes.plot(steps, values, color=color, marker="o", ms=4, label="held out")
+        axes.set(xlabel="step", ylabel=name)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[1].set_ylim(top=1)
+    figure.axes[1].yaxis.set_major_formatter("{x:.0%}")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=150)
+    write_atomically(workdir / CURVES, picture.getvalue())
+    return workdir / CURVES
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """The mean of a window of a fortieth of the values around each; shorter at the ends, and without NaN."""
+    half = len(values) // 80
+    ends = np.cumsum(np.concatenate([[0.0], np.nan_to_num(values, nan=0.0)]))
+    counts = np.cumsum(np.concatenate([[0.0], np.isfinite(values)]))
+    first = np.maximum(np.arange(len(values)) - half, 0)
+    last = np.minimum(np.arange(len(values)) + half + 1, len(values))
+    count = counts[last] - counts[first]
+    return np.where(count > 0, (ends[last] - ends[first]) / np.maximum(count, 1), np.nan)
+
+
+def _text(metrics: Mapping[str, float]) -> str:
+    return ", ".join(text.format(metrics[name]) for name, text in _SHOWN.items() if name in metrics)
+
+
+def _whole_lines(path: Path) -> list[bytes]:
+    """All but a last one that a kill cut off."""
+    return [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+
+
+def _drop_records_after(step: int, path: Path) -> None:
+    if path.exists():
+        kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]
+        write_atomically(path, b"".join(kept))
+
+
+def _append(file: BinaryIO, data: bytes) -> None:
+    """Writes all of the data at the end of an unbuffered file, or nothing."""
+    end = os.fstat(file.fileno()).st_size
+    try:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[file.write(rest) :]
+    except OSError:
+        file.truncate(end)
+        raise
+
+
+def _event(**fields: Any) -> bytes:
+    """One record of a TensorBoard file. Not by tensorboardX's writer, which waits for ever once the disk is full."""
+    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.record_writer import masked_crc32c
+
+    data = Event(wall_time=time.time(), **fields).SerializeToString()
+    length = struct.pack("<Q", len(data))
+    return b"".join((length, struct.pack("<I", masked_crc32c(length)), data, struct.pack("<I", masked_crc32c(data))))
+
+
+def _scalars(values: Mapping[str, float]) -> Any:
+    from tensorboardX.proto.summary_pb2 import Summary
+
+    return Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])

@@ -1,0 +1,202 @@
+"""The log of a run: what is in its files, at any moment and after a resume, and what a person sees."""
+
+import json
+import os
+import pty
+import resource
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import masked_crc32c
+
+from flax_googlenet.training.logs import RunLog, draw_curves
+
+METRICS = {"loss": 0.5, "accuracy": 0.25, "learning_rate": 0.1, "images_per_second": 40.0}
+
+
+def records(workdir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def run(workdir: Path, start: int, stop: int, total: int = 10) -> None:
+    """Steps ``start`` + 1 to ``stop``, with an evaluation after every second one."""
+    with RunLog(workdir, total, start) as log:
+        for step in range(start + 1, stop + 1):
+            log.train(step, {"loss": 1 / step, "accuracy": 1 - 1 / step})
+            if step % 2 == 0:
+                log.evaluated(step, {"loss": 2 / step, "accuracy": 1 - 2 / step})
+
+
+def events(path: Path) -> Iterator[Event]:
+    """The events of a file, as TensorBoard's own reader takes them; both checksums of each are checked."""
+    data = path.read_bytes()
+    while data:
+        length = struct.unpack("<Q", data[:8])[0]
+        body = data[12 : 12 + length]
+        assert struct.unpack("<I", data[8:12])[0] == masked_crc32c(data[:8])
+        assert struct.unpack("<I", data[12 + length : 16 + length])[0] == masked_crc32c(body)
+        yield Event.FromString(body)
+        data = data[16 + length :]
+
+
+# The files.
+
+
+def test_a_record_is_in_the_file_when_the_method_returns(tmp_path: Path) -> None:
+    with RunLog(tmp_path, 2) as log:
+        log.train(1, METRICS)
+        assert records(tmp_path) == [{"split": "train", "step": 1, **METRICS}]
+        log.evaluated(1, {"loss": np.float32(0.1), "accuracy": np.float64(1), "count": np.int32(7)})
+        assert records(tmp_path)[1] == {
+            "split": "held_out",
+            "step": 1,
+            "loss": float(np.float32(0.1)),  # not a digit is lost
+            "accuracy": 1,
+            "count": 7,
+        }
+
+
+def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
+    with RunLog(tmp_path, 2) as log:
+        log.train(1, {"loss": float("nan"), "grad_norm": float("inf"), "finite": False})
+    assert records(tmp_path) == [{"split": "train", "step": 1, "loss": None, "grad_norm": None, "finite": 0}]
+
+
+@pytest.mark.parametrize("rest", ["", '{"split": "train", "st'], ids=["stopped", "killed in a line"])
+def test_a_resumed_run_leaves_the_file_of_one_never_stopped(tmp_path: Path, rest: str) -> None:
+    for name in ("whole", "resumed"):
+        (tmp_path / name).mkdir()
+    run(tmp_path / "whole", 0, 10)
+    run(tmp_path / "resumed", 0, 7)
+    with open(tmp_path / "resumed" / "metrics.jsonl", "a") as file:
+        file.write(rest)
+    run(tmp_path / "resumed", 4, 10)  # the last checkpoint was that of step 4
+    whole, resumed = ((tmp_path / name / "metrics.jsonl").read_bytes() for name in ("whole", "resumed"))
+    assert whole == resumed
+    assert len(whole.splitlines()) == 15
+
+
+def test_tensorboard_gets_every_record_and_forgets_those_that_a_resume_repeats(tmp_path: Path) -> None:
+    run(tmp_path, 0, 6)
+    run(tmp_path, 4, 10)
+    first, second = (list(events(path)) for path in sorted(tmp_path.glob("events.out.tfevents.*")))
+    for start, found in ((0, first), (4, second)):
+        assert found[0].file_version == "brain.Event:2"
+        # From this step on, TensorBoard drops what it has.
+        assert (found[1].step, found[1].session_log.status) == (start + 1, SessionLog.START)
+    scalars = {(event.step, value.tag): value.simple_value for event in second[2:] for value in event.summary.value}
+    assert len(scalars) == 6 * 2 + 3 * 2
+    assert scalars[8, "train/loss"] == np.float32(1 / 8)
+    assert scalars[8, "held_out/accuracy"] == np.float32(1 - 2 / 8)
+
+
+@contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """No file may grow beyond ``size`` bytes: as on a full disk, a write stops in the middle and the next one fails."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_is_said_once_stops_nothing_and_leaves_whole_lines(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with RunLog(tmp_path, 10) as log:
+        log.train(1, METRICS)
+        for step in (2, 3):
+            with full_disk((tmp_path / "metrics.jsonl").stat().st_size + 20):
+                log.train(step, METRICS)
+        assert [record["step"] for record in records(tmp_path)] == [1]
+        log.train(4, METRICS)
+    assert [record["step"] for record in records(tmp_path)] == [1, 4]
+    assert [event.step for event in events(next(tmp_path.glob("events.*")))] == [0, 1, 1, 4]
+    assert capfd.readouterr().err.count("warning: cannot write the metrics") == 1
+
+
+# The screen.
+
+
+def test_without_a_terminal_there_are_plain_lines(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with RunLog(tmp_path, 1000) as log:
+        for step in range(1, 1001):
+            log.train(step, METRICS)
+        log.evaluated(1000, {"loss": 0.1, "accuracy": 0.98, "top5": 1.0, "count": 300})
+        log.message("photos/[bold]1\x1b.jpg is damaged")
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    lines = captured.err.splitlines()
+    assert lines[0].startswith("step 1/1000: loss 0.5000, accuracy 25.00%, rate 0.1, 40.0 images/s, ")
+    assert lines[-3:] == [
+        "step 1000/1000: loss 0.5000, accuracy 25.00%, rate 0.1, 40.0 images/s",
+        "step 1000: held out: loss 0.1000, accuracy 98.00%, top-5 100.00%",
+        "photos/[bold]1?.jpg is damaged",
+    ]
+    assert len(lines) <= 6  # not one for each of a thousand steps
+
+
+SCRIPT = f"""
+import sys, time
+from pathlib import Path
+from flax_googlenet.training.logs import RunLog
+with RunLog(Path(sys.argv[1]), 20) as log:
+    for step in range(1, 13):
+        log.train(step, {METRICS})
+        time.sleep(0.05)
+    log.message("a message")
+"""
+
+
+def test_on_a_terminal_a_bar_shows_the_figures_and_the_time_left(tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "100"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, tmp_path],
+        stdin=theirs,
+        stdout=subprocess.DEVNULL,
+        stderr=theirs,
+        env=environment,
+    )
+    os.close(theirs)
+    screen = b""
+    try:
+        while chunk := os.read(ours, 65536):
+            screen += chunk
+    except OSError:  # the other end is closed
+        pass
+    os.close(ours)
+    assert process.wait() == 0
+    text = screen.decode()
+    for part in ("12/20", "loss 0.5000, accuracy 25.00%, rate 0.1, 40.0 images/s", " \x1b[36m0:00:0", "a message"):
+        assert part in text, part
+
+
+# The picture.
+
+
+def test_the_curves_are_drawn_from_the_file(tmp_path: Path) -> None:
+    run(tmp_path, 0, 10)
+    assert draw_curves(tmp_path) == tmp_path / "curves.png"
+    picture = np.asarray(Image.open(tmp_path / "curves.png").convert("RGB"), np.int32)
+    for color in ((0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)):
+        drawn = (abs(picture - color).max(-1) < 8).any(0)
+        half = len(drawn) // 2
+        assert drawn[:half].any()  # loss
+        assert drawn[half:].any()  # accuracy
+
+
+def test_curves_of_a_run_without_evaluations_or_finite_losses_are_drawn_too(tmp_path: Path) -> None:
+    with RunLog(tmp_path, 2) as log:
+        log.train(1, {"loss": float("nan"), "accuracy": 0.5})
+    assert draw_curves(tmp_path).exists()
