@@ -1,6 +1,6 @@
-"""The ``flax-googlenet`` command: one function for each subcommand; what they do is in modules of their own.
+"""The subcommands of ``flax-googlenet``, a function each, and how they end; what they do is in modules of their own.
 
-Nothing heavy is imported until a subcommand runs, so that ``--help`` and a wrong option need not wait for JAX.
+JAX is not imported until a subcommand runs: ``--help`` and a wrong option need not wait for it.
 """
 
 import os
@@ -8,20 +8,30 @@ import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
+from typing import Annotated
+
+import tyro
+from tyro.conf import arg
 
 from flax_googlenet.status import CommandError, Status, printable
 
+File = Annotated[Path, arg(metavar="FILE")]
+OptionalFile = Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")]
+Number = Annotated[int, arg(metavar="N")]
+Flag = Annotated[bool, arg(help_behavior_hint="")]
+
 
 def classify(
-    images: tuple[str, ...],
+    images: Annotated[tuple[str, ...], arg(metavar="IMAGE|FOLDER|GLOB ...", help_behavior_hint="")],
     /,
     *,
-    weights: Path | None = None,
-    json: bool = False,
-    output: Path | None = None,
-    top: int = 5,
-    batch_size: int = 32,
+    weights: OptionalFile = None,
+    json: Flag = False,
+    output: OptionalFile = None,
+    top: Number = 5,
+    batch_size: Number = 32,
 ) -> int:
     """Name the likeliest classes of images.
 
@@ -39,8 +49,8 @@ def classify(
 
     Args:
         images: Files, folders and globs such as 'photos/**/*.jpg'.
-        weights: A file that port_weights.py or flax_googlenet.save wrote. By default googlenet-imagenet.safetensors
-            in the working folder, or else googlenet-random.safetensors.
+        weights: A file that port_weights.py or flax_googlenet.save wrote. By default the working folder's
+            googlenet-imagenet.safetensors, or else googlenet-random.safetensors.
         json: Print one line of JSON for each image: {"image", "predictions": [{"index", "label", "probability"}]}.
         output: Write to this .csv, .jsonl or .parquet file instead of the terminal.
         top: How many classes to name, the likeliest first.
@@ -54,13 +64,13 @@ def classify(
 
 def export(
     *,
-    weights: Path,
-    output: Path,
-    platforms: tuple[str, ...] = ("cpu", "cuda", "tpu"),
-    size: tuple[int, int] | None = None,
-    uint8: bool = False,
-    top: int | None = None,
-    gradient: bool = False,
+    weights: File,
+    output: File,
+    platforms: Annotated[tuple[str, ...], arg(metavar="PLATFORM ...")] = ("cpu", "cuda", "tpu"),
+    size: Annotated[tuple[int, int] | None, arg(metavar="HEIGHT WIDTH", help_behavior_hint="")] = None,
+    uint8: Flag = False,
+    top: Annotated[int | None, arg(metavar="N", help_behavior_hint="")] = None,
+    gradient: Flag = False,
 ) -> int:
     """Write the network, its weights inside, as one file that runs with JAX alone.
 
@@ -97,13 +107,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of JAX's cache, of Pillow's readers: what is wrong is said in our words
-            import tyro
-
+            arguments = sys.argv[1:] if argv is None else argv
+            if list(arguments) == ["--version"]:
+                sys.stdout.write(f"flax-googlenet {metadata.version('flax-googlenet')}\n")
+                sys.stdout.flush()
+                return Status.DONE
             return tyro.extras.subcommand_cli_from_dict(
                 {"classify": classify, "export": export},
                 prog="flax-googlenet",
-                description="GoogLeNet in JAX and Flax.",
-                args=argv,
+                description="GoogLeNet in JAX and Flax. --version prints its version.",
+                args=arguments,
                 config=(tyro.conf.FlagCreatePairsOff,),
             )
     except CommandError as error:

@@ -10,6 +10,7 @@ import sys
 import time
 import tracemalloc
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -599,6 +600,11 @@ def test_a_cache_that_jax_was_told_of_is_kept(here: Path) -> None:
     assert before is not None
 
 
+def test_version_is_that_of_the_installed_package(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"flax-googlenet {metadata.version('flax-googlenet')}\n"
+
+
 def test_the_help_tells_the_exit_statuses(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["classify", "--help"])
@@ -606,6 +612,8 @@ def test_the_help_tells_the_exit_statuses(capsys: pytest.CaptureFixture[str]) ->
     out = capsys.readouterr().out
     for status in ("0    all", "1    some", "2    the command", "3    nothing", "130  interrupted", "141  nobody"):
         assert f"\n  {status}" in out
+    assert "IMAGE|FOLDER|GLOB ..." in out
+    assert "--weights FILE" in out
     with pytest.raises(SystemExit) as ended:
         main(["classify", "--tip", "5"])
     assert ended.value.code == 2
