@@ -50,8 +50,7 @@ def preprocess(image: ImageSource) -> Float32[np.ndarray, "224 224 3"]:
         ImageError: if there is no such file, if it is damaged or not an image, if it has more pixels than
             ``PIL.Image.MAX_IMAGE_PIXELS``, or if the array is of another dtype or shape.
     """
-    pixels = np.asarray(_resize_and_crop(_rgb(image)), np.float32) / np.float32(255)
-    return (pixels - np.array(IMAGENET_MEAN, np.float32)) / np.array(IMAGENET_STD, np.float32)
+    return normalise(_resize_and_crop(rgb(image)))
 
 
 def preprocess_batch(images: Iterable[ImageSource], workers: int | None = None) -> Float32[np.ndarray, "n 224 224 3"]:
@@ -82,7 +81,14 @@ def preprocess_batch(images: Iterable[ImageSource], workers: int | None = None) 
     return np.stack(arrays) if arrays else np.empty((0, CROP, CROP, 3), np.float32)
 
 
-def _rgb(source: ImageSource) -> Image.Image:
+def normalise(image: Image.Image) -> Float32[np.ndarray, "h w 3"]:
+    """An RGB image -> float32 [H, W, 3], by ImageNet's mean and standard deviation."""
+    pixels = np.asarray(image, np.float32) / np.float32(255)
+    return (pixels - np.array(IMAGENET_MEAN, np.float32)) / np.array(IMAGENET_STD, np.float32)
+
+
+def rgb(source: ImageSource) -> Image.Image:
+    """The image in RGB, decoded and upright, of its own size; raises as ``preprocess``."""
     if isinstance(source, np.ndarray):
         return _from_array(source)
     if isinstance(source, Image.Image):
