@@ -1,0 +1,221 @@
+"""What a run does: a frozen dataclass that is the configuration, the command line and its documentation at once."""
+
+import dataclasses
+import json
+import typing
+from typing import Any, Literal
+
+import jax
+import optax
+
+from flax_googlenet.model import BLOCKS, MIN_SIZE
+from flax_googlenet.training.finetune import scale_heads
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be followed; the message lists all that is wrong with it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How to train. The defaults are those of the preset ``imagenet``; ``PRESETS`` has the others.
+
+    Raises:
+        RecipeError: if a field has a value that makes no sense.
+    """
+
+    seed: int = 0
+    """Of the initialisation, the order of the images, the augmentation, dropout, and the choice of held-out images."""
+    epochs: int = 90
+    """How often every image is seen."""
+    batch_size: int = 256
+    """Images in a step, over all devices and processes."""
+    image_size: int = 224
+    """Height and width of the training crops, in pixels."""
+    learning_rate: float = 0.1
+    """The highest one of the schedule."""
+    momentum: float = 0.9
+    """Of SGD."""
+    nesterov: bool = True
+    """Nesterov's momentum."""
+    weight_decay: float = 5e-5
+    """Added to the gradient, times the weight; for kernels alone, not for biases and BatchNorm."""
+    schedule: Literal["constant", "step", "cosine"] = "cosine"
+    """The learning rate after the warm-up: constant, 4 percent less every 8 epochs, or a cosine down to 0."""
+    warmup_epochs: float = 5.0
+    """In which the learning rate rises from 0."""
+    label_smoothing: float = 0.1
+    """The share of a label that is spread evenly over all classes."""
+    aux_weight: float = 0.3
+    """The weight of the loss of each auxiliary head; 0.3 is the paper's."""
+    dropout: float = 0.2
+    """The rate before the last layer."""
+    dropout_aux: float = 0.7
+    """The rate in the auxiliary heads."""
+    average_decay: float | None = None
+    """The decay of a moving average of the weights, which is then evaluated and saved. None keeps none."""
+    accumulate: int = 1
+    """Batches whose gradients are averaged before the weights change."""
+    frozen: tuple[str, ...] = ()
+    """Blocks that stay as they are, BatchNorm statistics included: conv1, conv2, conv3, inception3a ... inception5b."""
+    head_learning_rate: float = 1.0
+    """The learning rate of fc, aux1 and aux2, as a multiple of that of the other blocks."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the computation; weights, BatchNorm statistics and loss stay in float32."""
+    held_out: float = 0.1
+    """The share of the images that is not trained on but evaluated, where the data has no such part of its own."""
+    crop_area: tuple[float, float] = (0.08, 1.0)
+    """The least and the largest area of a training crop, as a share of the image."""
+    crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    """The least and the largest width of a training crop, as a multiple of its height."""
+    interpolation: Literal["bilinear", "random"] = "bilinear"
+    """Of a resized crop; random chooses among Pillow's for each crop."""
+    flip: bool = True
+    """Mirror half of the training crops."""
+    distortion: bool = False
+    """Change brightness, contrast and saturation of the training crops at random."""
+    max_corrupt: float = 0.001
+    """The share of unreadable images above which the run stops."""
+    workers: int = 0
+    """Processes that read images; 0 reads them in the threads of the run itself. They change no pixel."""
+    checkpoint_every: int = 1000
+    """Steps between two checkpoints. There is one at the end and one when the run is stopped besides."""
+    keep: int = 2
+    """How many checkpoints to keep."""
+
+    def __post_init__(self) -> None:
+        if problems := [message for message, holds in self._rules().items() if not holds]:
+            raise RecipeError("recipe: " + "; ".join(problems))
+
+    def _rules(self) -> dict[str, bool]:
+        counts = ("epochs", "batch_size", "accumulate", "checkpoint_every", "keep")
+        shares = ("label_smoothing", "dropout", "dropout_aux", "momentum", "held_out")
+        not_negative = ("learning_rate", "weight_decay", "aux_weight", "head_learning_rate", "max_corrupt", "workers")
+        return {
+            **{f"{name} must be at least 1": getattr(self, name) >= 1 for name in counts},
+            **{f"{name} must be at least 0 and less than 1": 0 <= getattr(self, name) < 1 for name in shares},
+            **{f"{name} must be at least 0": getattr(self, name) >= 0 for name in not_negative},
+            **{
+                f"{name} must be one of {', '.join(typing.get_args(kind))}": getattr(self, name)
+                in typing.get_args(kind)
+                for name, kind in typing.get_type_hints(type(self)).items()
+                if typing.get_origin(kind) is Literal
+            },
+            "seed must be at least 0 and less than 2**32": 0 <= self.seed < 2**32,
+            f"image_size must be at least {MIN_SIZE}": self.image_size >= MIN_SIZE,
+            "warmup_epochs must be at least 0 and less than epochs": 0 <= self.warmup_epochs < self.epochs,
+            "average_decay must be more than 0 and less than 1": 0 < (self.average_decay or 0.5) < 1,
+            "crop_area must rise, above 0 and up to 1": 0 < self.crop_area[0] <= self.crop_area[1] <= 1,
+            "crop_aspect must rise, above 0": 0 < self.crop_aspect[0] <= self.crop_aspect[1],
+            f"frozen must name blocks among {', '.join(BLOCKS)}": set(self.frozen) <= set(BLOCKS),
+        }
+
+    def to_json(self) -> str:
+        """The recipe as a JSON object, for ``from_json``."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "Recipe":
+        """Reads what ``to_json`` wrote.
+
+        Raises:
+            RecipeError: if a field is missing or unknown, or its value makes no sense; the message names it.
+        """
+        try:
+            values = json.loads(text)
+            names = {field.name for field in dataclasses.fields(cls)}
+            problems = {"missing": names - values.keys(), "unknown": values.keys() - names}
+            if any(problems.values()):
+                listing = "; ".join(f"{kind}: {', '.join(sorted(found))}" for kind, found in problems.items() if found)
+                raise RecipeError(f"recipe: {listing}")
+            fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+            return cls(**fields)
+        except RecipeError:
+            raise
+        except (ValueError, TypeError, AttributeError) as error:  # no JSON, no object, or a value of another type
+            raise RecipeError(f"recipe: not as to_json writes it: {error}") from error
+
+
+PRESETS = {
+    # "Going Deeper with Convolutions", sections 5 to 7. What it leaves open is as in Caffe's replication of it,
+    # https://github.com/BVLC/caffe/tree/master/models/bvlc_googlenet: batch, learning rate, weight decay.
+    "paper": Recipe(
+        epochs=250,
+        batch_size=32,
+        learning_rate=0.01,
+        nesterov=False,
+        weight_decay=2e-4,
+        schedule="step",
+        warmup_epochs=0.0,
+        label_smoothing=0.0,
+        dropout=0.4,
+        average_decay=0.9999,
+        interpolation="random",
+        distortion=True,
+    ),
+    "imagenet": Recipe(),
+    "finetune": Recipe(
+        epochs=20,
+        batch_size=32,
+        learning_rate=0.005,
+        weight_decay=1e-4,
+        warmup_epochs=1.0,
+        head_learning_rate=10.0,
+        held_out=0.2,
+        crop_area=(0.25, 1.0),
+        checkpoint_every=200,
+    ),
+    "digits": Recipe(
+        epochs=12,
+        batch_size=32,
+        image_size=32,
+        learning_rate=0.05,
+        weight_decay=1e-4,
+        warmup_epochs=1.0,
+        label_smoothing=0.0,
+        held_out=0.2,
+        crop_area=(0.7, 1.0),
+        crop_aspect=(0.9, 1.1),
+        flip=False,  # a mirrored digit is none
+        checkpoint_every=100,
+    ),
+}
+"""Recipes by name."""
+
+
+def schedule(recipe: Recipe, steps_per_epoch: int) -> optax.Schedule:
+    """The learning rate by the number of changes of the weights, of which ``accumulate`` steps make one.
+
+    Args:
+        recipe: the recipe.
+        steps_per_epoch: batches in an epoch, at least one.
+    """
+    per_epoch = steps_per_epoch / recipe.accumulate
+    warmup = round(recipe.warmup_epochs * per_epoch)
+    rest = max(1, round(recipe.epochs * per_epoch) - warmup)
+    after: optax.Schedule
+    if recipe.schedule == "cosine":
+        after = optax.cosine_decay_schedule(recipe.learning_rate, rest)
+    elif recipe.schedule == "step":
+        after = optax.exponential_decay(recipe.learning_rate, max(1, round(8 * per_epoch)), 0.96, staircase=True)
+    else:
+        after = optax.constant_schedule(recipe.learning_rate)
+    if not warmup:
+        return after
+    return optax.join_schedules([optax.linear_schedule(0.0, recipe.learning_rate, warmup), after], [warmup])
+
+
+def make_optimizer(recipe: Recipe, steps_per_epoch: int) -> optax.GradientTransformation:
+    """SGD by the recipe; as in PyTorch, weight decay is part of the gradient that the momentum takes in.
+
+    Frozen blocks are left out by ``create_train_state``.
+    """
+    optimizer = optax.chain(
+        optax.add_decayed_weights(recipe.weight_decay, lambda params: jax.tree.map(lambda x: x.ndim > 1, params)),
+        optax.sgd(schedule(recipe, steps_per_epoch), recipe.momentum, recipe.nesterov),
+    )
+    if recipe.head_learning_rate != 1:
+        optimizer = scale_heads(optimizer, recipe.head_learning_rate)
+    if recipe.accumulate > 1:
+        optimizer = optax.MultiSteps(optimizer, recipe.accumulate).gradient_transformation()
+    return optimizer
