@@ -10,26 +10,18 @@ outside the time. Printed are medians over all rounds, ratios, start, memory and
 
 import argparse
 import contextlib
-import json
-import os
-import platform
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from side_by_side import THREADS, Worker, machine, peak_memory, print_header, print_row, progress, serve
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "convert"))
-
-THREADS = len(os.sched_getaffinity(0))
 ERROR_BATCH = 8
 
 Engine = tuple[Callable[[np.ndarray], Any], Callable[[Any], np.ndarray]]
@@ -110,19 +102,18 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)  # the folder of a process that is one engine
     arguments = parser.parse_args()
     if arguments.work:
-        serve(arguments.engines[0], arguments.work)
+        serve(lambda: load(arguments.engines[0], arguments.work))
         return
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as processes:
         make_inputs(Path(folder))
         starts = {}
         for name in arguments.engines:
             starts[name] = [_start(name, Path(folder)) for _ in range(2)]
-            _progress(f"{name}: started twice")
+            progress(f"{name}: started twice")
         workers = {name: processes.enter_context(Worker(name, Path(folder))) for name in arguments.engines}
         times = measure(workers, sorted(arguments.batches), arguments.rounds)
-        report(
-            arguments.batches, starts, times, {name: worker.errors(Path(folder)) for name, worker in workers.items()}
-        )
+        errors = {name: error(worker, Path(folder)) for name, worker in workers.items()}
+        report(arguments.batches, starts, times, errors)
 
 
 def make_inputs(folder: Path) -> None:
@@ -148,75 +139,27 @@ def make_inputs(folder: Path) -> None:
         np.save(folder / "truth.npy", exact(images).numpy())
 
 
-def serve(name: str, folder: Path) -> None:
-    """Computes what standard input asks for, a line of JSON a request, and answers in lines of JSON."""
-    answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
+def load(name: str, folder: Path) -> Callable[..., dict[str, Any]]:
+    """The engine as a function that answers: what ``calls`` calls on ``batch`` images took, after one uncounted."""
     to_input, run = ENGINES[name](folder)
 
-    def answer(value: Any) -> None:
-        print(json.dumps(value), file=answers, flush=True)
-
-    answer("ready")
-    for line in sys.stdin:
-        request = json.loads(line)
-        images = to_input(_images(request["batch"]))
+    def answer(batch: int, calls: int) -> dict[str, Any]:
+        images = to_input(_images(batch))
         logits, seconds = run(images), []
-        for _ in range(request["calls"]):
+        for _ in range(calls):
             start = time.perf_counter()
             run(images)
             seconds.append(time.perf_counter() - start)
-        answer(
-            {
-                "seconds": seconds,
-                "peak": _peak(),
-                "logits": logits.tolist() if request.get("logits") else None,
-            }
-        )
+        return {"seconds": seconds, "peak": peak_memory(), "logits": [] if calls else logits.tolist()}
+
+    return answer
 
 
-class Worker:
-    """A process that is one engine; a context that ends it."""
-
-    def __init__(self, name: str, folder: Path) -> None:
-        self.name = name
-        environment = {
-            **os.environ,
-            "JAX_COMPILATION_CACHE_DIR": str(folder / "jax"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
-        }
-        command = [sys.executable, __file__, "--engines", name, "--work", str(folder)]
-        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115  # closed with the process
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self.log, text=True, env=environment)
-        self._answer()
-
-    def ask(self, batch: int, calls: int, logits: bool = False) -> dict[str, Any]:
-        """Times ``calls`` calls on ``batch`` images, after one that is not counted."""
-        self.process.stdin.write(json.dumps({"batch": batch, "calls": calls, "logits": logits}) + "\n")
-        self.process.stdin.flush()
-        return self._answer()
-
-    def errors(self, folder: Path) -> float:
-        """The largest error of the logits against float64, relative to the largest logit."""
-        truth = np.load(folder / "truth.npy")
-        logits = np.asarray(self.ask(ERROR_BATCH, 0, logits=True)["logits"])
-        return float(np.abs(logits - truth).max() / np.abs(truth).max())
-
-    def _answer(self) -> Any:
-        line = self.process.stdout.readline()
-        if not line:
-            self.log.seek(0)
-            sys.exit(f"{self.name} ended:\n{self.log.read()[-3000:]}")
-        return json.loads(line)
-
-    def __enter__(self) -> "Worker":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.wait()
-        self.log.close()
+def error(worker: Worker, folder: Path) -> float:
+    """The largest error of the logits against float64, relative to the largest logit."""
+    truth = np.load(folder / "truth.npy")
+    logits = np.asarray(worker.ask(batch=ERROR_BATCH, calls=0)["logits"])
+    return float(np.abs(logits - truth).max() / np.abs(truth).max())
 
 
 def measure(
@@ -228,10 +171,10 @@ def measure(
     for batch in batches:
         for round_number in range(rounds):
             for name in order.sample(list(workers), len(workers)):
-                answer = workers[name].ask(batch, max(2, 8 // batch))
+                answer = workers[name].ask(batch=batch, calls=max(2, 8 // batch))
                 seconds, _ = results.get((name, batch), ([], 0.0))
                 results[name, batch] = [*seconds, *(s / batch for s in answer["seconds"])], answer["peak"]
-            _progress(f"batch {batch}: round {round_number + 1} of {rounds}")
+            progress(f"batch {batch}: round {round_number + 1} of {rounds}")
     return results
 
 
@@ -242,25 +185,23 @@ def report(
     errors: dict[str, float],
 ) -> None:
     """Prints the tables."""
-    names = ("jax", "jaxlib", "flax", "torch", "torchvision", "onnxruntime", "openvino")
-    print(f"{_processor()}, {THREADS} threads; " + ", ".join(f"{name} {version(name)}" for name in names) + "\n")
+    packages = ("jax", "jaxlib", "flax", "torch", "torchvision", "onnxruntime", "openvino")
+    print(machine(*packages) + "\n")
     baseline = BASELINE if BASELINE in starts else next(iter(starts))
-    _row("milliseconds an image", *(f"batch {batch}" for batch in batches))
-    _row(*["---"] * (len(batches) + 1))
+    print_header("milliseconds an image", *(f"batch {batch}" for batch in batches))
     for name in starts:
         medians = {batch: statistics.median(results[name, batch][0]) for batch in batches}
         cells = []
         for batch, median in medians.items():
             ratio = statistics.median(results[baseline, batch][0]) / median
             cells.append(f"{1000 * median:.1f} ({ratio:.2f}x)")
-        _row(name, *cells)
+        print_row(name, *cells)
     print(f"\nIn brackets: times faster than {baseline}.\n")
     peaks = [f"peak MB, batch {batch}" for batch in batches]
-    _row("", "import and load, s", "first call, s", "in a second process, s", *peaks, "error / largest logit")
-    _row(*["---"] * (len(batches) + 5))
+    print_header("", "import and load, s", "first call, s", "in a second process, s", *peaks, "error / largest logit")
     for name, (first, second) in starts.items():
         memory = [f"{results[name, batch][1]:.0f}" for batch in batches]
-        _row(name, f"{first[0]:.1f}", f"{first[1]:.1f}", f"{second[1]:.1f}", *memory, f"{errors[name]:.1e}")
+        print_row(name, f"{first[0]:.1f}", f"{first[1]:.1f}", f"{second[1]:.1f}", *memory, f"{errors[name]:.1e}")
 
 
 def _start(name: str, folder: Path) -> tuple[float, float]:
@@ -268,7 +209,7 @@ def _start(name: str, folder: Path) -> tuple[float, float]:
     start = time.perf_counter()
     with Worker(name, folder) as worker:
         loaded = time.perf_counter()
-        worker.ask(1, 0)
+        worker.ask(batch=1, calls=0)
         return loaded - start, time.perf_counter() - loaded
 
 
@@ -278,28 +219,6 @@ def _images(batch: int) -> np.ndarray:
 
 def _channels_first(images: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(images.transpose(0, 3, 1, 2))
-
-
-def _peak() -> float:
-    """The most memory that this process has had, in MB. getrusage would count that of the parent at the fork."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def _row(*cells: str) -> None:
-    print("| " + " | ".join(cells) + " |")
-
-
-def _progress(message: str) -> None:
-    print(f"\r\x1b[2K{message}", end="" if sys.stderr.isatty() else "\n", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

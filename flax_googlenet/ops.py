@@ -1,7 +1,7 @@
 """Pooling with PyTorch's geometry, as pure functions on NHWC arrays."""
 
 import functools
-import operator
+import itertools
 from collections.abc import Sequence
 
 import jax
@@ -44,28 +44,66 @@ def _max_pool(x: jax.Array, window: int, stride: int, pads: Sequence[tuple[int, 
 def _max_pool_jvp(
     window: int, stride: int, pads: Sequence[tuple[int, int]], primals: tuple[jax.Array], tangents: tuple[jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
-    """The same gradient as XLA's own, a loop over single values on a CPU: there 5 to 11 times faster, 2.4 of a step."""
-    first, *others = _window_slices(primals[0], window, stride, pads, -jnp.inf)
-    best, place = first, jnp.zeros(first.shape, jnp.int8)
-    for i, x in enumerate(others, start=1):
-        wins = (x > best) | jnp.isnan(x)
-        best, place = jnp.where(wins, x, best), jnp.where(wins, jnp.int8(i), place)
-    slices = _window_slices(tangents[0], window, stride, pads, 0)
-    return best, functools.reduce(operator.add, (jnp.where(place == i, x, 0) for i, x in enumerate(slices)))
+    """XLA's own gradient is a loop over single values on a CPU: there this one is 5 to 30 times faster."""
+    (x,), (tangent,) = primals, tangents
+    best, place = _argmax(x, window, stride, pads)
+
+    def gradient(of_output: jax.Array) -> jax.Array:
+        return _to_winners(of_output, place, window, stride, pads, x.shape[1:3])
+
+    # Backwards is what counts: written that way round, transposed here, and transposed back by jax.grad.
+    (of_output,) = jax.linear_transpose(gradient, best)(tangent)
+    return best, of_output
 
 
-def _window_slices(
-    x: jax.Array, window: int, stride: int, pads: Sequence[tuple[int, int]], padding_value: float
-) -> list[jax.Array]:
-    """By place in the window, row by row: what all windows have there, [N, H2, W2, C] each."""
-    x = jnp.pad(x, ((0, 0), *pads, (0, 0)), constant_values=padding_value)
+def _argmax(x: jax.Array, window: int, stride: int, pads: Sequence[tuple[int, int]]) -> tuple[jax.Array, jax.Array]:
+    """The maximum of each window and its place there: of a tie the first, row by row; the last NaN, as in PyTorch."""
+    x = jnp.pad(x, ((0, 0), *pads, (0, 0)), constant_values=-jnp.inf)
     n, h, w, c = x.shape
-    height, width = (h - window) // stride * stride + 1, (w - window) // stride * stride + 1
-    return [
-        lax.slice(x, (0, i, j, 0), (n, i + height, j + width, c), (1, stride, stride, 1))
-        for i in range(window)
-        for j in range(window)
+    rows, columns = ((size - window) // stride * stride + 1 for size in (h, w))
+    best, place = jnp.full((), -jnp.inf, x.dtype), jnp.zeros((), jnp.int16)
+    for i, j in itertools.product(range(window), repeat=2):
+        here = lax.slice(x, (0, i, j, 0), (n, i + rows, j + columns, c), (1, stride, stride, 1))
+        wins = (here > best) | jnp.isnan(here)
+        best, place = jnp.where(wins, here, best), jnp.where(wins, jnp.int16(i * window + j), place)
+    return best, place
+
+
+def _to_winners(
+    of_output: jax.Array,
+    place: jax.Array,
+    window: int,
+    stride: int,
+    pads: Sequence[tuple[int, int]],
+    size: Sequence[int],
+) -> jax.Array:
+    """The gradient of the input: each pixel takes that of the windows in which it is the maximum.
+
+    Pixels a stride apart lie alike in their windows. So the padded input is a grid of cells of stride x stride pixels,
+    and for each pixel of a cell the sum over its windows is one of shifted slices, which the compiler vectorises.
+    """
+    n, rows, columns, c = of_output.shape
+    reach = -(-window // stride) - 1  # how many windows before its own cell's contain a pixel, along each axis
+    ring = ((0, 0), (reach, reach), (reach, reach), (0, 0))
+    of_output, place = jnp.pad(of_output, ring), jnp.pad(place, ring, constant_values=-1)
+
+    def pixel(i: int, j: int) -> jax.Array:
+        total = jnp.zeros((n, rows + reach, columns + reach, c), of_output.dtype)
+        for a, b in itertools.product(range(i, window, stride), range(j, window, stride)):
+            up, left = reach - a // stride, reach - b // stride
+            windows = (slice(None), slice(up, up + rows + reach), slice(left, left + columns + reach))
+            total += jnp.where(place[windows] == a * window + b, of_output[windows], 0)
+        return total
+
+    cells = jnp.stack([jnp.stack([pixel(i, j) for j in range(stride)], 3) for i in range(stride)], 2)
+    whole = cells.reshape(n, (rows + reach) * stride, (columns + reach) * stride, c)
+    (top, _), (left, _) = pads
+    missing = [
+        max(0, before + length - there)
+        for before, length, there in zip((top, left), size, whole.shape[1:3], strict=True)
     ]
+    whole = jnp.pad(whole, ((0, 0), (0, missing[0]), (0, missing[1]), (0, 0)))  # pixels between the windows
+    return whole[:, top : top + size[0], left : left + size[1]]
 
 
 def ceil_mode_padding(size: int, window: int, stride: int, padding: int) -> tuple[int, int]:

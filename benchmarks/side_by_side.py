@@ -1,0 +1,107 @@
+"""What the benchmarks share: engines in processes of their own, which take turns, and tables in Markdown."""
+
+import contextlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "convert"))
+
+THREADS = len(os.sched_getaffinity(0))
+
+
+class Worker:
+    """A process that is one engine; a context that ends it.
+
+    Args:
+        name: the engine's.
+        folder: for inputs and compilation caches; passed on as ``--work``.
+        environment: of the process, beside what it inherits.
+    """
+
+    def __init__(self, name: str, folder: Path, environment: Mapping[str, str] | None = None) -> None:
+        self.name = name
+        caches = {
+            "JAX_COMPILATION_CACHE_DIR": str(folder / "jax"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
+        }
+        environment = {**os.environ, **caches, **(environment or {})}
+        command = [sys.executable, sys.argv[0], "--engines", name, "--work", str(folder)]
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115  # closed with the process
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self.log, text=True, env=environment)
+        self._answer()
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        """Sends the request to the function that the process serves, and returns its answer."""
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> Any:
+        line = self.process.stdout.readline()
+        if not line:
+            self.log.seek(0)
+            sys.exit(f"{self.name} ended:\n{self.log.read()[-3000:]}")
+        return json.loads(line)
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.log.close()
+
+
+def serve(load: Callable[[], Callable[..., dict[str, Any]]]) -> None:
+    """In a worker: loads the engine, and answers requests on standard input until it ends."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
+    answer = load()
+    print(json.dumps("ready"), file=answers, flush=True)
+    for line in sys.stdin:
+        print(json.dumps(answer(**json.loads(line))), file=answers, flush=True)
+
+
+def peak_memory() -> float:
+    """The most memory that this process has had, in MB. getrusage would count that of the parent at the fork."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+
+
+def machine(*packages: str) -> str:
+    """The processor, the number of threads, and the versions of the packages."""
+    return f"{_processor()}, {THREADS} threads; " + ", ".join(f"{name} {version(name)}" for name in packages)
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def print_row(*cells: str) -> None:
+    """Prints a row of a table."""
+    print("| " + " | ".join(cells) + " |")
+
+
+def print_header(*cells: str) -> None:
+    """Prints the first row of a table, and the line below it."""
+    print_row(*cells)
+    print_row(*["---"] * len(cells))
+
+
+def progress(message: str) -> None:
+    """Says on standard error how far it is; on a terminal in place of what it said before."""
+    print(f"\r\x1b[2K{message}", end="" if sys.stderr.isatty() else "\n", file=sys.stderr, flush=True)

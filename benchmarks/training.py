@@ -1,0 +1,183 @@
+"""A step of training on a CPU, side by side: this library and PyTorch.
+
+A step is all of it: three heads, backward, SGD with momentum and weight decay, float32, 224x224. Each engine has a
+process of its own, and they take turns, the others idle. With huge pages (GLIBC_TUNABLES=glibc.malloc.hugetlb=1, Linux)
+the C library asks for memory in pages of 2 MB: a step that allocates a gigabyte then takes hundreds of page faults
+instead of hundreds of thousands. Printed are medians over all rounds, ratios, the first step and memory.
+
+    pip install -e ".[benchmark]"
+    python benchmarks/training.py
+"""
+
+import argparse
+import contextlib
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from side_by_side import THREADS, Worker, machine, peak_memory, print_header, print_row, progress, serve
+
+LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.001, 0.9, 1e-4
+AUX_WEIGHT = 0.3
+
+Step = Callable[[np.ndarray, np.ndarray], float]
+"""One step on images NHWC and labels; returns the loss."""
+
+
+def pytorch(folder: Path, channels_last: bool = False, compiled: bool = False) -> Step:
+    import torch
+    from torchvision.models import GoogLeNet
+
+    torch.set_num_threads(THREADS)
+    model = GoogLeNet(init_weights=False)
+    model.load_state_dict(torch.load(folder / "weights.pth"))
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    model = model.train().to(memory_format=layout)
+    optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
+    loss = torch.nn.functional.cross_entropy
+
+    def objective(images: "torch.Tensor", labels: "torch.Tensor") -> "torch.Tensor":
+        heads = model(images)
+        return loss(heads.logits, labels) + AUX_WEIGHT * sum(
+            loss(x, labels) for x in (heads.aux_logits2, heads.aux_logits1)
+        )
+
+    if compiled:
+        objective = torch.compile(objective, dynamic=False)
+
+    def step(images: np.ndarray, labels: np.ndarray) -> float:
+        optimizer.zero_grad()
+        value = objective(
+            torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(memory_format=layout), torch.from_numpy(labels)
+        )
+        value.backward()
+        optimizer.step()
+        return value.item()
+
+    return step
+
+
+def flax(folder: Path) -> Step:
+    import jax
+    import optax
+
+    import flax_googlenet
+    from flax_googlenet import cpu
+    from flax_googlenet.training import create_train_state, train_step
+
+    model, variables = flax_googlenet.load(folder / "weights.safetensors")
+    optimizer = optax.chain(optax.add_decayed_weights(WEIGHT_DECAY), optax.sgd(LEARNING_RATE, MOMENTUM))
+    state = create_train_state(model, variables, optimizer, aux_weight=AUX_WEIGHT)
+    compiled = jax.jit(train_step, donate_argnums=0, compiler_options=cpu.compiler_options())
+
+    def step(images: np.ndarray, labels: np.ndarray) -> float:
+        nonlocal state
+        state, metrics = compiled(state, {"image": images, "label": labels}, jax.random.key(0))
+        return float(metrics["loss"])
+
+    return step
+
+
+ENGINES: dict[str, Callable[[Path], Step]] = {
+    "PyTorch": pytorch,
+    "PyTorch channels_last": lambda folder: pytorch(folder, channels_last=True),
+    "torch.compile": lambda folder: pytorch(folder, channels_last=True, compiled=True),
+    "train_step": flax,
+}
+HUGE_PAGES = ", huge pages"
+ENGINES |= {name + HUGE_PAGES: ENGINES[name] for name in ("PyTorch channels_last", "train_step")}
+
+
+def main() -> None:
+    """Runs the benchmark and prints its table in Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batches", type=int, nargs="+", default=[16, 64], help="images in a step (16 64)")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each engine at each batch (5)")
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES), help="default: all of them")
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)  # the folder of a process that is one engine
+    arguments = parser.parse_args()
+    if arguments.work:
+        serve(lambda: load(arguments.engines[0], arguments.work))
+        return
+    results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        make_weights(Path(folder))
+        for batch in arguments.batches:
+            results |= measure(arguments.engines, Path(folder), batch, arguments.rounds)
+    report(arguments.engines, arguments.batches, results)
+
+
+def make_weights(folder: Path) -> None:
+    """Writes the same random weights for each engine."""
+    import reference
+    import torch
+
+    import flax_googlenet
+
+    checkpoint = reference.random_checkpoint()
+    torch.save(checkpoint, folder / "weights.pth")
+    variables = flax_googlenet.from_torchvision({key: tensor.numpy() for key, tensor in checkpoint.items()})
+    flax_googlenet.save(folder / "weights.safetensors", flax_googlenet.GoogLeNet(), variables)
+
+
+def load(name: str, folder: Path) -> Callable[..., dict[str, Any]]:
+    """The engine as a function that answers how many seconds a step took, its loss, and the peak memory in MB."""
+    step = ENGINES[name](folder)
+
+    def answer(batch: int) -> dict[str, Any]:
+        rng = np.random.default_rng(batch)
+        images, labels = rng.standard_normal((batch, 224, 224, 3)).astype(np.float32), rng.integers(0, 1000, batch)
+        start = time.perf_counter()
+        loss = step(images, labels)
+        return {"seconds": time.perf_counter() - start, "loss": loss, "peak": peak_memory()}
+
+    return answer
+
+
+def measure(engines: list[str], folder: Path, batch: int, rounds: int) -> dict[tuple[str, int], list[dict[str, Any]]]:
+    """All answers by engine and batch; the first is of the step that compiles."""
+    order = random.Random(0)
+    with contextlib.ExitStack() as processes:
+        workers, answers = {}, {}
+        for name in engines:
+            environment = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} if name.endswith(HUGE_PAGES) else {}
+            workers[name] = processes.enter_context(Worker(name, folder, environment))
+            answers[name, batch] = [workers[name].ask(batch=batch), workers[name].ask(batch=batch)]
+            progress(f"batch {batch}: {name} is warm")
+        for number in range(rounds):
+            for name in order.sample(engines, len(engines)):
+                answers[name, batch].append(workers[name].ask(batch=batch))
+            progress(f"batch {batch}: round {number + 1} of {rounds}")
+    return answers
+
+
+def report(engines: list[str], batches: list[int], results: dict[tuple[str, int], list[dict[str, Any]]]) -> None:
+    """Prints the table."""
+    print(machine("jax", "jaxlib", "flax", "optax", "torch", "torchvision") + "\n")
+    columns = [
+        f"{title}, batch {batch}" for batch in batches for title in ("seconds a step", "first step, s", "peak MB")
+    ]
+    print_header("", *columns)
+    medians = {key: statistics.median(x["seconds"] for x in answers[2:]) for key, answers in results.items()}
+    for name in engines:
+        cells = []
+        for batch in batches:
+            eager = [medians[x, batch] for x in ("PyTorch", "PyTorch channels_last") if x in engines]
+            ratio = f" ({min(eager) / medians[name, batch]:.2f}x)" if eager else ""
+            answers = results[name, batch]
+            cells += [
+                f"{medians[name, batch]:.2f}{ratio}",
+                f"{answers[0]['seconds']:.0f}",
+                f"{answers[-1]['peak']:.0f}",
+            ]
+        print_row(name, *cells)
+    print("\nIn brackets: times faster than the faster of PyTorch's eager layouts, without huge pages.")
+
+
+if __name__ == "__main__":
+    main()
