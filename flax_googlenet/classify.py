@@ -1,6 +1,5 @@
 """What ``flax-googlenet classify`` does: runs the network over images, and tells its answers."""
 
-import hashlib
 import itertools
 import json
 import sys
@@ -8,7 +7,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from jax import numpy as jnp
@@ -19,7 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from flax_googlenet.checkpoint import CheckpointError, load, load_metadata
+from flax_googlenet.files import load_weights, require_folder_of
 from flax_googlenet.images import decode, display_name, find_images
 from flax_googlenet.inference import Predictor, make_predictor
 from flax_googlenet.results import SUFFIXES, Row, open_results
@@ -27,15 +25,6 @@ from flax_googlenet.status import CommandError, Status, printable
 
 DEFAULT_WEIGHTS = (Path("googlenet-imagenet.safetensors"), Path("googlenet-random.safetensors"))
 """The outputs of ``convert/port_weights.py``, looked for in the working folder."""
-
-
-class Classifier(NamedTuple):
-    predict: Predictor
-    num_classes: int
-    class_names: list[str] | None
-    is_random: bool
-    digest: str
-    """The first digits of the sha256 of the file."""
 
 
 def classify(
@@ -53,6 +42,10 @@ def classify(
         raise CommandError(Status.USAGE, "--top and --batch-size must be at least 1")
     if output and output.suffix not in SUFFIXES:
         raise CommandError(Status.USAGE, f"{output}: --output must end in one of {', '.join(SUFFIXES)}")
+    if output and as_json:
+        raise CommandError(Status.USAGE, "--json is for the standard output: leave it out, or --output")
+    if output:
+        require_folder_of(output)
     screen, notes = _Screen(highlight=False), Console(stderr=True, soft_wrap=True, highlight=False)
     failed = done = skipped = 0
 
@@ -65,13 +58,14 @@ def classify(
     first = next(paths, None)
     if first is None:
         return Status.NOT_DONE
-    classifier = load_classifier(weights)
-    if top > classifier.num_classes:
-        raise CommandError(Status.USAGE, f"--top {top}: these weights have {classifier.num_classes} classes")
-    if classifier.is_random:
+    loaded = load_weights(weights or _default_weights(), dtype=jnp.float32)
+    if top > loaded.model.num_classes:
+        raise CommandError(Status.USAGE, f"--top {top}: these weights have {loaded.model.num_classes} classes")
+    if loaded.metadata.get("source") == "random":
         notes.print("[bold yellow]warning:[/] these weights are random: the answers mean nothing")
 
-    with nullcontext() if output is None else open_results(output, classifier.digest, top) as results:
+    predict = make_predictor(loaded.model, loaded.variables)
+    with nullcontext() if output is None else open_results(output, loaded.digest, top) as results:
 
         def is_new(path: str) -> bool:
             nonlocal skipped
@@ -85,13 +79,13 @@ def classify(
         with _progress(notes, hidden) as progress:
             task = progress.add_task("", total=None, rate=0.0)
             new = filter(is_new, itertools.chain([first], paths))
-            for rows in _answers(classifier, decode(new, 2 * batch_size, fail), batch_size, top):
+            for rows in _answers(predict, decode(new, 2 * batch_size, fail), batch_size, top, loaded.class_names):
                 if results:
                     results.append(rows)
-                if as_json:
+                elif as_json:
                     sys.stdout.write("".join(f"{json.dumps(row)}\n" for row in rows))
                     sys.stdout.flush()
-                elif not results:
+                else:
                     for row in rows:
                         screen.print(_block(row))
                 done += len(rows)
@@ -107,43 +101,30 @@ def classify(
     return Status.SOME_UNREADABLE if failed else Status.DONE
 
 
-def load_classifier(weights: Path | None) -> Classifier:
-    """Reads the weights and makes the predictor; ``None`` takes the first of ``DEFAULT_WEIGHTS`` that is there.
-
-    Raises:
-        CommandError: if there are none, or they are not those of this library.
-    """
-    path = weights or next((path for path in DEFAULT_WEIGHTS if path.is_file()), None)
-    if path is None:
-        raise CommandError(
-            Status.NOT_DONE,
-            f"no weights: name them with --weights, or make {DEFAULT_WEIGHTS[0]} in this folder with "
-            "python convert/port_weights.py imagenet",
-        )
-    try:
-        model, variables = load(path, dtype=jnp.float32)
-        metadata = load_metadata(path)
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    except CheckpointError as error:
-        raise CommandError(Status.NOT_DONE, " ".join(str(error).split())) from error
-    except OSError as error:
-        raise CommandError(Status.NOT_DONE, f"cannot read {path}: {error.strerror}") from error
-    names = metadata.get("class_names")
-    if not isinstance(names, list) or list(map(type, names)) != [str] * model.num_classes:
-        names = None  # metadata is free: whatever else it has under this name are no names of classes
-    is_random = metadata.get("source") == "random"
-    return Classifier(make_predictor(model, variables), model.num_classes, names, is_random, digest[:16])
+def _default_weights() -> Path:
+    for path in DEFAULT_WEIGHTS:
+        if path.is_file():
+            return path
+    raise CommandError(
+        Status.NOT_DONE,
+        f"no weights: name them with --weights, or make {DEFAULT_WEIGHTS[0]} in this folder with "
+        "python convert/port_weights.py imagenet",
+    )
 
 
 def _answers(
-    classifier: Classifier, images: Iterator[tuple[str, np.ndarray]], batch_size: int, top: int
+    predict: Predictor,
+    images: Iterator[tuple[str, np.ndarray]],
+    batch_size: int,
+    top: int,
+    class_names: Sequence[str] | None,
 ) -> Iterator[list[Row]]:
     while batch := list(itertools.islice(images, batch_size)):
-        logits = np.asarray(classifier.predict(np.stack([pixels for _, pixels in batch])), np.float64)
+        logits = np.asarray(predict(np.stack([pixels for _, pixels in batch])), np.float64)
         if not np.isfinite(logits).all():
             raise CommandError(Status.NOT_DONE, "the weights are wrong: their answers are not finite")
         yield [
-            {"image": display_name(path), "predictions": rank(row, top, classifier.class_names)}
+            {"image": display_name(path), "predictions": rank(row, top, class_names)}
             for (path, _), row in zip(batch, logits, strict=True)
         ]
 

@@ -3,14 +3,16 @@
 JAX is not imported until a subcommand runs: ``--help`` and a wrong option need not wait for it.
 """
 
+import argparse
+import functools
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import arg
@@ -52,7 +54,7 @@ def classify(
         weights: A file that port_weights.py or flax_googlenet.save wrote. By default the working folder's
             googlenet-imagenet.safetensors, or else googlenet-random.safetensors.
         json: Print one line of JSON for each image: {"image", "predictions": [{"index", "label", "probability"}]}.
-        output: Write to this .csv, .jsonl or .parquet file instead of the terminal.
+        output: Write to this .csv, .jsonl or .parquet file instead of the standard output; not with --json.
         top: How many classes to name, the likeliest first.
         batch_size: How many images to compute at once.
     """
@@ -60,6 +62,46 @@ def classify(
 
     _use_compilation_cache()
     return command.classify(images, weights=weights, as_json=json, output=output, top=top, batch_size=batch_size)
+
+
+def evaluate(
+    inputs: Annotated[tuple[str, ...], arg(metavar="WEIGHTS ... DATA", help_behavior_hint="")],
+    /,
+    *,
+    crops: Annotated[Literal[1, 10, 144], arg(metavar="1|10|144")] = 1,
+    json: Flag = False,
+    confusion: OptionalFile = None,
+    batch_size: Number = 32,
+) -> int:
+    """Count how often weights name the right class first (top-1) or among the first five (top-5).
+
+    Classes go by name. The images are of the size that the weights were trained for. Of digits, and of a folder that
+    the weights were trained on, only what was held out is evaluated.
+
+    Exit status:
+      0    all images are evaluated
+      1    some images could not be read; they are named on standard error, and the others are evaluated
+      2    the command line is wrong
+      3    nothing is done: no data, no weights or wrong ones, other classes, or no place for the output
+      130  interrupted
+      141  nobody reads the standard output any more
+
+    Args:
+        inputs: Weights, as written by train, port_weights.py or flax_googlenet.save, and last the data. Of several
+            weights it is the mean of their probabilities that counts. The data are a folder of class folders, or one
+            of val/ with class folders in it, or one of IDX files, or digits for those of scikit-learn.
+        crops: Parts of each image whose probabilities are averaged: 1 is its middle, 10 are four corners and the
+            middle, mirrored too, and 144 are those of the paper, at four scales.
+        json: Print one line of JSON: {"data", "weights", "crops", "image_size", "unreadable", "count", "top1", "top5",
+            "classes": {name: {"count", "top1"}}}.
+        confusion: Draw to this .png file which classes are taken for which.
+        batch_size: How many crops to compute at once.
+    """
+    _require_training()
+    from flax_googlenet.training import evaluate as command
+
+    _use_compilation_cache()
+    return command.evaluate(inputs, num_crops=crops, as_json=json, confusion=confusion, batch_size=batch_size)
 
 
 def export(
@@ -102,18 +144,79 @@ def export(
     return Status.DONE
 
 
+def train(
+    data: Annotated[str, arg(metavar="DATA", help_behavior_hint="")],
+    /,
+    *,
+    workdir: Annotated[Path, arg(metavar="FOLDER")],
+    preset: Annotated[str | None, arg(metavar="paper|imagenet|finetune|digits", help_behavior_hint="")] = None,
+    weights: OptionalFile = None,
+    distributed: Flag = False,
+    override: Flag = False,
+    recipe: Any = None,
+) -> int:
+    """Train on a folder of class folders, or fine-tune --weights on it; stopped at any time, the same command goes on.
+
+    On a CPU a run that was stopped and resumed ends in the same bits as one that was not. In its folder are then
+    model.safetensors, for evaluate, classify, export and port_weights.py --to-torchvision, and curves.png.
+
+    Exit status:
+      0    the run came to its end
+      2    the command line is wrong
+      3    nothing is done: no data, no weights or wrong ones, the folder is in use, or has a run of another recipe
+      4    the run stopped itself: losses that are not finite, unreadable images, a full disk, or a lost process
+      130  Ctrl-C: the step was finished and a checkpoint saved; a second Ctrl-C ends at once
+      143  SIGTERM: the same
+
+    Args:
+        data: A folder of train/ and val/, each of them with a folder for each class; or one of class folders, of which
+            a part is held out; or one of IDX files; or digits for those of scikit-learn.
+        workdir: The folder of the run.
+        preset: The recipe to start from. By default digits for these, finetune with --weights, and else imagenet.
+        weights: Start from these, as written by port_weights.py or flax_googlenet.save, with a new head where the
+            classes are others.
+        distributed: Be one of several processes, as Slurm, Open MPI, Kubernetes or a TPU's host tell it, or the
+            variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+        override: Go on in a folder although the recipe, the data or the weights are others than they were.
+        recipe: What to do, and in brackets what the preset says.
+    """
+    from flax_googlenet.training import loop
+
+    _use_compilation_cache()
+    return loop.train(data, workdir, recipe, weights=weights, distributed=distributed, override=override)
+
+
+def _train_by_preset(arguments: Sequence[str]) -> Callable[..., int]:
+    """``train`` with the recipe that the command line asks for, to be changed field by field and shown by --help."""
+    _require_training()
+    from flax_googlenet.training.recipe import PRESETS
+
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--workdir")
+    parser.add_argument("--weights")
+    parser.add_argument("--preset")
+    known, others = parser.parse_known_args(arguments)
+    preset = known.preset or ("finetune" if known.weights else "digits" if "digits" in others else "imagenet")
+    if preset not in PRESETS:
+        raise CommandError(Status.USAGE, f"--preset {preset}: must be one of {', '.join(PRESETS)}")
+    return functools.partial(train, recipe=PRESETS[preset])
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status; ``argv`` defaults to the process's own."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of JAX's cache, of Pillow's readers: what is wrong is said in our words
-            arguments = sys.argv[1:] if argv is None else argv
-            if list(arguments) == ["--version"]:
+            arguments = list(sys.argv[1:] if argv is None else argv)
+            if arguments == ["--version"]:
                 sys.stdout.write(f"flax-googlenet {metadata.version('flax-googlenet')}\n")
                 sys.stdout.flush()
                 return Status.DONE
+            commands = {"classify": classify, "evaluate": evaluate, "export": export, "train": train}
+            if arguments[:1] == ["train"]:
+                commands["train"] = _train_by_preset(arguments)
             return tyro.extras.subcommand_cli_from_dict(
-                {"classify": classify, "export": export},
+                commands,
                 prog="flax-googlenet",
                 description="GoogLeNet in JAX and Flax. --version prints its version.",
                 args=arguments,
@@ -136,6 +239,14 @@ def _fail(status: Status, message: str) -> Status:
 
     Console(stderr=True, soft_wrap=True, highlight=False).print(f"[bold red]error:[/] {escape(printable(message))}")
     return status
+
+
+def _require_training() -> None:
+    try:
+        import flax_googlenet.training  # noqa: F401
+    except ModuleNotFoundError as error:
+        message = f'{error.name} is not installed: pip install "flax-googlenet[train]"'
+        raise CommandError(Status.NOT_DONE, message) from error
 
 
 def _use_compilation_cache() -> None:

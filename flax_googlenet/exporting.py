@@ -12,7 +12,8 @@ import numpy as np
 from jax import export as jax_export
 from jax import numpy as jnp
 
-from flax_googlenet.checkpoint import CheckpointError, load, write_atomically
+from flax_googlenet.checkpoint import write_atomically
+from flax_googlenet.files import load_weights, require_folder_of
 from flax_googlenet.inference import fold_batch_norm
 from flax_googlenet.model import IMAGENET_MEAN, IMAGENET_STD, MIN_SIZE, GoogLeNet, Variables
 from flax_googlenet.status import CommandError, Status, printable
@@ -134,21 +135,17 @@ def export_file(
     Raises:
         CommandError: if the options are wrong, the weights unreadable, or the output cannot be written.
     """
+    require_folder_of(output)
+    loaded = load_weights(weights)
     try:
-        model, variables = load(weights)
-    except CheckpointError as error:
-        raise CommandError(Status.NOT_DONE, " ".join(str(error).split())) from error
-    except OSError as error:
-        raise CommandError(Status.NOT_DONE, f"cannot read {weights}: {error.strerror}") from error
-    try:
-        export(output, model, variables, platforms, size=size, uint8=uint8, top=top, gradient=gradient)
+        export(output, loaded.model, loaded.variables, platforms, size=size, uint8=uint8, top=top, gradient=gradient)
     except ValueError as error:
         raise CommandError(Status.USAGE, str(error)) from error
     except OSError as error:
         raise CommandError(Status.NOT_DONE, f"cannot write {output}: {error.strerror}") from error
 
     height, width = size or (f"H >= {MIN_SIZE}", f"W >= {MIN_SIZE}")
-    kind = "uint8" if uint8 else f"{_float_dtype(model)} ImageNet-normalised"
+    kind = "uint8" if uint8 else f"{_float_dtype(loaded.model)} ImageNet-normalised"
     results = "logits" if top is None else "probabilities, indices"
     name = printable(str(output))
     return (

@@ -266,7 +266,16 @@ def test_a_name_that_is_no_utf8_is_written_as_text() -> None:
         (["photos", "--weights", "missing.safetensors"], 3, "missing.safetensors: No such file or directory"),
         (["photos", "--weights", "photos"], 3, "photos: Is a directory"),
         (["photos", "--weights", "photos/01.jpg"], 3, "not a checkpoint of flax_googlenet"),
-        (["photos", "--output", "nowhere/answers.csv"], 3, "nowhere/answers.csv: No such file or directory"),
+        (
+            ["photos", "--output", "answers.jsonl", "--json"],
+            2,
+            "--json is for the standard output: leave it out, or --",
+        ),
+        (
+            ["photos", "--output", "nowhere/a.csv", "--weights", "missing"],
+            3,
+            "nowhere/a.csv: there is no folder nowhere",
+        ),
         (["photos", "--output", "folder.csv"], 3, "it is there and not a regular file"),
     ],
 )
@@ -557,21 +566,26 @@ def test_a_full_disk_ends_in_one_line(here: Path, output: str, environment: dict
 # The start.
 
 
-def loaded_by(code: str, beside: str = "pass") -> set[str]:
-    """The packages that code loads in a new process, beside those that other code loads."""
-    code = f"import sys; {beside}; before = set(sys.modules); {code}; print(*sys.modules.keys() - before)"
-    loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
-    return {name.split(".")[0] for name in loaded}
+def loaded_by(*arguments: str) -> set[str]:
+    """The packages that a new Python process loads."""
+    command = [sys.executable, "-X", "importtime", *arguments]
+    lines = subprocess.run(command, check=True, capture_output=True, text=True).stderr.splitlines()
+    return {line.split("|")[-1].strip().split(".")[0] for line in lines}
 
 
-def test_the_library_loads_nothing_before_it_is_needed() -> None:
-    assert loaded_by("import flax_googlenet.__main__, flax_googlenet.cli").isdisjoint(
-        {"jax", "numpy", "flax", "tyro", "rich", "PIL"}
-    )
+def test_help_does_not_wait_for_jax() -> None:
+    loaded = loaded_by("-m", "flax_googlenet", "--help")
+    assert {"flax_googlenet", "tyro"} <= loaded
+    assert loaded.isdisjoint({"jax", "flax", "numpy", "PIL", "rich"})
+
+
+def test_the_library_loads_nothing_before_it_is_used() -> None:
+    before = loaded_by("-c", "import importlib")
+    assert loaded_by("-c", "import flax_googlenet") - before == {"flax_googlenet"}
 
 
 def test_the_library_loads_nothing_that_only_commands_or_training_need() -> None:
-    loaded = loaded_by("from flax_googlenet import *", beside="import flax")
+    loaded = loaded_by("-c", "from flax_googlenet import *") - loaded_by("-c", "import flax")
     assert {"flax_googlenet", "safetensors", "PIL"} <= loaded
     heavy = {"torch", "torchvision", "optax", "grain", "orbax", "tensorstore", "tyro", "rich", "pyarrow", "sklearn"}
     assert heavy.isdisjoint(loaded)

@@ -233,7 +233,7 @@ def test_the_command_prints_the_lines_that_run_its_file_and_top_is_numpys(
         (["--output", "g", "--gradient"], 2, "add size"),
         (["--output", "g", "--weights", "no.safetensors"], 3, "cannot read no.safetensors: No such file"),
         (["--output", "g", "--weights", "other.safetensors"], 3, "other.safetensors is not a checkpoint"),
-        (["--output", "no/g"], 3, "cannot write no/g: No such file or directory"),
+        (["--output", "no/g"], 3, "cannot write no/g: there is no folder no"),
         (["--output", "."], 3, "cannot write .: "),
     ],
 )

@@ -1,0 +1,46 @@
+"""The files of the subcommands: whatever is wrong with one ends the command with one line that names it."""
+
+import hashlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from flax_googlenet.checkpoint import CheckpointError, load, load_metadata
+from flax_googlenet.model import Dtype, GoogLeNet
+from flax_googlenet.status import CommandError, Status
+
+
+class Weights(NamedTuple):
+    """What ``flax_googlenet.save`` wrote."""
+
+    model: GoogLeNet
+    variables: dict[str, Any]
+    metadata: dict[str, Any]
+    digest: str
+    """The first 16 digits of the sha256 of the file."""
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """A name for each class, if the metadata has them; whatever else it has in their place is no names."""
+        names = self.metadata.get("class_names")
+        return names if isinstance(names, list) and list(map(type, names)) == [str] * self.model.num_classes else None
+
+
+def load_weights(path: Path, *, dtype: Dtype | None = None) -> Weights:
+    """Reads weights; ``dtype`` as for ``flax_googlenet.load``.
+
+    Raises:
+        CommandError: if they cannot be read, or are not those of this library.
+    """
+    try:
+        model, variables = load(path, dtype=dtype)
+        return Weights(model, variables, load_metadata(path), hashlib.sha256(path.read_bytes()).hexdigest()[:16])
+    except CheckpointError as error:
+        raise CommandError(Status.NOT_DONE, " ".join(str(error).split())) from error
+    except OSError as error:
+        raise CommandError(Status.NOT_DONE, f"cannot read {path}: {error.strerror}") from error
+
+
+def require_folder_of(output: Path) -> None:
+    """Raises a CommandError if the folder of an output is not there: before the work, not after it."""
+    if not output.parent.is_dir():
+        raise CommandError(Status.NOT_DONE, f"cannot write {output}: there is no folder {output.parent}")
