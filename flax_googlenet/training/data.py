@@ -1,0 +1,222 @@
+"""Batches of images: in random order and augmented for training, each image once for evaluation.
+
+Grain shuffles, and decodes ahead in threads or worker processes. Batch n depends on the data, the recipe and n alone,
+not on the number of threads, workers or processes: n is all that a checkpoint needs to hold.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from functools import partial
+from multiprocessing.connection import wait
+from multiprocessing.resource_tracker import ensure_running
+
+import grain
+import jax
+import numpy as np
+from absl import flags
+from PIL import Image
+
+from flax_googlenet.images import Fail
+from flax_googlenet.preprocessing import ImageError
+from flax_googlenet.training.augment import augment, centre
+from flax_googlenet.training.datasets import DataError, Dataset
+from flax_googlenet.training.recipe import Recipe
+
+Batch = dict[str, np.ndarray]
+
+_ATTEMPTS = 100  # unreadable images in a row after which it is the disk, or the wrong folder
+_THREADS = 4  # each decodes a batch of its own: memory
+
+
+class TrainBatches(Iterator[Batch]):
+    """Batches without end, from any position on."""
+
+    def __init__(self, batches: grain.MapDataset, workers: int) -> None:
+        self._batches = batches
+        self._workers = workers
+        self._position = 0
+        self._iterator: grain.DatasetIterator | None = None
+
+    def __next__(self) -> Batch:
+        if self._iterator is None:
+            self._iterator = _iterate(self._batches.slice(slice(self._position, None)), self._workers)
+        batch = next(self._iterator)
+        self._position += 1
+        return batch
+
+    def get_state(self) -> dict[str, int]:
+        """The position, for JSON: how many batches have been taken. The number of workers is not part of it."""
+        return {"position": self._position}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        """Goes on after the batch that was the last before ``get_state``."""
+        self.close()
+        self._position = state["position"]
+
+    def close(self) -> None:
+        """Ends threads and worker processes; they start anew with the next batch."""
+        if self._iterator is not None:
+            self._iterator.close()
+            self._iterator = None
+
+
+def train_batches(dataset: Dataset, recipe: Recipe, *, process_index: int = 0, process_count: int = 1) -> TrainBatches:
+    """Augmented images in an order that is new in each epoch.
+
+    An epoch is ``len(dataset) // batch_size`` batches: the images that are left over wait for another epoch's order.
+    In place of an image that cannot be read comes the next one in ``dataset`` that can.
+
+    Args:
+        dataset: what ``open_data`` found.
+        recipe: its ``batch_size`` is that of all processes together.
+        process_index, process_count: this process gets the rows of each batch that are its own.
+
+    Returns:
+        An iterator of ``image`` float32 [b, size, size, 3], normalised; ``label`` int32 [b]; ``index`` int64 [b], the
+        places in the dataset that the order asked for; ``used`` int64 [b], those that were read. Close it after use.
+        It raises a DataError where 100 images in a row cannot be read.
+
+    Raises:
+        DataError: if there are fewer images than a batch needs, or the processes cannot share a batch evenly.
+    """
+    steps = len(dataset) // recipe.batch_size
+    if steps == 0:
+        raise DataError(f"{len(dataset)} images are too few for a batch of {recipe.batch_size}: choose a smaller one")
+    rows = _rows(recipe.batch_size, process_index, process_count)
+    # Grain adds the epoch to the seed: unmixed, the second epoch of seed 0 would be the first one of seed 1.
+    (seed,) = np.random.SeedSequence(recipe.seed).generate_state(1).tolist()
+    batches = (
+        grain.MapDataset.range(len(dataset))
+        .shuffle(seed=seed)
+        .batch(recipe.batch_size, drop_remainder=True)
+        .map_with_index(partial(_train_batch, dataset, recipe, rows, steps))
+        .repeat()
+    )
+    return TrainBatches(batches, recipe.workers)
+
+
+def eval_batches(
+    dataset: Dataset,
+    *,
+    batch_size: int,
+    image_size: int,
+    fail: Fail,
+    workers: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Batch]:
+    """Every image once, in order, its middle part.
+
+    Args:
+        dataset: what ``open_data`` found.
+        batch_size: images in a batch, over all processes.
+        image_size: 224 gives the pixels of ``flax_googlenet.preprocess``.
+        fail: takes the message about an image of this process that cannot be read.
+        workers: processes that read images, or 0 for threads.
+        process_index, process_count: this process gets the rows of each batch that are its own. All processes get the
+            same number of batches.
+
+    Yields:
+        ``image`` float32 [b, size, size, 3], normalised; ``label`` int32 [b]; ``index`` int64 [b]. Where an image
+        cannot be read, and after the last one, label and image are -1 and 0; after the last one the index is -1 too.
+
+    Raises:
+        DataError: if the processes cannot share a batch evenly.
+    """
+    rows = _rows(batch_size, process_index, process_count)
+    indices = np.full(-(-len(dataset) // batch_size) * batch_size, -1)
+    indices[: len(dataset)] = np.arange(len(dataset))
+    batches = grain.MapDataset.source(indices.reshape(-1, batch_size)[:, rows]).map(
+        partial(_eval_batch, dataset, image_size)
+    )
+    with closing(_iterate(batches, workers)) as iterator:
+        for batch in iterator:
+            for message in batch.pop("failures"):
+                fail(message)
+            yield batch
+
+
+def _rows(batch_size: int, process_index: int, process_count: int) -> slice:
+    if batch_size % process_count:
+        raise DataError(f"{process_count} processes cannot share a batch of {batch_size} evenly")
+    share = batch_size // process_count
+    return slice(process_index * share, (process_index + 1) * share)
+
+
+def _train_batch(dataset: Dataset, recipe: Recipe, rows: slice, steps: int, number: int, indices: np.ndarray) -> Batch:
+    epoch = number // steps
+    index = indices[rows].astype(np.int64)
+    used, images = np.empty_like(index), []
+    for row, i in enumerate(index):
+        used[row], image = _read(dataset, int(i))
+        images.append(augment(image, recipe, np.random.default_rng((recipe.seed, epoch, i))))
+    return {"image": np.stack(images), "label": dataset.labels[used], "index": index, "used": used}
+
+
+def _read(dataset: Dataset, index: int) -> tuple[int, Image.Image]:
+    """The first image from ``index`` on that can be read, and its index."""
+    for i in range(index, index + min(_ATTEMPTS, len(dataset))):
+        try:
+            return i % len(dataset), dataset.read(i % len(dataset))
+        except ImageError as error:
+            last = error
+    count = i + 1 - index
+    raise DataError(f"{count} images in a row cannot be read, the first is {dataset.name(index)}; the last: {last}")
+
+
+def _eval_batch(dataset: Dataset, image_size: int, index: np.ndarray) -> dict[str, np.ndarray | list[str]]:
+    images = np.zeros((len(index), image_size, image_size, 3), np.float32)
+    labels = np.full(len(index), -1, np.int32)
+    failures = []
+    for row, i in enumerate(index):
+        if i >= 0:
+            try:
+                images[row] = centre(dataset.read(i), image_size)
+                labels[row] = dataset.labels[i]
+            except ImageError as error:
+                failures.append(str(error))
+    return {"image": images, "label": labels, "index": index, "failures": failures}
+
+
+def _iterate(batches: grain.MapDataset, workers: int) -> grain.DatasetIterator:
+    if workers == 0:
+        threads = min(_THREADS, os.cpu_count() or 1)
+        return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)))
+    dataset = batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)).mp_prefetch(
+        grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1), _start_worker
+    )
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # Grain reads absl's flags, which are no part of our command lines
+    ensure_running()  # Python's resource tracker, whose start would unblock the signals
+    with _signals_blocked():
+        iterator = iter(dataset)
+        iterator.get_state()  # makes the iterators of the workers, which the next line starts
+        iterator.start_prefetch()
+    return iterator
+
+
+@contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """Processes that are started in it are deaf to Ctrl-C and SIGTERM, from the first moment on."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _start_worker(worker: int, count: int) -> None:
+    """A worker ends when its parent says so or dies: signals to the whole group are for the parent to act upon."""
+    jax.config.update("jax_platforms", "cpu")  # should anything use JAX here: no GPU memory for it
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # noqa: S101  a worker has one
+
+    def end_with_parent() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()

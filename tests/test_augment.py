@@ -1,0 +1,151 @@
+"""Augmentation is the paper's, in torchvision's distribution and pixels; evaluation sees the middle of an image."""
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import reference
+import torch
+from PIL import Image
+from scipy.stats import ks_2samp, kstest
+from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms.functional import resized_crop
+
+from flax_googlenet import preprocess
+from flax_googlenet.model import IMAGENET_MEAN, IMAGENET_STD
+from flax_googlenet.training.augment import augment, centre, distort, random_crop
+from flax_googlenet.training.recipe import Recipe
+
+AREA, ASPECT = (0.08, 1.0), (3 / 4, 4 / 3)
+PLAIN = Recipe(image_size=64, flip=False, crop_area=(1.0, 1.0), crop_aspect=(1.0, 1.0))
+"""All of a square image, as it is."""
+
+
+def colours(array: np.ndarray) -> np.ndarray:
+    """The uint8 [h, w, 3] of which ``array`` was made."""
+    return np.rint((array * IMAGENET_STD + IMAGENET_MEAN) * 255).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def photograph() -> Image.Image:
+    """640 x 427 pixels."""
+    return Image.fromarray(reference.photographs()[0])
+
+
+@pytest.mark.parametrize("size", [(640, 427), (427, 640), (300, 300), (32, 32)])
+def test_crops_are_distributed_as_torchvisions(size: tuple[int, int]) -> None:
+    width, height = size
+    rng = np.random.default_rng(0)
+    ours = np.array([random_crop(width, height, AREA, ASPECT, rng) for _ in range(4000)])
+    torch.manual_seed(0)
+    image = torch.empty(3, height, width)
+    theirs = np.array([RandomResizedCrop.get_params(image, list(AREA), list(ASPECT)) for _ in range(4000)])
+    top, left, h, w = theirs.T
+    for mine, other in zip(ours.T, (left, top, left + w, top + h), strict=True):
+        assert ks_2samp(mine, other).pvalue > 0.01
+    shape = ours[:, 2:] - ours[:, :2]
+    assert ks_2samp(shape.prod(1), h * w).pvalue > 0.01
+    assert ks_2samp(shape[:, 0] / shape[:, 1], w / h).pvalue > 0.01
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 2), (2, 1), (3, 5), (1, 20000), (20000, 1), (7, 1500), (640, 427)])
+def test_a_crop_lies_in_an_image_of_any_size(size: tuple[int, int]) -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        left, top, right, bottom = random_crop(*size, AREA, ASPECT, rng)
+        assert 0 <= left < right <= size[0]
+        assert 0 <= top < bottom <= size[1]
+
+
+@pytest.mark.parametrize(("size", "box"), [((30, 1000), (0, 480, 30, 520)), ((1000, 30), (480, 0, 520, 30))])
+def test_where_no_crop_fits_it_is_the_largest_in_the_middle(
+    size: tuple[int, int], box: tuple[int, int, int, int]
+) -> None:
+    # 8 percent of these need a side of at least 42 pixels.
+    assert random_crop(*size, AREA, ASPECT, np.random.default_rng(0)) == box
+
+
+def test_a_crop_has_torchvisions_pixels(photograph: Image.Image) -> None:
+    recipe = Recipe(image_size=64, flip=False)
+    for seed in range(10):
+        left, top, right, bottom = random_crop(640, 427, AREA, ASPECT, np.random.default_rng(seed))
+        expected = resized_crop(photograph, top, left, bottom - top, right - left, [64, 64])
+        ours = augment(photograph, recipe, np.random.default_rng(seed))
+        assert (ours.shape, ours.dtype) == ((64, 64, 3), np.float32)
+        np.testing.assert_array_equal(colours(ours), np.asarray(expected))
+
+
+def test_the_same_seed_gives_the_same_pixels_and_another_one_others(photograph: Image.Image) -> None:
+    recipe = Recipe(image_size=32, interpolation="random", distortion=True)
+    first, second = ([augment(photograph, recipe, np.random.default_rng(s)) for s in range(10)] for _ in range(2))
+    np.testing.assert_array_equal(first, second)
+    assert len({array.tobytes() for array in first}) == 10
+
+
+def test_half_of_the_crops_are_mirrored_and_none_where_the_recipe_says_so() -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    rng = np.random.default_rng(0)
+    upright, mirrored = np.asarray(image).tobytes(), np.asarray(image)[:, ::-1].tobytes()
+    counts = Counter(colours(augment(image, replace(PLAIN, flip=True), rng)).tobytes() for _ in range(1000))
+    assert counts.keys() == {upright, mirrored}
+    assert abs(counts[mirrored] - 500) < 64  # four standard deviations
+    assert {colours(augment(image, PLAIN, rng)).tobytes() for _ in range(20)} == {upright}
+
+
+def test_random_interpolation_is_each_of_the_papers_four_equally_often(photograph: Image.Image) -> None:
+    image = photograph.crop((0, 0, 100, 100))
+    names = {np.asarray(image.resize((64, 64), method)).tobytes(): method for method in Image.Resampling}
+    rng = np.random.default_rng(0)
+    recipe = replace(PLAIN, interpolation="random")
+    counts = Counter(names[colours(augment(image, recipe, rng)).tobytes()] for _ in range(1000))
+    kinds = Image.Resampling
+    assert counts.keys() == {kinds.BILINEAR, kinds.BOX, kinds.NEAREST, kinds.BICUBIC}
+    assert max(abs(count - 250) for count in counts.values()) < 55  # four standard deviations
+    assert names[colours(augment(image, PLAIN, rng)).tobytes()] == kinds.BILINEAR
+
+
+def test_distortion_changes_brightness_contrast_and_colour_by_half_at_most(photograph: Image.Image) -> None:
+    rng = np.random.default_rng(0)
+    # A grey area has neither contrast nor colour: what changes is the brightness, uniformly from 0.5 to 1.5.
+    grey = Image.new("RGB", (2, 2), (100, 100, 100))
+    factors = [np.asarray(distort(grey, rng)).mean() / 100 for _ in range(1000)]
+    assert kstest(factors, "uniform", args=(0.5, 1)).pvalue > 0.01
+    # Of a photograph the contrast and the saturation change as well, relative to its brightness.
+    small = photograph.resize((64, 64))
+    changed = [np.asarray(distort(small, rng), float) for _ in range(200)]
+    contrasts = [array.mean(2).std() / array.mean() for array in changed]
+    saturations = [np.ptp(array, axis=2).mean() / array.mean() for array in changed]
+    assert max(contrasts) > 2 * min(contrasts)
+    assert max(saturations) > 2 * min(saturations)
+
+
+def test_a_recipe_without_distortion_leaves_the_colours(photograph: Image.Image) -> None:
+    image = photograph.crop((0, 0, 64, 64))
+    rng = np.random.default_rng(0)
+    np.testing.assert_array_equal(colours(augment(image, PLAIN, rng)), np.asarray(image))
+    assert (colours(augment(image, replace(PLAIN, distortion=True), rng)) != np.asarray(image)).any()
+
+
+def test_evaluation_at_224_is_inference(photograph: Image.Image) -> None:
+    np.testing.assert_array_equal(centre(photograph, 224), preprocess(photograph))
+
+
+@pytest.mark.parametrize("size", [32, 64, 192, 299])
+def test_evaluation_at_another_size_is_inference_at_that_size(size: int) -> None:
+    # A picture that is its own coordinates, so that a difference of colours is one of places, in source pixels.
+    y, x = np.mgrid[:100, :150]
+    picture = Image.fromarray(np.stack([x, y, x], axis=-1).astype(np.uint8))
+    pixels = (np.arange(size) + 0.5) * (100 * 7 / 8 / size) - 0.5
+    ours = colours(centre(picture, size)).astype(float)
+    assert abs(ours[..., 0] - (pixels + (150 - 87.5) / 2)).max() < 0.75  # rounded to a whole colour
+    assert abs(ours[..., 1] - (pixels + (100 - 87.5) / 2)[:, None]).max() < 0.75
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 20000), (20000, 1), (2, 777)])
+def test_an_image_of_any_size_is_augmented_and_evaluated(size: tuple[int, int]) -> None:
+    image = Image.new("RGB", size, (10, 20, 30))
+    rng = np.random.default_rng(0)
+    recipe = Recipe(image_size=64, interpolation="random")
+    for result in (*(augment(image, recipe, rng) for _ in range(8)), centre(image, 64), centre(image, 224)):
+        np.testing.assert_array_equal(colours(result), np.broadcast_to((10, 20, 30), result.shape))

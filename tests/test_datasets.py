@@ -1,0 +1,247 @@
+"""What counts as data: every layout that is promised, and one clear error for all others."""
+
+import gzip
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from flax_googlenet import ImageError
+from flax_googlenet.training.datasets import DataError, Dataset, open_data
+
+IDX = {
+    "train-images-idx3-ubyte.gz": np.arange(6 * 2 * 3, dtype=np.uint8).reshape(6, 2, 3),
+    "train-labels-idx1-ubyte.gz": np.array([0, 1, 2, 0, 1, 2], np.uint8),
+    "t10k-images-idx3-ubyte.gz": np.arange(2 * 2 * 3, dtype=np.uint8)[::-1].reshape(2, 2, 3),
+    "t10k-labels-idx1-ubyte.gz": np.array([1, 0], np.uint8),
+}
+
+
+def write_image(path: Path, colour: tuple[int, int, int] = (10, 20, 30)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (4, 3), colour).save(path)
+
+
+def write_idx(path: Path, array: np.ndarray, magic: bytes = b"") -> None:
+    """As http://yann.lecun.com/exdb/mnist describes the format."""
+    header = (magic or bytes([0, 0, 8, array.ndim])) + np.array(array.shape, ">u4").tobytes()
+    path.write_bytes(gzip.compress(header + array.tobytes()))
+
+
+@pytest.fixture
+def idx(tmp_path: Path) -> Path:
+    for name, array in IDX.items():
+        write_idx(tmp_path / name, array)
+    return tmp_path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Twenty cats and ten dogs."""
+    for i in range(20):
+        write_image(tmp_path / "data" / "cats" / f"{i:02}.png")
+    for i in range(10):
+        write_image(tmp_path / "data" / "dogs" / f"{i:02}.jpg")
+    return tmp_path / "data"
+
+
+def refusal(data: Path | str, held_out: float = 0.2) -> str:
+    with pytest.raises(DataError) as caught:
+        open_data(str(data), held_out=held_out, seed=0)
+    return str(caught.value)
+
+
+def paths(dataset: Dataset) -> list[str]:
+    return [dataset.name(i) for i in range(len(dataset))]
+
+
+def test_a_folder_of_class_folders_is_split_by_class(folder: Path) -> None:
+    train, held = open_data(str(folder), held_out=0.2, seed=0)
+    assert train.class_names == held.class_names == ("cats", "dogs")
+    assert np.bincount(train.labels).tolist() == [16, 8]
+    assert np.bincount(held.labels).tolist() == [4, 2]
+    assert sorted(paths(train) + paths(held)) == sorted(str(path) for path in folder.glob("*/*"))
+    for dataset in (train, held):
+        assert dataset.labels.dtype == np.int32
+        assert [Path(path).parent.name for path in paths(dataset)] == [dataset.class_names[i] for i in dataset.labels]
+
+
+def test_the_split_depends_on_the_seed_alone(folder: Path) -> None:
+    splits = [open_data(str(folder), held_out=0.5, seed=seed) for seed in (0, 0, 1)]
+    assert [paths(part) for part in splits[0]] == [paths(part) for part in splits[1]]
+    assert paths(splits[0][1]) != paths(splits[2][1])
+
+
+def test_a_small_class_gives_one_image_and_keeps_one(tmp_path: Path) -> None:
+    for name, count in {"one": 1, "three": 3, "two": 2}.items():
+        for i in range(count):
+            write_image(tmp_path / name / f"{i}.png")
+    train, held = open_data(str(tmp_path), held_out=0.01, seed=0)
+    assert np.bincount(train.labels).tolist() == [1, 2, 1]
+    assert np.bincount(held.labels).tolist() == [0, 1, 1]
+    train, held = open_data(str(tmp_path), held_out=0.99, seed=0)
+    assert np.bincount(train.labels).tolist() == [1, 1, 1]
+    assert np.bincount(held.labels).tolist() == [0, 2, 1]
+
+
+def test_train_and_val_are_taken_as_they_are(tmp_path: Path) -> None:
+    for path in ("train/b/1.png", "train/a/2.png", "train/a/more/3.png", "val/a/4.png", "val/b/5.png"):
+        write_image(tmp_path / path)
+    train, held = open_data(str(tmp_path), held_out=0.5, seed=0)
+    assert [path.removeprefix(str(tmp_path)) for path in paths(train)] == [
+        "/train/a/2.png",
+        "/train/a/more/3.png",
+        "/train/b/1.png",
+    ]
+    assert train.labels.tolist() == [0, 0, 1]
+    assert (held.class_names, held.labels.tolist()) == (("a", "b"), [0, 1])
+
+
+def test_only_images_that_are_not_hidden_count(folder: Path) -> None:
+    (folder / "README.txt").write_text("about cats")
+    (folder / "cats" / "notes.txt").write_text("about cats")
+    write_image(folder / ".thumbnails" / "1.png")
+    write_image(folder / "cats" / ".1.png")
+    (folder / "birds").symlink_to(folder / "dogs")  # a class behind a link is one
+    train, held = open_data(str(folder), held_out=0.2, seed=0)
+    assert train.class_names == ("birds", "cats", "dogs")
+    assert len(train) + len(held) == 40
+
+
+def test_a_class_may_be_called_train(tmp_path: Path) -> None:
+    for path in ("bus/1.png", "bus/2.png", "train/1.png", "train/2.png"):
+        write_image(tmp_path / path)
+    assert open_data(str(tmp_path), held_out=0.5, seed=0)[0].class_names == ("bus", "train")
+
+
+def test_digits_are_scikit_learns() -> None:
+    train, held = open_data("digits", held_out=0.2, seed=0)
+    assert len(train) + len(held) == 1797
+    assert train.class_names == tuple("0123456789")
+    assert np.bincount(held.labels).min() > 30
+    assert train.name(0).startswith("digits[")
+    digits = load_digits()
+    for i in range(10):
+        place = int(train.name(i).removeprefix("digits[").removesuffix("]"))
+        assert train.labels[i] == digits.target[place]
+        np.testing.assert_allclose(
+            np.asarray(train.read(i)), np.stack([digits.images[place] / 16 * 255] * 3, -1), atol=0.5
+        )
+
+
+def test_idx_files_are_read_as_they_were_written(idx: Path) -> None:
+    train, held = open_data(str(idx), held_out=0.5, seed=0)
+    assert train.class_names == held.class_names == ("0", "1", "2")
+    for dataset, part in ((train, "train"), (held, "t10k")):
+        pixels, labels = IDX[f"{part}-images-idx3-ubyte.gz"], IDX[f"{part}-labels-idx1-ubyte.gz"]
+        np.testing.assert_array_equal(dataset.labels, labels)
+        for i, array in enumerate(pixels):
+            np.testing.assert_array_equal(np.asarray(dataset.read(i)), np.stack([array] * 3, axis=-1))
+    assert train.name(5) == f"{idx}/train-images-idx3-ubyte[5]"
+
+
+@pytest.mark.parametrize("name", IDX)
+def test_an_idx_file_that_is_missing_or_damaged_is_named(idx: Path, name: str) -> None:
+    path, array = idx / name, IDX[name]
+    whole = path.read_bytes()
+    contents = gzip.decompress(whole)
+    damaged = {
+        "nothing": b"",
+        "no gzip": contents,
+        "cut": whole[:-9],
+        "a flipped bit": whole[:12] + bytes([whole[12] ^ 1]) + whole[13:],
+        "a header that is cut": gzip.compress(contents[:6]),
+        "a value less": gzip.compress(contents[:-1]),
+        "a value more": gzip.compress(contents + b"x"),
+        "an absurd shape": gzip.compress(contents[:4] + b"\xff" * 4 * array.ndim + array.tobytes()),
+        "text": gzip.compress(b"<html>404 Not Found</html>"),
+    }
+    for how, data in damaged.items():
+        path.write_bytes(data)
+        assert str(path) in refusal(idx), how
+    write_idx(path, array, magic=bytes([0, 0, 13, array.ndim]))  # floats
+    assert str(path) in refusal(idx)
+    path.unlink()
+    assert str(path) in refusal(idx)
+
+
+def test_idx_files_that_do_not_belong_together_are_refused(idx: Path) -> None:
+    write_idx(idx / "t10k-labels-idx1-ubyte.gz", np.array([1, 0, 1], np.uint8))
+    assert "2 images" in (message := refusal(idx))
+    assert "3 labels" in message
+    write_idx(idx / "t10k-labels-idx1-ubyte.gz", np.array([1, 3], np.uint8))
+    assert "up to 2, the others to 3" in refusal(idx)
+    write_idx(idx / "t10k-images-idx3-ubyte.gz", np.zeros((0, 2, 3), np.uint8))
+    write_idx(idx / "t10k-labels-idx1-ubyte.gz", np.zeros(0, np.uint8))
+    assert "has no pixels" in refusal(idx)
+
+
+def test_a_folder_that_is_not_there_or_holds_no_classes_is_refused_with_what_was_expected(tmp_path: Path) -> None:
+    write_image(tmp_path / "flat" / "1.png")
+    write_image(tmp_path / "nested" / "animals" / "cats" / "1.png")
+    (tmp_path / "file").write_text("no folder")
+    for name in ("missing", "flat", "nested", "file"):
+        message = refusal(tmp_path / name)
+        assert message.startswith(str(tmp_path / name))
+        assert "a folder of class folders, at least two" in message
+
+
+def test_all_empty_classes_are_named_at_once(folder: Path) -> None:
+    (folder / "birds").mkdir()
+    (folder / "fish").mkdir()
+    (folder / "fish" / "notes.txt").write_text("no image")
+    message = refusal(folder)
+    assert f"{folder}/birds: there is no image in this folder" in message
+    assert f"{folder}/fish: there is no image in this folder" in message
+    assert "cats" not in message
+
+
+def test_train_without_val_is_refused(tmp_path: Path) -> None:
+    write_image(tmp_path / "train" / "cats" / "1.png")
+    write_image(tmp_path / "test" / "cats" / "1.png")
+    assert "no val/ beside it" in refusal(tmp_path)
+
+
+def test_classes_that_differ_between_train_and_val_are_all_named(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "split" / "train")
+    shutil.copytree(folder, tmp_path / "split" / "val")
+    (tmp_path / "split" / "val" / "dogs").rename(tmp_path / "split" / "val" / "Dogs")
+    message = refusal(tmp_path / "split")
+    assert "only in train/: ['dogs'], only in val/: ['Dogs']" in message
+
+
+def test_nothing_to_evaluate_on_is_refused(tmp_path: Path) -> None:
+    write_image(tmp_path / "cats" / "1.png")
+    write_image(tmp_path / "dogs" / "1.png")
+    assert "no class has a second image" in refusal(tmp_path)
+    assert "between 0 and 1, not 0" in refusal(tmp_path, held_out=0)
+
+
+def test_the_fingerprint_stays_with_the_data_and_changes_with_it(folder: Path, idx: Path, tmp_path: Path) -> None:
+    def fingerprint(path: Path) -> str:
+        return open_data(str(path), held_out=0.2, seed=0)[0].fingerprint
+
+    first = fingerprint(folder)
+    assert len(first) == 16
+    moved = folder.rename(tmp_path / "moved")
+    assert fingerprint(moved) == first
+    write_image(moved / "cats" / "another.png")
+    assert fingerprint(moved) != first
+    (moved / "cats" / "another.png").unlink()
+    assert fingerprint(moved) == first
+    (moved / "cats").rename(moved / "kittens")
+    assert fingerprint(moved) != first
+    pixels = fingerprint(idx)
+    write_idx(idx / "train-images-idx3-ubyte.gz", IDX["train-images-idx3-ubyte.gz"] + np.uint8(1))
+    assert fingerprint(idx) != pixels
+
+
+def test_an_image_that_cannot_be_read_is_an_error_by_name(folder: Path) -> None:
+    train, _ = open_data(str(folder), held_out=0.2, seed=0)
+    Path(train.name(0)).write_text("text")
+    with pytest.raises(ImageError, match=train.name(0)):
+        train.read(0)
+    assert train.read(1).mode == "RGB"
