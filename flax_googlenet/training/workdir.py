@@ -1,0 +1,42 @@
+"""One run at a time in a run's folder."""
+
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from flax_googlenet.status import printable
+
+
+class WorkdirInUseError(RuntimeError):
+    """Another run has claimed the folder; the message names its process."""
+
+
+@contextmanager
+def claim(workdir: str | os.PathLike[str]) -> Iterator[None]:
+    """Holds ``workdir``, which is made if it is not there, for this run alone until the block ends.
+
+    The claim is the kernel's lock on ``workdir/.lock``, not the file itself: it ends with the process, killed or not.
+
+    Raises:
+        WorkdirInUseError: if another run has it.
+        OSError: if the folder cannot be made or the file system has no locks.
+    """
+    folder = Path(workdir)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a+", encoding="utf-8") as file:  # not "w": the holder's line is read below
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = printable(file.read().strip()) or "another process"
+            raise WorkdirInUseError(
+                f"{folder} is in use by {holder}: wait for it to end, or choose another folder"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
+        file.truncate(0)
