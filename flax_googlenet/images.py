@@ -7,6 +7,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Float32
@@ -18,6 +19,7 @@ IMAGE_NAME = re.compile(
 )
 """The names that count as images in a folder."""
 
+Source = TypeVar("Source")
 Fail = Callable[[str], None]
 """Takes the message about something that cannot be read; the work goes on."""
 
@@ -69,18 +71,25 @@ def decode(paths: Iterator[str], ahead: int, fail: Fail) -> Iterator[tuple[str, 
 
     Threads decode up to ``ahead`` images before they are asked for, while the network computes.
     """
-    pending: deque[tuple[str, Future[np.ndarray]]] = deque()
+    return read_ahead(paths, preprocess, ahead, fail)
+
+
+def read_ahead(
+    sources: Iterator[Source], read: Callable[[Source], np.ndarray], ahead: int, fail: Fail
+) -> Iterator[tuple[Source, np.ndarray]]:
+    """Each source and what ``read`` makes of it, as ``decode`` does for paths; ``read`` may raise an ImageError."""
+    pending: deque[tuple[Source, Future[np.ndarray]]] = deque()
     pool = ThreadPoolExecutor(os.cpu_count())
     try:
         while True:
             pending.extend(
-                (path, pool.submit(preprocess, path)) for path in itertools.islice(paths, ahead - len(pending))
+                (source, pool.submit(read, source)) for source in itertools.islice(sources, ahead - len(pending))
             )
             if not pending:
                 return
-            path, future = pending.popleft()
+            source, future = pending.popleft()
             try:
-                yield path, future.result()
+                yield source, future.result()
             except ImageError as error:
                 fail(str(error))
     finally:

@@ -96,17 +96,17 @@ def open_data(data: str, *, held_out: float, seed: int) -> tuple[Dataset, Datase
             lists all such); if an IDX file is missing or damaged; if nothing would be held out.
     """
     if data == "digits":
-        return _hold_out(_digits(), data, held_out, seed)
+        return hold_out(_digits(), data, held_out, seed)
     if not os.path.isdir(data):
         raise DataError(f"{data}: no such folder; {EXPECTED}")
     if any(os.path.exists(os.path.join(data, name.format("train"))) for name in _IDX_NAMES):
         return _idx_files(data)
     train, val = os.path.join(data, "train"), os.path.join(data, "val")
     if not (os.path.isdir(train) and _subfolders(train)):  # a folder train/ of images may be a class of that name
-        return _hold_out(_class_folders(data), data, held_out, seed)
+        return hold_out(class_folders(data), data, held_out, seed)
     if not os.path.isdir(val):
         raise DataError(f"{data} has a folder train/ of class folders and no val/ beside it; {EXPECTED}")
-    result = _class_folders(train), _class_folders(val)
+    result = class_folders(train), class_folders(val)
     if result[0].class_names != result[1].class_names:
         classes = [set(dataset.class_names) for dataset in result]
         raise DataError(
@@ -116,7 +116,8 @@ def open_data(data: str, *, held_out: float, seed: int) -> tuple[Dataset, Datase
     return result
 
 
-def _hold_out(dataset: Dataset, data: str, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+def hold_out(dataset: Dataset, data: str, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+    """The images to train on, and those to evaluate on, as ``open_data`` chooses them; ``data`` is for the messages."""
     if not 0 < fraction < 1:
         raise DataError(f"the fraction to hold out of {data} must be between 0 and 1, not {fraction}")
     rng = np.random.default_rng(seed)
@@ -134,7 +135,8 @@ def _subfolders(folder: str) -> list[str]:
         return sorted(entry.name for entry in entries if entry.is_dir() and entry.name[0] != ".")
 
 
-def _class_folders(folder: str) -> Dataset:
+def class_folders(folder: str) -> Dataset:
+    """All images of the class folders in one folder; raises a DataError as ``open_data`` does."""
     class_names = _subfolders(folder)
     problems: list[str] = []
     paths = [list(find_images([os.path.join(folder, name)], problems.append)) for name in class_names]

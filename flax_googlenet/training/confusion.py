@@ -1,0 +1,128 @@
+"""The confusion matrix: counted, and as a picture that is readable with ten classes and with a thousand."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float64, Int
+
+from flax_googlenet.checkpoint import write_atomically
+from flax_googlenet.status import printable
+
+OTHER = "another class"
+
+_MAX_NUMBERED = 20  # classes up to which each cell has its number
+_MAX_NAMED = 60  # classes up to which rows and columns have their names
+_MAX_CELLS = 100  # rows: with more classes than that, a cell stands for several
+_LONGEST_NAME = 24
+_PAIRS = 20
+
+
+class Tally:
+    """Counts right and wrong answers.
+
+    Args:
+        places: int [n], where the classes of the data stand among those of the network.
+        num_classes: of the network.
+    """
+
+    def __init__(self, places: np.ndarray, num_classes: int) -> None:
+        self._places, self._n = places, len(places)
+        self._column = np.full(num_classes, self._n)
+        self._column[places] = np.arange(self._n)
+        self._matrix = np.zeros((self._n, self._n + 1), np.int64)
+        self._in_top5 = 0
+
+    def add(self, labels: np.ndarray, probabilities: Float64[np.ndarray, "n num_classes"]) -> None:
+        """labels: int [n], classes of the data. Of equally likely classes the first counts as the likelier one."""
+        top5 = np.argsort(-probabilities, axis=1, kind="stable")[:, :5]
+        np.add.at(self._matrix, (labels, self._column[top5[:, 0]]), 1)
+        self._in_top5 += int((top5 == self._places[labels][:, None]).any(1).sum())
+
+    @property
+    def matrix(self) -> np.ndarray:
+        """int [n, n]: images of the row's class, answered as the column's; with one column more for other answers."""
+        return self._matrix if len(self._column) > self._n else self._matrix[:, :-1]
+
+    @property
+    def count(self) -> int:
+        return int(self._matrix.sum())
+
+    @property
+    def top1(self) -> float:
+        return float(np.trace(self._matrix) / self.count)
+
+    @property
+    def top5(self) -> float:
+        return self._in_top5 / self.count
+
+
+def draw_confusion(path: Path, matrix: Int[np.ndarray, "n n_or_more"], class_names: Sequence[str]) -> None:
+    """Draws which classes are taken for which, and lists the pairs that are confused most often.
+
+    Args:
+        path: the picture, a PNG.
+        matrix: how many images of the class of the row were taken for that of the column. One column more than there
+            are rows counts answers that are none of the classes.
+        class_names: of the rows.
+
+    Raises:
+        OSError: if the picture cannot be written.
+    """
+    from matplotlib.colors import PowerNorm
+    from matplotlib.figure import Figure  # not pyplot, which would choose a backend and keep figures alive
+
+    names = [_short(name) for name in class_names]
+    columns = [*names, OTHER][: matrix.shape[1]]
+    in_cell = -(-len(names) // _MAX_CELLS)
+    cells = _sum_blocks(matrix, in_cell)
+    shares = cells / np.maximum(cells.sum(1, keepdims=True), 1)
+
+    side = np.clip(0.35 * len(columns), 4, 9)  # inches
+    figure = Figure(figsize=(side + 5, side + 2.5), layout="constrained")
+    axes = figure.subplots()
+    # Rare confusions count: on a linear scale one image in fifty would be white. No cell is smoothed into the next.
+    extent = (-0.5, in_cell * shares.shape[1] - 0.5, in_cell * shares.shape[0] - 0.5, -0.5)
+    picture = axes.imshow(shares, "Blues", norm=PowerNorm(0.4, 0, 1), interpolation="nearest", extent=extent)
+    ticks = [0, 0.01, 0.05, 0.2, 0.5, 1]
+    legend = "share of the images of the row" + (f"; a cell is {in_cell} classes by {in_cell}" if in_cell > 1 else "")
+    figure.colorbar(picture, ax=axes, location="top", format="{x:.0%}", ticks=ticks, aspect=40, label=legend)
+    axes.set(xlabel="answer", ylabel="class")
+    if len(names) <= _MAX_NAMED:
+        size = 9 if len(names) <= _MAX_NUMBERED else 7
+        axes.set_xticks(range(len(columns)), columns, rotation=90, parse_math=False, fontsize=size)
+        axes.set_yticks(range(len(names)), names, parse_math=False, fontsize=size)
+    if len(names) <= _MAX_NUMBERED:
+        for row, column in np.argwhere(matrix):
+            color = "white" if shares[row, column] > 0.4 else "black"
+            axes.text(column, row, str(matrix[row, column]), ha="center", va="center", color=color, fontsize=8)
+    lines = [
+        f"{matrix[row, column]} of {matrix[row].sum()}: {names[row]} \N{RIGHTWARDS ARROW} {columns[column]}"
+        for row, column in _most_confused(matrix)
+    ]
+    told = "\n".join(["confused most often", "", *lines] if lines else ["nothing is confused"])
+    axes.text(1.04, 1, told, transform=axes.transAxes, va="top", fontsize=8, linespacing=1.4, parse_math=False)
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=150, bbox_inches="tight")
+    write_atomically(path, buffer.getvalue())
+
+
+def _sum_blocks(matrix: np.ndarray, side: int) -> np.ndarray:
+    """int [n, m] -> int [ceil(n / side), ceil(m / side)]"""
+    rows = np.add.reduceat(matrix, np.arange(0, matrix.shape[0], side), axis=0)
+    return np.add.reduceat(rows, np.arange(0, matrix.shape[1], side), axis=1)
+
+
+def _most_confused(matrix: np.ndarray) -> np.ndarray:
+    """int [up to _PAIRS, 2]: the places off the diagonal with the highest counts, the highest first."""
+    wrong = matrix.copy()
+    np.fill_diagonal(wrong, 0)
+    places = np.argsort(-wrong, axis=None, kind="stable")[:_PAIRS]
+    return np.stack(np.unravel_index(places[wrong.flat[places] > 0], wrong.shape), axis=1)
+
+
+def _short(name: str) -> str:
+    name = printable(name)
+    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}\N{HORIZONTAL ELLIPSIS}"

@@ -1,0 +1,137 @@
+"""What ``flax-googlenet evaluate`` does: top-1, top-5 and the confusion matrix of weights, or of several together."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax import numpy as jnp
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn
+
+from flax_googlenet.files import load_weights, require_folder_of
+from flax_googlenet.images import display_name
+from flax_googlenet.status import CommandError, Status, printable
+from flax_googlenet.training.confusion import Tally, draw_confusion
+from flax_googlenet.training.datasets import DataError, Dataset, class_folders, hold_out, open_data
+from flax_googlenet.training.ensemble import answers, find_classes, image_size, make_networks, recipe_of
+from flax_googlenet.training.recipe import PRESETS
+
+
+def evaluate(
+    inputs: Sequence[str], *, num_crops: int, as_json: bool, confusion: Path | None, batch_size: int
+) -> Status:
+    """Evaluates weights on data and tells the figures on standard output; the arguments are the command line's.
+
+    Raises:
+        CommandError: if the arguments are wrong, or nothing can be done at all.
+        OSError: if the output cannot be written.
+    """
+    if len(inputs) < 2:
+        raise CommandError(Status.USAGE, "name the weights and then the data: evaluate WEIGHTS DATA")
+    if batch_size < 1:
+        raise CommandError(Status.USAGE, "--batch-size must be at least 1")
+    if confusion:
+        if confusion.suffix.lower() != ".png":
+            raise CommandError(Status.USAGE, f"{confusion}: --confusion must end in .png")
+        require_folder_of(confusion)
+    *paths, data = inputs
+    notes = Console(stderr=True, soft_wrap=True, highlight=False)
+    failed = 0
+
+    def fail(message: str) -> None:
+        nonlocal failed
+        failed += 1
+        notes.print(f"[bold red]error:[/] {escape(printable(message))}")
+
+    ensemble = {path: load_weights(Path(path), dtype=jnp.float32) for path in paths}
+    if any(weights.metadata.get("source") == "random" for weights in ensemble.values()):
+        notes.print("[bold yellow]warning:[/] these weights are random: the figures mean nothing")
+    size, networks, first = image_size(ensemble), make_networks(ensemble), ensemble[paths[0]]
+    try:
+        dataset = find_data(data, first.metadata, notes.print)
+    except DataError as error:
+        raise CommandError(Status.NOT_DONE, " ".join(str(error).split())) from error
+    places = find_classes(dataset.class_names, data, first, paths[0])
+
+    tally, start = Tally(places, first.model.num_classes), time.perf_counter()
+    with _progress(notes) as progress:
+        task = progress.add_task("", total=len(dataset))
+        for indices, probabilities in answers(networks, dataset, num_crops, size, batch_size, fail):
+            tally.add(dataset.labels[indices], probabilities)
+            rate = tally.count / (time.perf_counter() - start)
+            text = f"{rate:.1f} images/s, top-1 {tally.top1:.2%}"
+            progress.update(task, completed=tally.count + failed, description=text)
+    seconds = time.perf_counter() - start
+    if not tally.count:
+        raise CommandError(Status.NOT_DONE, f"{data}: none of the {len(dataset)} images can be read")
+
+    if as_json:
+        named = {"data": display_name(data), "weights": [display_name(path) for path in paths]}
+        figures = {**named, "crops": num_crops, "image_size": size, "unreadable": failed, **_figures(tally, dataset)}
+        sys.stdout.write(json.dumps(figures) + "\n")
+    else:
+        sys.stdout.write(f"top-1 {tally.top1:7.2%}\ntop-5 {tally.top5:7.2%}\n")
+    sys.stdout.flush()
+    if confusion:
+        draw_confusion(confusion, tally.matrix, dataset.class_names)
+    summary = f"{tally.count} image{'' if tally.count == 1 else 's'} in {seconds:.1f} s, "
+    summary += f"{tally.count / seconds:.1f} images/s"
+    notes.print(summary + (f"; [bold red]{failed} could not be read[/]" if failed else ""))
+    return Status.SOME_UNREADABLE if failed else Status.DONE
+
+
+def find_data(data: str, metadata: Mapping[str, Any], tell: Callable[[str], None]) -> Dataset:
+    """The images to evaluate: those of ``val/`` or of the test files, where there are such; a whole folder otherwise.
+
+    Of ``digits``, and of a folder that the weights were trained on, it is what their recipe holds out.
+
+    Args:
+        data: as for ``open_data``; ``val/`` needs no ``train/`` beside it.
+        metadata: of the weights.
+        tell: takes a message about the choice.
+
+    Raises:
+        DataError: as ``open_data``.
+    """
+    recipe = recipe_of(metadata) or PRESETS["digits"]
+    if not os.path.isdir(data) or data == "digits" or any(Path(data).glob("*-idx3-ubyte*")):
+        return open_data(data, held_out=recipe.held_out, seed=recipe.seed)[1]
+    val = Path(data, "val")
+    if val.is_dir() and any(path.is_dir() for path in val.iterdir()):
+        return class_folders(str(val))
+    whole = class_folders(data)
+    with suppress(DataError):  # nothing could be held out: no run trained on it
+        train, held_out = hold_out(whole, data, recipe.held_out, recipe.seed)
+        if train.fingerprint == metadata.get("trained_on"):
+            tell(f"the weights were trained on {len(train)} of these images: the other {len(held_out)} are evaluated")
+            return held_out
+    return whole
+
+
+def _figures(tally: Tally, dataset: Dataset) -> dict[str, Any]:
+    counts, right = tally.matrix.sum(1), np.diagonal(tally.matrix)
+    classes = {
+        name: {"count": int(count), "top1": int(hits) / int(count) if count else None}
+        for name, count, hits in zip(dataset.class_names, counts, right, strict=True)
+    }
+    return {"count": tally.count, "top1": tally.top1, "top5": tally.top5, "classes": classes}
+
+
+def _progress(console: Console) -> Progress:
+    columns = (BarColumn(20), TextColumn("{task.completed}/{task.total} images, {task.description}"))
+    # Redirection would send the figures, too, to the terminal.
+    return Progress(
+        *columns,
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+        redirect_stdout=False,
+        redirect_stderr=False,
+    )

@@ -1,0 +1,351 @@
+"""``flax-googlenet evaluate``: the figures of torchvision's model, of crops and ensembles, on any kind of data."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import reference
+import torch
+from jax import numpy as jnp
+from PIL import Image
+from torchvision.models import GoogLeNet as TorchGoogLeNet
+from torchvision.transforms import functional, v2
+
+import flax_googlenet
+from flax_googlenet.cli import main
+from flax_googlenet.files import load_weights
+from flax_googlenet.preprocessing import ImageError, normalise
+from flax_googlenet.training.confusion import Tally, draw_confusion
+from flax_googlenet.training.crops import crops
+from flax_googlenet.training.datasets import open_data
+from flax_googlenet.training.ensemble import answers, make_networks
+from flax_googlenet.training.evaluate import find_data
+from flax_googlenet.training.recipe import PRESETS
+
+NAMES = ["flower", "goat", "temple", "zebra"]
+TO_TENSOR = v2.Compose(
+    [
+        v2.PILToTensor(),
+        v2.ConvertImageDtype(torch.float32),
+        v2.Normalize(reference.IMAGENET.transforms().mean, reference.IMAGENET.transforms().std),
+    ]
+)
+
+
+def state_dict(num_classes: int, seed: int = 0) -> dict[str, np.ndarray]:
+    tensors = reference.random_checkpoint(num_classes, seed)
+    return {key: tensor.numpy() for key, tensor in tensors.items() if not key.startswith("aux")}
+
+
+def save(path: Path, num_classes: int = 4, seed: int = 0, **metadata: Any) -> None:
+    model = flax_googlenet.GoogLeNet(num_classes=num_classes, aux_logits=False)
+    flax_googlenet.save(path, model, flax_googlenet.from_torchvision(state_dict(num_classes, seed)), metadata)
+
+
+@pytest.fixture(scope="module")
+def torch_model() -> TorchGoogLeNet:
+    return reference.build(state_dict(4), transform_input=False, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights, and ``photos``: parts of both photographs in two class folders, 6 and 5 images."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    for name, seed in (("weights", 0), ("other", 1)):
+        save(folder / f"{name}.safetensors", seed=seed, class_names=NAMES)
+    save(folder / "nameless.safetensors")
+    for i in range(11):
+        photograph = Image.fromarray(
+            reference.photographs()[i % 2][20 * i : 20 * i + 180, 30 * i : 30 * i + 200 + 7 * i]
+        )
+        path = folder / "photos" / ("temple", "flower")[i % 2] / f"{i:02}.{'jpg' if i % 3 else 'png'}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        photograph.save(path)
+    return folder
+
+
+@pytest.fixture
+def here(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A working folder with links to the weights and the photos."""
+    for path in folder.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def figures(capfd: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]]:
+    """What ``evaluate ... --json`` prints, one image at a time: one size of batch is compiled."""
+
+    def run(*arguments: str) -> dict[str, Any]:
+        assert main(["evaluate", *arguments, "--json", "--batch-size", "1"]) == 0
+        return json.loads(capfd.readouterr().out)
+
+    return run
+
+
+def images() -> list[Path]:
+    return sorted(Path("photos").glob("*/*"))
+
+
+def torch_probabilities(model: TorchGoogLeNet, views: Sequence[torch.Tensor]) -> np.ndarray:
+    """float64 [4]: the mean of the softmax over the views of one image."""
+    with torch.inference_mode():
+        return model(torch.stack(list(views))).double().softmax(1).mean(0).numpy()
+
+
+def same_figures(figures: dict[str, Any], probabilities: Sequence[np.ndarray], paths: Sequence[Path]) -> None:
+    """Of the four classes of NAMES; top-5 is always right then."""
+    named = [NAMES[p.argmax()] for p in probabilities]
+    assert len(set(named)) > 1  # a constant answer would hide what is wrong
+    right = [answer == path.parent.name for answer, path in zip(named, paths, strict=True)]
+    assert figures["count"] == len(paths)
+    assert figures["top1"] == np.mean(right)
+    assert figures["top5"] == 1
+    assert figures["classes"].keys() == {"flower", "temple"}  # of the four that the network knows
+    for name, found in figures["classes"].items():
+        of_class = [ok for ok, path in zip(right, paths, strict=True) if path.parent.name == name]
+        assert found == {"count": len(of_class), "top1": np.mean(of_class)}
+
+
+# The figures.
+
+
+def test_with_one_crop_every_answer_is_torchvisions(
+    here: Path, torch_model: TorchGoogLeNet, figures: Callable[..., dict[str, Any]]
+) -> None:
+    preset = reference.IMAGENET.transforms()
+    expected = [torch_probabilities(torch_model, [preset(Image.open(path).convert("RGB"))]) for path in images()]
+    networks = make_networks({"weights": load_weights(Path("weights.safetensors"), dtype=jnp.float32)})
+    found = list(answers(networks, find_data("photos", {}, pytest.fail), 1, 224, 4, pytest.fail))
+    assert [index for indices, _ in found for index in indices] == list(range(11))
+    # Logits in float32, of magnitude 3. Measured: 4e-7.
+    np.testing.assert_allclose(np.concatenate([p for _, p in found]), expected, atol=4e-6, rtol=0)
+
+    result = figures("weights.safetensors", "photos")
+    same_figures(result, expected, images())
+    assert result.keys() == {"data", "weights", "crops", "image_size", "unreadable", "count", "top1", "top5", "classes"}
+    assert (result["data"], result["weights"]) == ("photos", ["weights.safetensors"])
+    assert (result["crops"], result["image_size"], result["unreadable"]) == (1, 224, 0)
+
+
+def plain_paper_crops(image: Image.Image, size: int) -> list[Image.Image]:
+    """Section 7 of the paper, word by word."""
+    found = []
+    for short_side in (256, 288, 320, 352):
+        resized = functional.resize(image, round(short_side * size / 224))
+        side = min(resized.size)
+        if resized.width >= resized.height:
+            lefts = (0, round((resized.width - side) / 2), resized.width - side)
+            squares = [functional.crop(resized, 0, left, side, side) for left in lefts]
+        else:
+            tops = (0, round((resized.height - side) / 2), resized.height - side)
+            squares = [functional.crop(resized, top, 0, side, side) for top in tops]
+        for square in squares:
+            for mirrored in (False, True):
+                version = functional.hflip(square) if mirrored else square
+                found += [*functional.five_crop(version, [size, size]), functional.resize(version, [size, size])]
+    return found
+
+
+@pytest.mark.parametrize("size", [(320, 240), (241, 327), (100, 100)])
+def test_crops_are_those_of_torchvision_and_of_the_paper(size: tuple[int, int]) -> None:
+    image = Image.fromarray(reference.photographs()[1]).resize(size)
+    ten = functional.ten_crop(functional.resize(image, 256), [224, 224])
+    for count, views in ((10, ten), (144, plain_paper_crops(image, 224))):
+        found = crops(image, count)
+        assert found.shape == (count, 224, 224, 3)
+        np.testing.assert_array_equal(found, np.stack([normalise(view) for view in views]))
+
+
+def test_an_image_too_long_for_many_crops_is_named() -> None:
+    strip = Image.new("RGB", (2, 100))
+    assert crops(strip, 1).shape == (1, 224, 224, 3)
+    with pytest.raises(ImageError, match="2x100 pixels are too long for 10 crops"):
+        crops(strip, 10)
+
+
+@pytest.mark.parametrize("count", [10, 144])
+def test_the_softmax_of_the_crops_is_averaged_at_the_size_of_the_training(
+    here: Path, torch_model: TorchGoogLeNet, figures: Callable[..., dict[str, Any]], count: int
+) -> None:
+    save(Path("small.safetensors"), class_names=NAMES, recipe=dataclasses.asdict(PRESETS["digits"]))
+    result = figures("small.safetensors", "photos", "--crops", str(count))
+    assert (result["crops"], result["image_size"]) == (count, 32)
+    expected = []
+    for path in images():
+        image = Image.open(path).convert("RGB")
+        views = (
+            functional.ten_crop(functional.resize(image, 37), [32, 32]) if count == 10 else plain_paper_crops(image, 32)
+        )
+        expected.append(torch_probabilities(torch_model, [TO_TENSOR(view) for view in views]))
+    same_figures(result, expected, images())
+
+
+def test_an_ensemble_is_the_mean_of_its_networks(
+    here: Path, torch_model: TorchGoogLeNet, figures: Callable[..., dict[str, Any]]
+) -> None:
+    other = reference.build(state_dict(4, seed=1), transform_input=False, dtype=torch.float32)
+    # The same network as "other", with its classes in another order.
+    shuffled = [2, 0, 3, 1]
+    tensors = {k: x[shuffled] if k.startswith("fc.") else x for k, x in state_dict(4, seed=1).items()}
+    model = flax_googlenet.GoogLeNet(num_classes=4, aux_logits=False)
+    metadata = {"class_names": [NAMES[i] for i in shuffled]}
+    flax_googlenet.save("shuffled.safetensors", model, flax_googlenet.from_torchvision(tensors), metadata)
+
+    preset = reference.IMAGENET.transforms()
+    views = [[preset(Image.open(path).convert("RGB"))] for path in images()]
+    expected = [(torch_probabilities(torch_model, v) + torch_probabilities(other, v)) / 2 for v in views]
+    for second in ("other", "shuffled"):
+        same_figures(figures("weights.safetensors", f"{second}.safetensors", "photos"), expected, images())
+
+
+def test_top5_and_the_confusion_matrix_are_counted_by_hand() -> None:
+    tally = Tally(places=np.array([6, 2]), num_classes=8)  # the data has two of the network's eight classes
+    #                 0    1    2    3    4    5    6    7
+    likely_2 = [0.0, 0.0, 0.6, 0.0, 0.0, 0.1, 0.3, 0.0]
+    likely_1 = [0.1, 0.3, 0.0, 0.1, 0.1, 0.1, 0.1, 0.2]  # class 6 is the sixth: of equals the first ones come first
+    tally.add(np.array([0, 1]), np.array([likely_2, likely_2]))
+    tally.add(np.array([0]), np.array([likely_1]))
+    assert tally.matrix.tolist() == [[0, 1, 1], [0, 1, 0]]  # the last column is for the network's other classes
+    assert (tally.count, tally.top1, tally.top5) == (3, 1 / 3, 2 / 3)
+
+
+# Classes.
+
+
+def test_without_names_classes_go_by_their_order(here: Path, figures: Callable[..., dict[str, Any]]) -> None:
+    for i, name in enumerate(NAMES):
+        Path(f"four/{i}").mkdir(parents=True)
+        for path in sorted(Path("photos").glob(f"{name}/*")) or images()[:1]:
+            (Path(f"four/{i}") / path.name).symlink_to(path.resolve())
+    named = figures("weights.safetensors", "photos")
+    by_order = figures("nameless.safetensors", "four")
+    assert by_order["classes"]["0"] == named["classes"]["flower"]
+    assert by_order["classes"]["2"] == named["classes"]["temple"]
+
+
+def test_wordnets_identifiers_are_in_the_order_of_the_classes(
+    here: Path, figures: Callable[..., dict[str, Any]]
+) -> None:
+    named = figures("weights.safetensors", "photos")
+    for i, name in enumerate(NAMES):
+        source = Path("photos", name if Path("photos", name).exists() else "flower")
+        Path("wordnet").mkdir(exist_ok=True)
+        Path(f"wordnet/n0000000{i}").symlink_to(source.resolve())
+    found = figures("weights.safetensors", "wordnet")
+    assert found["classes"]["n00000000"] == named["classes"]["flower"]
+    assert found["classes"]["n00000002"] == named["classes"]["temple"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nameless.safetensors", "photos"], "photos has 2 classes and nameless.safetensors has 4"),
+        (["thousand.safetensors", "photos"], "photos has 2 classes and thousand.safetensors has 1000"),
+        (
+            ["weights.safetensors", "digits"],
+            "10 of the 10 classes of digits are not among the 4 of weights.safetensors",
+        ),
+        (["weights.safetensors", "thousand.safetensors", "photos"], "they are no ensemble"),
+        (["weights.safetensors", "small.safetensors", "photos"], "different sizes: weights.safetensors: 224, small"),
+        (["weights.safetensors", "nowhere"], "nowhere: no such folder"),
+        (["nowhere.safetensors", "photos"], "cannot read nowhere.safetensors"),
+        (["weights.safetensors", "photos", "--confusion", "nowhere/x.png"], "there is no folder nowhere"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_said_in_one_line(
+    here: Path, capfd: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    save(Path("small.safetensors"), class_names=NAMES, recipe=dataclasses.asdict(PRESETS["digits"]))
+    if "thousand.safetensors" in arguments:
+        save(Path("thousand.safetensors"), num_classes=1000)
+    assert main(["evaluate", *arguments]) == 3
+    captured = capfd.readouterr()
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["photos"], ["weights.safetensors", "photos", "--batch-size", "0"], ["a", "b", "--confusion", "x.txt"]],
+)
+def test_a_wrong_command_line_has_its_own_status(here: Path, arguments: list[str]) -> None:
+    assert main(["evaluate", *arguments]) == 2
+
+
+# Data.
+
+
+def test_an_unreadable_image_is_named_and_the_others_are_evaluated(
+    here: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for path in images():
+        copy = Path("broken", path.parent.name, path.name)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+    Path("broken/temple/02.jpg").write_bytes(b"no image")
+    assert main(["evaluate", "weights.safetensors", "broken", "--json", "--batch-size", "1"]) == 1
+    captured = capfd.readouterr()
+    result = json.loads(captured.out)
+    assert (result["count"], result["unreadable"]) == (10, 1)
+    assert "broken/temple/02.jpg is not an image" in captured.err
+    assert "10 images in" in captured.err
+    assert "1 could not be read" in captured.err
+
+
+def test_of_a_folder_with_val_it_is_val(here: Path, figures: Callable[..., dict[str, Any]]) -> None:
+    Path("split").mkdir()
+    Path("split/val").symlink_to(Path("photos").resolve())
+    assert figures("weights.safetensors", "split")["classes"] == figures("weights.safetensors", "photos")["classes"]
+
+
+def test_of_the_folder_of_the_training_it_is_what_was_held_out(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    recipe = dataclasses.replace(PRESETS["digits"], held_out=0.4, seed=3)
+    train, held_out = open_data("photos", held_out=0.4, seed=3)
+    save(
+        Path("trained.safetensors"), class_names=NAMES, recipe=dataclasses.asdict(recipe), trained_on=train.fingerprint
+    )
+    assert main(["evaluate", "trained.safetensors", "photos", "--json", "--batch-size", "1"]) == 0
+    captured = capfd.readouterr()
+    assert json.loads(captured.out)["count"] == len(held_out) == 4
+    assert "the weights were trained on 7 of these images: the other 4 are evaluated" in captured.err
+
+
+def test_of_digits_it_is_what_the_recipe_holds_out(here: Path, figures: Callable[..., dict[str, Any]]) -> None:
+    recipe = dataclasses.replace(PRESETS["digits"], held_out=0.02, image_size=16)
+    save(Path("ten.safetensors"), num_classes=10, class_names=[*map(str, range(10))], recipe=dataclasses.asdict(recipe))
+    result = figures("ten.safetensors", "digits")
+    assert result["count"] == len(open_data("digits", held_out=0.02, seed=0)[1])
+    assert 0 <= result["top1"] < result["top5"] < 1
+
+
+# The picture, and what a person reads.
+
+
+def test_the_figures_for_a_person_and_the_picture(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", "weights.safetensors", "photos", "--confusion", "confusion.png", "--batch-size", "1"]) == 0
+    captured = capfd.readouterr()
+    top1, top5 = captured.out.splitlines()
+    assert top1.startswith("top-1")
+    assert top5 == "top-5 100.00%"
+    assert captured.err.startswith("11 images in")
+    with Image.open("confusion.png") as picture:
+        assert picture.width > 500
+
+
+@pytest.mark.parametrize("classes", [2, 10, 50, 1000])
+def test_the_picture_shows_every_right_answer_whatever_the_number_of_classes(tmp_path: Path, classes: int) -> None:
+    names = [f"thing $x_{i}$\x1b or so, with a long name" for i in range(classes)]
+    draw_confusion(tmp_path / "confusion.png", 7 * np.eye(classes, dtype=np.int64), names)
+    picture = np.asarray(Image.open(tmp_path / "confusion.png").convert("RGB"), np.int32)
+    dark = (abs(picture - np.array([8, 48, 107])).max(-1) < 8)[200:]  # the darkest blue, below the scale
+    rows, columns = dark.any(1), dark.any(0)
+    assert rows.sum() > 0.9 * (np.flatnonzero(rows).max() - np.flatnonzero(rows).min())
+    assert columns.sum() > 0.9 * (np.flatnonzero(columns).max() - np.flatnonzero(columns).min())
+    assert max(picture.shape) < 2500
