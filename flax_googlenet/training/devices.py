@@ -1,0 +1,74 @@
+"""The devices of a run, on one host or many: their mesh, and how arrays lie on it."""
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from flax_googlenet import cpu
+from flax_googlenet.status import CommandError, Status
+
+_HEARTBEAT_SECONDS = 30  # a process that is silent for so long is taken for dead
+
+
+class Devices:
+    """All devices of all processes, in a mesh of one axis, ``batch``; each process calls each method."""
+
+    def __init__(self) -> None:
+        # Auto: XLA decides how what lies between is split, as ever; Explicit asks the model to say it.
+        mesh = jax.make_mesh((jax.device_count(),), ("batch",), axis_types=(AxisType.Auto,))
+        self._replicated, self._split = (
+            NamedSharding(mesh, PartitionSpec()),
+            NamedSharding(mesh, PartitionSpec("batch")),
+        )
+        self.share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+        self._compiler_options = cpu.compiler_options() if jax.default_backend() == "cpu" else {}
+
+    def __str__(self) -> str:
+        of_processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
+        return f"{jax.device_count()} {jax.devices()[0].device_kind}{of_processes}"
+
+    def replicate(self, tree: Any) -> Any:
+        """The arrays, the same in each process, on every device."""
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(self._replicated, x, x.shape), tree)
+
+    def split(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+        """One batch of all processes, from the rows of each; the devices must divide its length."""
+        return {name: jax.make_array_from_process_local_data(self._split, x) for name, x in batch.items()}
+
+    def jit(self, function: Callable[..., Any], donate: tuple[int, ...] = ()) -> jax.stages.Wrapped:
+        """``jax.jit`` of what maps arrays from ``replicate`` and ``split`` to arrays that every device has."""
+        return jax.jit(
+            function,
+            donate_argnums=donate,
+            out_shardings=self._replicated,
+            compiler_options=self._compiler_options or None,
+        )
+
+
+def join() -> None:
+    """Makes this process one of several, as Slurm, Open MPI, Kubernetes, a TPU's host or JAX_* variables tell it.
+
+    Raises:
+        CommandError: if the environment does not tell the others, or they do not come.
+    """
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    try:
+        jax.distributed.initialize(
+            num_processes=_number("JAX_NUM_PROCESSES"),
+            process_id=_number("JAX_PROCESS_ID"),
+            heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
+        )
+    except (ValueError, RuntimeError) as error:
+        raise CommandError(
+            Status.NOT_DONE,
+            f"--distributed: {error} Start it by srun, mpirun, in a Kubernetes job or on TPUs, or set "
+            "JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID",
+        ) from error
+
+
+def _number(variable: str) -> int | None:
+    return int(os.environ[variable]) if variable in os.environ else None

@@ -1,0 +1,289 @@
+"""The run: data, devices, checkpoints, log and signals around the pure step."""
+
+import dataclasses
+import shlex
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax import numpy as jnp
+
+import flax_googlenet
+from flax_googlenet.checkpoint import CheckpointError, write_atomically
+from flax_googlenet.files import load_weights
+from flax_googlenet.status import CommandError, Status
+from flax_googlenet.training.checkpoints import CheckpointSaveError
+from flax_googlenet.training.data import Batch, eval_batches, train_batches
+from flax_googlenet.training.datasets import DataError, Dataset, open_data
+from flax_googlenet.training.devices import Devices, join
+from flax_googlenet.training.logs import RunLog, draw_curves
+from flax_googlenet.training.recipe import Recipe, schedule
+from flax_googlenet.training.speed import Speed
+from flax_googlenet.training.start import RECIPE, initial_state, resume, save
+from flax_googlenet.training.step import Metrics, TrainState, eval_step, train_step
+from flax_googlenet.training.stopping import StopSignals
+from flax_googlenet.training.tally import Tally, TooMuchError
+from flax_googlenet.training.workdir import WorkdirInUseError, claim
+
+MODEL = "model.safetensors"  # in the folder of the run
+
+
+def train(
+    data: str,
+    workdir: Path,
+    recipe: Recipe,
+    *,
+    weights: Path | None = None,
+    distributed: bool = False,
+    override: bool = False,
+) -> Status:
+    """Trains to the end of the recipe, or until a signal, from the newest checkpoint in ``workdir`` if there is one.
+
+    On a CPU a run that was stopped, by whatever means, and resumed ends in the same bits as one that was not.
+
+    Args:
+        data: as for ``open_data``.
+        workdir: the folder of the run: ``recipe.json``, ``checkpoints/``, ``metrics.jsonl``, TensorBoard's events, and
+            at the end ``model.safetensors`` and ``curves.png``. All processes must see the same one.
+        recipe: what to do.
+        weights: a file of ``flax_googlenet.save`` to start from; its head is replaced if it has other classes.
+        distributed: whether this is one of several processes, which the environment tells.
+        override: whether to go on in ``workdir`` with another recipe, other data or other weights.
+
+    Returns:
+        DONE, INTERRUPTED or TERMINATED.
+
+    Raises:
+        CommandError: NOT_DONE if nothing is trained, GAVE_UP if the run stopped itself.
+    """
+    if distributed:
+        join()
+    try:
+        with ExitStack() as stack:
+            if jax.process_index() == 0:
+                stack.enter_context(claim(workdir))
+            return _run(data, workdir, recipe, weights, override, stack)
+    except (DataError, CheckpointError, WorkdirInUseError) as error:
+        raise CommandError(Status.NOT_DONE, " ".join(str(error).split())) from error
+
+
+def _run(data: str, workdir: Path, recipe: Recipe, weights: Path | None, override: bool, stack: ExitStack) -> Status:
+    devices = Devices()
+    if recipe.batch_size % jax.device_count():
+        raise CommandError(Status.NOT_DONE, f"a batch of {recipe.batch_size} cannot be shared evenly by {devices}")
+    start = load_weights(weights, dtype=jnp.float32) if weights else None
+    train_data, held_out = open_data(data, held_out=recipe.held_out, seed=recipe.seed)
+    batches = stack.enter_context(closing(train_batches(train_data, recipe, **devices.share)))
+    steps_per_epoch = len(train_data) // recipe.batch_size
+    total = steps_per_epoch * recipe.epochs
+    identity = {
+        "recipe": dataclasses.asdict(recipe),
+        "data": [train_data.fingerprint, held_out.fingerprint],
+        "weights": start.digest if start else None,
+    }
+    messages = [f"{len(train_data)} images to train on, {len(held_out)} held out, {total} steps, {devices}"]
+    state = devices.replicate(initial_state(recipe, train_data.class_names, steps_per_epoch, start))
+    tally, state = resume(workdir, state, identity, override, messages.append)
+    if tally.step:
+        messages.append(f"going on from the checkpoint of step {tally.step}")
+        batches.set_state({"position": tally.step})
+    log = None
+    if jax.process_index() == 0:
+        write_atomically(workdir / RECIPE, recipe.to_json().encode())
+        log = stack.enter_context(RunLog(workdir, total, tally.step))
+
+    run = Run(workdir, recipe, train_data, held_out, devices, identity, tally, state, log)
+    run.say(*messages)
+    try:
+        status = run.train(batches)
+    except TooMuchError as error:
+        raise CommandError(Status.GAVE_UP, f"{error}; {run.last_saved}") from error
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        lost = "another process of the run is gone: start all of them again"
+        raise CommandError(Status.GAVE_UP, f"{lost}; {run.last_saved} ({str(error).splitlines()[0]})") from error
+    if status is not None:
+        run.say(f"stopped after step {tally.step} of {total}; the same command goes on from there")
+        return status
+    run.finish(data)
+    return Status.DONE
+
+
+class Run:
+    """A run under way: what changes from step to step, with the files and the devices around it."""
+
+    def __init__(
+        self,
+        workdir: Path,
+        recipe: Recipe,
+        train_data: Dataset,
+        held_out: Dataset,
+        devices: Devices,
+        identity: dict[str, Any],
+        tally: Tally,
+        state: TrainState,
+        log: RunLog | None,
+    ) -> None:
+        self.workdir, self.recipe, self.train_data, self.held_out = workdir, recipe, train_data, held_out
+        self.devices, self.identity, self.tally, self.state, self.log = devices, identity, tally, state, log
+        self.steps_per_epoch = len(train_data) // recipe.batch_size
+        self.total = self.steps_per_epoch * recipe.epochs
+        self.last_saved = _last_saved(tally.step)
+        self.held_out_metrics: dict[str, float] = {}
+        self.said: set[str] = set()
+        self.signals = StopSignals()
+        self.speed = Speed(recipe.batch_size)
+        self.dropout_key = devices.replicate(jax.random.key(recipe.seed))
+        self.evaluate_batch = devices.jit(_evaluate_batch)
+
+    def say(self, *messages: str) -> None:
+        """Says each message once, in the first process."""
+        for message in messages:
+            if self.log and message not in self.said:
+                self.log.message(message)
+            self.said.add(message)
+
+    def train(self, batches: Iterator[Batch]) -> Status | None:
+        """Trains to the end, or until a signal: then there is a checkpoint, and it returns the signal's status."""
+        if self.tally.step < self.total:
+            batches = self.speed.of_input(batches)
+            upcoming = self._to_devices(next(batches))
+            # Compiled before signals are caught: one that comes meanwhile need not wait.
+            one_step = self.devices.jit(
+                _one_step(schedule(self.recipe, self.steps_per_epoch), self.recipe), donate=(0,)
+            )
+            self.one_step = one_step.lower(self.state, upcoming, self._stop_flags(), self.dropout_key).compile()
+        with self.signals:
+            while True:
+                # An evaluation comes after the checkpoint of its step: a run that goes on from there begins with it.
+                stopped = self.tally.step > 0 and self.tally.step % self.steps_per_epoch == 0 and not self._evaluate()
+                if not stopped and self.tally.step == self.total:
+                    return None
+                if not stopped:
+                    upcoming, stopped = self._step(upcoming, batches)
+                if stopped or self.tally.step % self.recipe.checkpoint_every == 0 or self.tally.step == self.total:
+                    self._save(must=stopped)
+                if stopped:
+                    return self.signals.status or Status.TERMINATED  # the signal may have been another process's
+
+    def _step(self, batch: Metrics, batches: Iterator[Batch]) -> tuple[Metrics, bool]:
+        """One step; returns the next batch, and whether a signal came."""
+        start = time.perf_counter()
+        self.state, outputs = self.one_step(self.state, batch, self._stop_flags(), self.dropout_key)
+        upcoming = self._to_devices(next(batches))  # while the devices compute
+        starved = outputs["loss"].is_ready()
+        metrics = jax.device_get(outputs)
+        seconds = time.perf_counter() - start
+
+        self.tally.step += 1
+        self.speed.add(seconds, starved)
+        skipped, finite, stopped = metrics.pop("skipped"), metrics.pop("finite"), metrics.pop("stop")
+        if self.log:
+            self.log.train(self.tally.step, metrics | {"images_per_second": self.recipe.batch_size / seconds})
+        unreadable = skipped[skipped >= 0].tolist()
+        for message in self.tally.add_unreadable(self.train_data, unreadable, self.recipe.max_corrupt):
+            self.say(message)
+        for message in self.tally.add_finite(bool(finite)):
+            self.say(message)
+        return upcoming, bool(stopped) or self._stopped_alone()
+
+    def _evaluate(self) -> bool:
+        """Evaluates the held-out images; returns False if a signal came meanwhile."""
+        sums, count = dict.fromkeys(("loss", "accuracy", "top5"), 0.0), 0
+        for batch in eval_batches(
+            self.held_out,
+            batch_size=self.recipe.batch_size,
+            image_size=self.recipe.image_size,
+            fail=self.say,
+            workers=self.recipe.workers,
+            **self.devices.share,
+        ):
+            arrays = self.devices.split({"image": batch["image"], "label": batch["label"]})
+            metrics = jax.device_get(self.evaluate_batch(self.state, arrays, self._stop_flags()))
+            if metrics["stop"] or self._stopped_alone():
+                return False
+            rows = int(metrics["count"])
+            count += rows
+            sums = {name: value + rows * float(metrics[name]) for name, value in sums.items()}
+        if count == 0:
+            raise CommandError(Status.GAVE_UP, f"none of the {len(self.held_out)} held-out images can be read")
+        self.held_out_metrics = {name: value / count for name, value in sums.items()}
+        if self.log:
+            self.log.evaluated(self.tally.step, self.held_out_metrics)
+        return True
+
+    def _save(self, must: bool) -> None:
+        try:
+            save(self.workdir, self.tally, self.state, self.identity, self.recipe.keep)
+            self.last_saved = _last_saved(self.tally.step)
+        except CheckpointSaveError as error:
+            if must:
+                raise CommandError(Status.GAVE_UP, f"{error}; {self.last_saved}") from error
+            self.say(f"warning: {error}; {self.last_saved}; the run goes on")
+
+    def finish(self, data: str) -> None:
+        """Writes the weights and the curves, and says what can be done with them; in the first process."""
+        if self.log is None:
+            return
+        path = self.workdir / MODEL
+        metadata = {
+            "class_names": list(self.train_data.class_names),
+            "recipe": self.identity["recipe"],
+            "trained_on": self.train_data.fingerprint,
+            **self.held_out_metrics,
+        }
+        variables = jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), self.state.eval_variables)
+        flax_googlenet.save(path, self.state.model.clone(dtype=jnp.float32), variables, metadata)
+        try:
+            draw_curves(self.workdir)
+        except OSError as error:
+            self.say(f"warning: no curves: {error.strerror}")
+        if self.tally.unreadable or self.tally.not_finite:
+            unreadable, left_out = len(self.tally.unreadable), self.tally.not_finite
+            self.say(f"{unreadable} images could not be read, and {left_out} steps were left out")
+        file = shlex.quote(str(path))
+        self.say(
+            str(self.speed),
+            f"held out: {self.held_out_metrics['accuracy']:.2%} right, by {path}; next:",
+            f"  flax-googlenet evaluate {file} {shlex.quote(data)}",
+            f"  python convert/port_weights.py {file} --to-torchvision FILE.pth",
+        )
+
+    def _to_devices(self, batch: Batch) -> Metrics:
+        skipped = np.where(batch["used"] == batch["index"], -1, batch["index"]).astype(np.int32)
+        return self.devices.split({"image": batch["image"], "label": batch["label"], "skipped": skipped})
+
+    def _stop_flags(self) -> jax.Array:
+        """For each device whether its process was told to stop. All see it, and stop at the same step."""
+        flags = np.full(jax.local_device_count(), self.signals.status is not None)
+        return self.devices.split({"stop": flags})["stop"]
+
+    def _stopped_alone(self) -> bool:
+        """Whether a signal came and there is no other process that must know of it."""
+        return jax.process_count() == 1 and self.signals.status is not None
+
+
+def _one_step(learning_rate: optax.Schedule, recipe: Recipe) -> Callable[..., tuple[TrainState, Metrics]]:
+    def one_step(
+        state: TrainState, batch: Metrics, stop: jax.Array, dropout_key: jax.Array
+    ) -> tuple[TrainState, Metrics]:
+        with jax.numpy_dtype_promotion("standard"):  # optax's schedules mix integers and floats
+            rate = jnp.asarray(learning_rate(state.step // recipe.accumulate))
+        state, metrics = train_step(state, {"image": batch["image"], "label": batch["label"]}, dropout_key)
+        return state, metrics | {"learning_rate": rate, "skipped": batch["skipped"], "stop": stop.any()}
+
+    return one_step
+
+
+def _evaluate_batch(state: TrainState, batch: Metrics, stop: jax.Array) -> Metrics:
+    return eval_step(state, batch) | {"stop": stop.any()}
+
+
+def _last_saved(step: int) -> str:
+    return f"the last checkpoint is that of step {step}" if step else "there is no checkpoint yet"

@@ -1,0 +1,114 @@
+"""Where a run starts: from new weights, from those of a file, or from its own newest checkpoint."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax import numpy as jnp
+
+from flax_googlenet.files import Weights
+from flax_googlenet.model import MIN_SIZE, GoogLeNet
+from flax_googlenet.status import CommandError, Status
+from flax_googlenet.training import checkpoints
+from flax_googlenet.training.finetune import new_head
+from flax_googlenet.training.recipe import Recipe, RecipeError, make_optimizer
+from flax_googlenet.training.step import TrainState, create_train_state
+from flax_googlenet.training.tally import Tally
+
+CHECKPOINTS, RECIPE = "checkpoints", "recipe.json"  # in the folder of the run
+
+_CHANGE_NO_BIT = {"workers", "checkpoint_every", "keep", "max_corrupt"}  # fields that need not be as they were
+
+
+def initial_state(
+    recipe: Recipe, class_names: tuple[str, ...], steps_per_epoch: int, weights: Weights | None
+) -> TrainState:
+    """The state before the first step, the same in every process.
+
+    Args:
+        recipe: the recipe.
+        class_names: of the data.
+        steps_per_epoch: batches in an epoch.
+        weights: to start from; None for new ones. Their last layers stay if they are of the same classes: by name, or
+            by number where the file has no names.
+    """
+    key = jax.random.key(recipe.seed)
+    if weights is None:
+        model = GoogLeNet(num_classes=len(class_names))
+        variables = jax.jit(model.init)(key, jnp.zeros((1, MIN_SIZE, MIN_SIZE, 3), jnp.float32))
+    else:
+        model, variables = weights.model, weights.variables
+        if model.num_classes != len(class_names) or weights.class_names not in (None, list(class_names)):
+            model, variables = new_head(model, variables, len(class_names), key)
+    model = model.clone(
+        dropout=recipe.dropout, dropout_aux=recipe.dropout_aux, frozen=recipe.frozen, dtype=jnp.dtype(recipe.dtype).type
+    )
+    return create_train_state(
+        model,
+        variables,
+        make_optimizer(recipe, steps_per_epoch),
+        label_smoothing=recipe.label_smoothing,
+        aux_weight=recipe.aux_weight,
+        average_decay=recipe.average_decay,
+    )
+
+
+def resume(
+    workdir: Path, state: TrainState, identity: dict[str, Any], override: bool, fail: Callable[[str], None]
+) -> tuple[Tally, TrainState]:
+    """Goes on from the newest whole checkpoint in the folder, if there is one.
+
+    Args:
+        workdir: the folder of the run. All processes call this.
+        state: that of a new run.
+        identity: what must be as it was, for JSON: ``recipe``, ``data`` and ``weights``.
+        override: whether to go on if it is not.
+        fail: takes the message about a checkpoint that is damaged.
+
+    Returns:
+        The state, and what was counted up to it.
+
+    Raises:
+        CommandError: if the checkpoint is of another recipe, other data or other weights.
+        CheckpointError: if no checkpoint is whole, or it is of another network or optimizer.
+    """
+    folder, recipe = workdir / CHECKPOINTS, workdir / RECIPE
+    if folder.is_dir() and recipe.is_file() and not override:  # first: another recipe may make another state
+        try:
+            before = dataclasses.asdict(Recipe.from_json(recipe.read_text(encoding="utf-8")))
+        except RecipeError as error:
+            raise CommandError(Status.NOT_DONE, f"{recipe}: {error}") from error
+        _check_same(workdir, identity | {"recipe": before}, identity)
+    restored = checkpoints.restore(folder, state, fail)
+    if restored is None:
+        return Tally(), state
+    if not override:
+        _check_same(workdir, restored.extra["identity"], identity)
+    return Tally(step=restored.step, **restored.extra["tally"]), restored.state
+
+
+def save(workdir: Path, tally: Tally, state: TrainState, identity: dict[str, Any], keep: int) -> Path:
+    """Writes a checkpoint for ``resume``; all processes call this. Raises ``CheckpointSaveError``."""
+    extra = {"identity": identity, "tally": {k: v for k, v in dataclasses.asdict(tally).items() if k != "step"}}
+    path = checkpoints.save(workdir / CHECKPOINTS, tally.step, state, extra)
+    if jax.process_index() == 0:
+        checkpoints.prune(workdir / CHECKPOINTS, keep)
+    return path
+
+
+def _check_same(workdir: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    before, now = json.loads(json.dumps([before, now]))  # tuples as lists
+    differing = [
+        f"{name} {before['recipe'].get(name)}, now {value}"
+        for name, value in now["recipe"].items()
+        if value != before["recipe"].get(name) and name not in _CHANGE_NO_BIT
+    ]
+    differing += [f"other {name}" for name in ("data", "weights") if before[name] != now[name]]
+    if differing:
+        raise CommandError(
+            Status.NOT_DONE,
+            f"{workdir} holds a run with {'; '.join(differing)}: choose another folder, or add --override",
+        )

@@ -1,0 +1,37 @@
+"""Ctrl-C and SIGTERM as a wish to stop soon, which the run looks for between two steps."""
+
+import os
+import signal
+from types import FrameType, TracebackType
+from typing import Self
+
+from flax_googlenet.status import Status
+
+_SAID = b"stopping after this step; Ctrl-C again ends at once\n"
+
+
+class StopSignals:
+    """In its ``with`` block the first Ctrl-C and any SIGTERM only set ``status``; a second Ctrl-C acts as before."""
+
+    status: Status | None = None
+    """With which the command is to end, or None to go on."""
+
+    def __enter__(self) -> Self:
+        self._before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number, handler in self._before.items():
+            if handler is not signal.SIG_IGN:  # as for a job in the background of a script
+                signal.signal(number, self._stop)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        self.status = Status.TERMINATED if number == signal.SIGTERM else Status.INTERRUPTED
+        if number == signal.SIGINT:
+            signal.signal(number, self._before[signal.SIGINT])
+            # Over the line of progress, which is drawn anew below. A print could wait for a lock that is held here.
+            os.write(2, b"\r\x1b[2K" + _SAID if os.isatty(2) else _SAID)

@@ -1,0 +1,60 @@
+"""What a run counts, and when that is too much."""
+
+import dataclasses
+from collections.abc import Iterable
+
+from flax_googlenet.preprocessing import ImageError
+from flax_googlenet.training.datasets import Dataset
+
+NOT_FINITE_LIMIT = 5
+"""Steps in a row whose loss or gradient is not finite, after which a run stops."""
+
+
+class TooMuchError(RuntimeError):
+    """A run had better stop."""
+
+
+@dataclasses.dataclass
+class Tally:
+    """Checkpoints hold it; its methods return what to tell about a step, and raise a TooMuchError."""
+
+    step: int = 0
+    """Batches seen, and so the position in the data, too."""
+    unreadable: list[str] = dataclasses.field(default_factory=list)
+    """Names of the training images in whose place others were read."""
+    not_finite: int = 0
+    """Steps that were left out, as their loss or gradient was not finite."""
+    not_finite_in_a_row: int = 0
+
+    def add_finite(self, finite: bool) -> Iterable[str]:
+        """Counts whether loss and gradient of the step were finite."""
+        self.not_finite_in_a_row = 0 if finite else self.not_finite_in_a_row + 1
+        if finite:
+            return
+        self.not_finite += 1
+        yield f"step {self.step} is left out: its loss or gradient is not finite"
+        if self.not_finite_in_a_row >= NOT_FINITE_LIMIT:
+            raise TooMuchError(
+                f"loss or gradient was not finite in {NOT_FINITE_LIMIT} steps in a row: try a lower learning_rate"
+            )
+
+    def add_unreadable(self, dataset: Dataset, indices: Iterable[int], max_corrupt: float) -> Iterable[str]:
+        """Counts the images at the indices, each once however often it is met."""
+        for index in indices:
+            name = dataset.name(index)
+            if name not in self.unreadable:
+                self.unreadable.append(name)
+                yield f"{_reason(dataset, index)}; another image takes its place"
+        if len(self.unreadable) > max_corrupt * len(dataset):
+            raise TooMuchError(
+                f"{len(self.unreadable)} of {len(dataset)} images cannot be read, more than max_corrupt "
+                f"({max_corrupt:.2%}) allows: {', '.join(self.unreadable[:10])}"
+            )
+
+
+def _reason(dataset: Dataset, index: int) -> str:
+    try:
+        dataset.read(index)
+    except ImageError as error:
+        return str(error)
+    return f"{dataset.name(index)} could not be read at first"
