@@ -212,7 +212,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 sys.stdout.write(f"flax-googlenet {metadata.version('flax-googlenet')}\n")
                 sys.stdout.flush()
                 return Status.DONE
-            commands = {"classify": classify, "evaluate": evaluate, "export": export, "train": train}
+            commands: dict[str, Callable[..., int]] = {
+                "classify": classify,
+                "evaluate": evaluate,
+                "export": export,
+                "train": train,
+            }
             if arguments[:1] == ["train"]:
                 commands["train"] = _train_by_preset(arguments)
             return tyro.extras.subcommand_cli_from_dict(

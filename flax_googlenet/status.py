@@ -4,14 +4,16 @@ from enum import IntEnum
 
 
 class Status(IntEnum):
-    """Documented in ``flax-googlenet classify --help``."""
+    """Documented in the ``--help`` of each subcommand."""
 
     DONE = 0
     SOME_UNREADABLE = 1
     USAGE = 2
     NOT_DONE = 3
+    GAVE_UP = 4  # a training that stopped itself
     INTERRUPTED = 130  # 128 and the number of the signal, as a shell says it: SIGINT
     CLOSED_PIPE = 141  # SIGPIPE
+    TERMINATED = 143  # SIGTERM
 
 
 class CommandError(Exception):
