@@ -28,11 +28,12 @@ def records(workdir: Path) -> list[dict[str, Any]]:
 
 
 def run(workdir: Path, start: int, stop: int, total: int = 10) -> None:
-    """Steps ``start`` + 1 to ``stop``, with an evaluation after every second one."""
+    """Steps ``start`` + 1 to ``stop``, with an evaluation after every second one, and after ``start`` if it is such."""
     with RunLog(workdir, total, start) as log:
-        for step in range(start + 1, stop + 1):
-            log.train(step, {"loss": 1 / step, "accuracy": 1 - 1 / step})
-            if step % 2 == 0:
+        for step in range(start, stop + 1):
+            if step > start:
+                log.train(step, {"loss": 1 / step, "accuracy": 1 - 1 / step})
+            if step > 0 and step % 2 == 0:
                 log.evaluated(step, {"loss": 2 / step, "accuracy": 1 - 2 / step})
 
 
@@ -94,7 +95,7 @@ def test_tensorboard_gets_every_record_and_forgets_those_that_a_resume_repeats(t
         # From this step on, TensorBoard drops what it has.
         assert (found[1].step, found[1].session_log.status) == (start + 1, SessionLog.START)
     scalars = {(event.step, value.tag): value.simple_value for event in second[2:] for value in event.summary.value}
-    assert len(scalars) == 6 * 2 + 3 * 2
+    assert len(scalars) == 6 * 2 + 4 * 2
     assert scalars[8, "train/loss"] == np.float32(1 / 8)
     assert scalars[8, "held_out/accuracy"] == np.float32(1 - 2 / 8)
 

@@ -47,8 +47,9 @@ class RunLog:
     Args:
         workdir: the folder of the run; it is there.
         total_steps: at which the run ends.
-        start_step: at which it starts. Records of later steps, of a run that went further than its last checkpoint,
-            are dropped. So what belongs to a step must be recorded before its checkpoint is saved.
+        start_step: at which it starts. Records of a run that went further than its last checkpoint are dropped: those
+            of later steps, and the evaluation of this one, with which the run begins. So what is recorded in training
+            must be recorded before the checkpoint of its step, and an evaluation after it.
 
     Raises:
         OSError: on entering, if the files cannot be opened.
@@ -75,7 +76,7 @@ class RunLog:
         from tensorboardX.proto.event_pb2 import SessionLog
 
         path = self._workdir / METRICS
-        _drop_records_after(self._start_step, path)
+        _drop_records(self._start_step, path)
         events = self._workdir / f"events.out.tfevents.{time.time_ns()}"
         with ExitStack() as stack:
             self._lines = stack.enter_context(open(path, "ab", buffering=0))
@@ -182,10 +183,14 @@ def _whole_lines(path: Path) -> list[bytes]:
     return [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
 
 
-def _drop_records_after(step: int, path: Path) -> None:
+def _drop_records(start_step: int, path: Path) -> None:
+    """Drops what a run that starts at the step records anew."""
+
+    def stays(record: Mapping[str, Any]) -> bool:
+        return record["step"] < start_step or (record["step"] == start_step and record["split"] == TRAIN)
+
     if path.exists():
-        kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]
-        write_atomically(path, b"".join(kept))
+        write_atomically(path, b"".join(line for line in _whole_lines(path) if stays(json.loads(line))))
 
 
 def _append(file: BinaryIO, data: bytes) -> None:
