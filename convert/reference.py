@@ -82,6 +82,36 @@ def stages(model: GoogLeNet, images: np.ndarray) -> dict[str, np.ndarray]:
     return {name: (x.permute(0, 2, 3, 1) if x.ndim == 4 else x).numpy() for name, x in outputs.items()}
 
 
+def train_step(
+    model: GoogLeNet,
+    optimizer: torch.optim.Optimizer,
+    images: np.ndarray,
+    labels: np.ndarray,
+    *,
+    label_smoothing: float = 0.0,
+) -> float:
+    """One step of training on the loss of the paper: the main head, and 0.3 of each auxiliary one.
+
+    Args:
+        model: in training mode.
+        optimizer: of its parameters.
+        images: [N, H, W, 3] of the model's dtype.
+        labels: int64 [N].
+        label_smoothing: as in ``torch.nn.CrossEntropyLoss``.
+
+    Returns:
+        The loss before the step.
+    """
+    cross_entropy = torch.nn.CrossEntropyLoss(label_smoothing=label_smoothing)
+    output = model(torch.from_numpy(images).permute(0, 3, 1, 2))
+    main, aux2, aux1 = (cross_entropy(logits, torch.from_numpy(labels)) for logits in output)
+    loss = main + 0.3 * (aux2 + aux1)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
 def photographs() -> list[np.ndarray]:
     """scikit-learn's two sample photographs, a temple and a flower: uint8 [427, 640, 3]."""
     return load_sample_images().images

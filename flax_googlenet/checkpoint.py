@@ -47,7 +47,7 @@ def save(
 
     Args:
         path: the file to write.
-        model: the network; its fields are stored.
+        model: the network; its fields are stored, all but ``frozen``.
         variables: exactly the variables that ``model.init`` makes, of any floating dtype.
         metadata: anything JSON can hold, by name: class names, the source of the weights, ...
 
@@ -160,7 +160,7 @@ def replace_synced(source: Path, target: Path) -> None:
 
 def _config(model: GoogLeNet) -> dict[str, Any]:
     fields = {field.name: getattr(model, field.name) for field in dataclasses.fields(model) if field.init}
-    del fields["parent"], fields["name"]
+    del fields["parent"], fields["name"], fields["frozen"]  # frozen is of a training, not of the network
     if isinstance(model.precision, jax.lax.Precision):
         fields["precision"] = model.precision.name.lower()
     elif not isinstance(model.precision, str | None):

@@ -43,6 +43,12 @@ WIDTHS = {
     "inception5b": (384, 192, 384, 48, 128, 128),
 }
 
+HEADS = ("fc", "aux1", "aux2")
+"""The classifiers, by their names in the variables."""
+
+BLOCKS = ("conv1", "conv2", "conv3", *WIDTHS, *HEADS)
+"""All that has variables, by torchvision's names: the first level of the variables."""
+
 # scipy.stats.truncnorm(-2, 2, scale=0.01): two deviations. torchvision's trunc_normal_(a=-2, b=2) cuts at 2.0 itself.
 _kernel_init = nn.initializers.truncated_normal(stddev=0.01, lower=-2.0, upper=2.0)
 
@@ -84,13 +90,13 @@ class BatchNorm(nn.Module):
             ValueError: in training on one value a channel, as PyTorch does: its unbiased variance does not exist.
         """
         channels = (x.shape[-1],)
-        stats_dtype = _at_least_float32(self.param_dtype)
+        stats_dtype = at_least_float32(self.param_dtype)
         scale = self.param("scale", nn.initializers.ones, channels, self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, channels, self.param_dtype)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels, stats_dtype)
         running_var = self.variable("batch_stats", "var", jnp.ones, channels, stats_dtype)
 
-        compute_dtype = _at_least_float32(self.dtype)
+        compute_dtype = at_least_float32(self.dtype)
         x = x.astype(compute_dtype)
         if train:
             batch_axes = tuple(range(x.ndim - 1))
@@ -220,6 +226,9 @@ class GoogLeNet(nn.Module):
         param_dtype: of the parameters. BatchNorm statistics start in float32 at least.
         precision: of convolutions and matrix products. GPUs and TPUs compute float32 in TF32 or bfloat16 unless this is
             "highest".
+        frozen: names of blocks (``BLOCKS``) that compute in training as at inference, as ``module.eval()`` has it in
+            PyTorch: their BatchNorm normalises with the running statistics and leaves them as they are.
+            ``training.train_step`` leaves their parameters, too. A setting of the training: ``save`` does not store it.
     """
 
     num_classes: int = 1000
@@ -231,6 +240,7 @@ class GoogLeNet(nn.Module):
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     precision: jax.lax.PrecisionLike = None
+    frozen: tuple[str, ...] = ()
 
     @nn.compact
     def __call__(self, images: Float[Array, "n h w 3"], *, train: bool = False) -> GoogLeNetOutput:
@@ -244,18 +254,27 @@ class GoogLeNet(nn.Module):
         Raises:
             TypeError: if ``images`` is no array of JAX's or NumPy's.
             ValueError: if ``images`` has another rank, layout, number of channels or dtype, or is smaller than 15x15;
-                in training with ``aux_logits``, if the variables have no auxiliary heads.
+                if ``frozen`` has names that no block has; in training with ``aux_logits``, if the variables have no
+                auxiliary heads.
         """
         check_images(images)
+        if unknown := [name for name in self.frozen if name not in BLOCKS]:
+            raise ValueError(f"frozen: no block is named {', '.join(unknown)}; the blocks are {', '.join(BLOCKS)}")
         options = _options(self)
-        conv: Callable[..., ConvBN] = functools.partial(ConvBN, **options)
+        conv_bn: Callable[..., ConvBN] = functools.partial(ConvBN, **options)
 
         def stage(name: str, x: jax.Array) -> jax.Array:
             self.sow("intermediates", name + _OUTPUT, x)  # for `endpoints`; does nothing elsewhere
             return x
 
+        def trains(name: str) -> bool:
+            return train and name not in self.frozen
+
+        def conv(name: str, x: jax.Array, features: int, **geometry: int) -> jax.Array:
+            return stage(name, conv_bn(features, **geometry, name=name)(x, trains(name)))
+
         def inception(name: str, x: jax.Array) -> jax.Array:
-            return stage(name, Inception(WIDTHS[name], **options, name=name)(x, train))
+            return stage(name, Inception(WIDTHS[name], **options, name=name)(x, trains(name)))
 
         def aux_head(name: str, x: jax.Array) -> jax.Array | None:
             if not self.aux_logits or not (train or self.is_initializing()):
@@ -265,17 +284,17 @@ class GoogLeNet(nn.Module):
                     f"aux_logits is True and the variables have no {name}: train model.clone(aux_logits=False), or add "
                     f"the {name} of model.init"
                 )
-            return InceptionAux(self.num_classes, self.dropout_aux, **options, name=name)(x, train)
+            return InceptionAux(self.num_classes, self.dropout_aux, **options, name=name)(x, trains(name))
 
         x = jnp.asarray(images)
         if self.transform_input:
             x = transform_input(x)
         x = x.astype(self.dtype)
 
-        x = stage("conv1", conv(64, kernel_size=7, stride=2, padding=3, name="conv1")(x, train))
+        x = conv("conv1", x, 64, kernel_size=7, stride=2, padding=3)
         x = stage("maxpool1", max_pool(x, window=3, stride=2))
-        x = stage("conv2", conv(64, name="conv2")(x, train))
-        x = stage("conv3", conv(192, kernel_size=3, padding=1, name="conv3")(x, train))
+        x = conv("conv2", x, 64)
+        x = conv("conv3", x, 192, kernel_size=3, padding=1)
         x = stage("maxpool2", max_pool(x, window=3, stride=2))
 
         x = inception("inception3a", x)
@@ -332,7 +351,7 @@ def _options(module: nn.Module) -> dict[str, Any]:
     return {name: getattr(module, name) for name in ("batch_norm", "dtype", "param_dtype", "precision")}
 
 
-def _at_least_float32(dtype: Dtype) -> Dtype:
+def at_least_float32(dtype: Dtype) -> Dtype:
     return dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32
 
 
@@ -366,7 +385,7 @@ def _blocked_dot(
     (n, k), m = x.shape, kernel.shape[1]
     x, kernel = x.reshape(n, 16, k // 16), kernel.reshape(16, k // 16, m)
     blocks = jnp.einsum(
-        "nbk,bkm->bnm", x, kernel, precision=precision, preferred_element_type=_at_least_float32(x.dtype)
+        "nbk,bkm->bnm", x, kernel, precision=precision, preferred_element_type=at_least_float32(x.dtype)
     )
     return blocks.sum(0).astype(x.dtype)
 

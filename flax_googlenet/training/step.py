@@ -1,0 +1,222 @@
+"""The step of training and the one of evaluation: pure functions of a state and a batch."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import optax
+from flax import struct
+from jax import numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from flax_googlenet.model import GoogLeNet, GoogLeNetOutput, Variables, at_least_float32
+from flax_googlenet.training.finetune import freeze
+
+Batch = Mapping[str, jax.Array]
+"""``{"image": [N, H, W, 3], "label": int [N]}``: images as for the model, labels from 0 to num_classes - 1."""
+
+Metrics = dict[str, jax.Array]
+"""Scalars by name."""
+
+
+class TrainState(struct.PyTreeNode):
+    """All that a training step changes, and beside it what stays: the network, the optimizer and the loss.
+
+    Attributes:
+        params: the parameters.
+        batch_stats: the running statistics of BatchNorm; empty without BatchNorm.
+        opt_state: the optimizer's state.
+        step: int32, the number of steps done; one that was not finite is not done.
+        average: the moving average of ``{"params": ..., "batch_stats": ...}``, or None.
+        model: the network; ``model.frozen`` names the blocks that stay as they are.
+        optimizer: the gradient transformation, with the frozen blocks left out.
+        label_smoothing: the share of a label that is spread evenly over all classes.
+        aux_weight: the weight of the loss of each auxiliary head.
+        average_decay: the weight of the old average in the new one, in the long run.
+    """
+
+    params: dict[str, Any]
+    batch_stats: dict[str, Any]
+    opt_state: optax.OptState
+    step: jax.Array
+    average: dict[str, Any] | None
+    model: GoogLeNet = struct.field(pytree_node=False)
+    optimizer: optax.GradientTransformation = struct.field(pytree_node=False)
+    label_smoothing: float = struct.field(pytree_node=False)
+    aux_weight: float = struct.field(pytree_node=False)
+    average_decay: float | None = struct.field(pytree_node=False)
+
+    @property
+    def eval_variables(self) -> dict[str, Any]:
+        """The variables to evaluate and to save: the average where there is one, else the last ones."""
+        variables = {"params": self.params, "batch_stats": self.batch_stats} if self.average is None else self.average
+        return {name: tree for name, tree in variables.items() if tree}
+
+
+def create_train_state(
+    model: GoogLeNet,
+    variables: Variables,
+    optimizer: optax.GradientTransformation,
+    *,
+    label_smoothing: float = 0.0,
+    aux_weight: float = 0.3,
+    average_decay: float | None = None,
+) -> TrainState:
+    """The state before the first step.
+
+    Args:
+        model: the network. The blocks in ``model.frozen`` stay as they are: parameters, weight decay included, and
+            statistics.
+        variables: its variables. They are copied: a step that donates its state leaves the caller's alone.
+        optimizer: any of optax's, ``optax.MultiSteps(...).gradient_transformation()`` included: a step is then one of
+            the small ones.
+        label_smoothing: as in ``torch.nn.CrossEntropyLoss``.
+        aux_weight: the weight of the loss of each auxiliary head; 0.3 is the paper's.
+        average_decay: the decay of an exponential moving average of parameters and BatchNorm statistics, which
+            ``eval_step`` then uses. It starts as ``(1 + step) / (10 + step)`` if that is less, so that the initial
+            parameters are soon forgotten. None keeps no average.
+
+    Raises:
+        ValueError: if ``model.frozen`` has names that the parameters have not.
+    """
+    params, batch_stats = dict(variables["params"]), dict(variables.get("batch_stats", {}))
+    optimizer = freeze(optimizer, model.frozen)
+    state = TrainState(
+        params=params,
+        batch_stats=batch_stats,
+        opt_state=optimizer.init(params),
+        step=jnp.asarray(0, jnp.int32),
+        average=None if average_decay is None else {"params": params, "batch_stats": batch_stats},
+        model=model,
+        optimizer=optimizer,
+        label_smoothing=label_smoothing,
+        aux_weight=aux_weight,
+        average_decay=average_decay,
+    )
+    return jax.tree.map(jnp.array, state)  # a copy of each: no buffer is the caller's, and none is donated twice
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def train_step(state: TrainState, batch: Batch, dropout_key: jax.Array) -> tuple[TrainState, Metrics]:
+    """One step: the loss of all heads, its gradient, the optimizer, the statistics and the average.
+
+    It is jitted, and the arrays of the state that it was given are gone afterwards; inside the caller's ``jax.jit`` it
+    is a plain function.
+
+    Example::
+
+        state = create_train_state(model, variables, optax.sgd(0.01, momentum=0.9))
+        for batch in batches:
+            state, metrics = train_step(state, batch, jax.random.key(0))
+
+    Args:
+        state: the state before.
+        batch: the images and their labels. A label that is no class makes the loss NaN.
+        dropout_key: a random key, which may be the same in every step: the number of the step is folded in.
+
+    Returns:
+        The state after, and scalars: ``loss``, the one that is minimised, auxiliary heads and label smoothing included,
+        ``accuracy`` in training, ``grad_norm``, the length of the gradient, and ``finite``. If the loss or the gradient
+        is not finite, ``finite`` is False and the state after is the state before, in every bit.
+    """
+
+    def objective(params: dict[str, Any]) -> tuple[jax.Array, tuple[jax.Array, dict[str, Any]]]:
+        # Nothing is computed backwards into a frozen block, or below the lowest that is not.
+        params = {k: jax.lax.stop_gradient(v) if k in state.model.frozen else v for k, v in params.items()}
+        output: Any
+        output, updates = state.model.apply(
+            {"params": params, "batch_stats": state.batch_stats},
+            batch["image"],
+            train=True,
+            rngs={"dropout": jax.random.fold_in(dropout_key, state.step)},
+            mutable=["batch_stats"],
+        )
+        return _loss(state, output, batch["label"]), (output.logits, updates.get("batch_stats", {}))
+
+    (loss, (logits, batch_stats)), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
+    grad_norm = optax.tree.norm(jax.tree.map(_float32, grads))
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+
+    with jax.numpy_dtype_promotion("standard"):  # optax's schedules and MultiSteps mix integers and floats
+        updates, opt_state = state.optimizer.update(grads, state.opt_state, state.params)
+    params, step = optax.apply_updates(state.params, updates), state.step + 1
+    new_state = state.replace(
+        params=params,
+        batch_stats=batch_stats,
+        opt_state=opt_state,
+        step=step,
+        average=_average(state, {"params": params, "batch_stats": batch_stats}, step),
+    )
+    new_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new_state, state)
+    accuracy = _hits(logits, batch["label"], 1).mean(dtype=jnp.float32)
+    return new_state, {"loss": loss, "accuracy": accuracy, "grad_norm": grad_norm, "finite": finite}
+
+
+@jax.jit
+def eval_step(state: TrainState, batch: Batch) -> Metrics:
+    """The figures of one batch at inference, by ``state.eval_variables``.
+
+    Args:
+        state: the state; it is not changed and not donated.
+        batch: the images and their labels. Rows with label -1 only fill the batch up, and count nowhere.
+
+    Returns:
+        Scalars: means over the other rows of ``loss``, the cross entropy of the main head without label smoothing, of
+        ``accuracy`` and of ``top5``; and ``count``, int32, how many rows these are. All are 0 if there is none.
+    """
+    output: Any = state.model.apply(state.eval_variables, batch["image"])
+    logits = _float32(output.logits)
+    labels = batch["label"]
+    counts = labels >= 0
+    count = counts.sum(dtype=jnp.int32)
+
+    def mean(values: jax.Array) -> jax.Array:
+        total = jnp.where(counts, values.astype(logits.dtype), 0).sum()
+        return total / jnp.maximum(count, 1).astype(logits.dtype)
+
+    return {
+        "loss": mean(cross_entropy(logits, labels)),
+        "accuracy": mean(_hits(logits, labels, 1)),
+        "top5": mean(_hits(logits, labels, 5)),
+        "count": count,
+    }
+
+
+def cross_entropy(
+    logits: Float[Array, "n classes"], labels: Int[Array, " n"], label_smoothing: float = 0.0
+) -> Float[Array, " n"]:
+    """The cross entropy of each row, as ``torch.nn.CrossEntropyLoss(label_smoothing=..., reduction="none")``.
+
+    In float32 at least. A label that is no class gives NaN, where indexing alone would take -1 for the last class.
+    """
+    logits = _float32(logits)
+    of_label = optax.softmax_cross_entropy_with_integer_labels(
+        logits, jnp.where(labels < 0, jnp.asarray(logits.shape[-1], labels.dtype), labels)
+    )
+    of_all = jax.nn.logsumexp(logits, axis=-1) - logits.mean(-1)  # against the even distribution
+    return (1 - label_smoothing) * of_label + label_smoothing * of_all
+
+
+def _loss(state: TrainState, output: GoogLeNetOutput, labels: jax.Array) -> jax.Array:
+    heads = [cross_entropy(x, labels, state.label_smoothing).mean() for x in output if x is not None]
+    return heads[0] + state.aux_weight * sum(heads[1:])
+
+
+def _hits(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
+    """Which of the labels are among the ``k`` likeliest classes of their row: bool [N]."""
+    _, likeliest = jax.lax.top_k(logits, min(k, logits.shape[-1]))
+    return (likeliest.astype(labels.dtype) == labels[:, None]).any(-1)
+
+
+def _average(state: TrainState, variables: dict[str, Any], step: jax.Array) -> dict[str, Any] | None:
+    if state.average_decay is None:
+        return None
+    steps = step.astype(float)  # float64 where JAX has it
+    # As tf.train.ExponentialMovingAverage with num_updates, with which Inception was trained.
+    weight = 1 - jnp.minimum(state.average_decay, (1 + steps) / (10 + steps))
+    return jax.tree.map(lambda old, new: old + weight.astype(old.dtype) * (new - old), state.average, variables)
+
+
+def _float32(x: jax.Array) -> jax.Array:
+    return x.astype(at_least_float32(x.dtype))
