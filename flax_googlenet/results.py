@@ -27,6 +27,10 @@ SUFFIXES = (".csv", ".jsonl", ".parquet")
 Row = dict[str, Any]
 
 
+class _OtherRowsError(Exception):
+    """A file that is there holds rows which those of this run must not be mixed with; says which."""
+
+
 class Results:
     """The rows of one output, appended to an open file."""
 
@@ -54,12 +58,12 @@ class Results:
             raise OSError(error.errno, error.strerror, self._file.name) from error
 
     def admit(self, rows: Iterable[Row]) -> None:
-        """Counts rows as done; a ValueError if they are not of these weights and this number of predictions."""
+        """Counts rows as done; raises if they are not of these weights and this number of predictions."""
         for row in rows:
             if row["weights"] != self._weights:
-                raise ValueError("it was made with other weights")
+                raise _OtherRowsError("it was made with other weights")
             if len(row["predictions"]) != self._top:
-                raise ValueError(f"it was made with --top {len(row['predictions'])}")
+                raise _OtherRowsError(f"it was made with --top {len(row['predictions'])}")
             self._done.add(row["image"])
 
     def recover(self) -> None:
@@ -109,10 +113,12 @@ def open_results(path: Path, weights: str, top: int) -> Iterator[Results]:
                 results.admit(_parquet_rows(path))
         except BlockingIOError as error:
             raise CommandError(Status.NOT_DONE, f"another run is writing {growing}: wait for it") from error
-        except (ValueError, KeyError, TypeError, csv.Error) as error:  # what the readers make of something else
+        except (_OtherRowsError, ValueError, KeyError, TypeError, csv.Error) as error:
             if is_parquet and growing.stat().st_size == 0:
                 growing.unlink()
-            message = f"{path} cannot be continued ({error}): name another --output, or move it away"
+            # The others are what the readers make of a file that is no output of this command, or is damaged.
+            reason = error if isinstance(error, _OtherRowsError) else "it holds something else"
+            message = f"{path} cannot be continued ({reason}): name another --output, or move it away"
             raise CommandError(Status.NOT_DONE, message) from error
         yield results
         if is_parquet:
@@ -167,7 +173,10 @@ def _csv_rows(file: BinaryIO, top: int) -> Iterator[tuple[Row | None, int]]:
     reader = csv.reader(whole_lines())
     for columns in reader:
         if columns != _columns(top):
-            raise ValueError(f"its columns are not those of --top {top}")
+            other_top = (len(columns) - 2) // 3
+            if columns == _columns(other_top):
+                raise _OtherRowsError(f"it was made with --top {other_top}")
+            raise ValueError("it has other columns")
         yield None, end
         for fields in reader:
             if len(fields) == len(columns):
