@@ -282,11 +282,15 @@ def start(code: str, *arguments: Any) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def finish(process: subprocess.Popen[str]) -> str:
-    """Its output; it must end well and say nothing on stderr."""
-    output, errors = process.communicate(timeout=120)
-    assert (process.returncode, errors) == (0, "")
-    return output
+def finish(*processes: subprocess.Popen[str]) -> list[tuple[str, str]]:
+    """What each wrote to stdout and stderr; they must end, and end well."""
+    try:
+        outputs = [process.communicate(timeout=60) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * len(processes), outputs
+    return outputs
 
 
 def test_sharded_and_replicated_arrays_come_back_and_may_be_placed_otherwise(tmp_path: Path) -> None:
@@ -304,7 +308,7 @@ for like in (state, {"split": jax.device_put(values["split"], whole), "whole": j
         assert np.asarray(found.state[name]).tobytes() == value.tobytes()
         assert found.state[name].sharding == like[name].sharding, found.state[name].sharding
 """
-    finish(start(code, tmp_path))
+    assert finish(start(code, tmp_path)) == [("", "")]
 
 
 def test_a_full_disk_is_said_and_nothing_of_that_save_stays(tmp_path: Path) -> None:
@@ -323,8 +327,10 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM
 save(folder, 2, large, {})
 assert restore(folder, large, fail).step == 2
 """
-    output = finish(start(code, tmp_path)).splitlines()
-    assert output == [f"{tmp_path}/step_00000002 was not saved: [Errno 27] File too large", "['step_00000001']"]
+    [(output, errors)] = finish(start(code, tmp_path))
+    lines = output.splitlines()
+    assert errors == ""
+    assert lines == [f"{tmp_path}/step_00000002 was not saved: [Errno 27] File too large", "['step_00000001']"]
 
 
 def test_a_save_that_fails_inside_orbax_leaves_nothing(tmp_path: Path) -> None:
@@ -338,9 +344,11 @@ except CheckpointSaveError as error:
 save(folder, 3, good, {})
 print(sorted(os.listdir(folder)))
 """
-    output = finish(start(code, tmp_path)).splitlines()
-    assert output[0].startswith(f"{tmp_path}/step_00000002 was not saved: Cannot save arrays with zero size")
-    assert output[1] == "['step_00000001', 'step_00000003']"
+    [(output, errors)] = finish(start(code, tmp_path))
+    lines = output.splitlines()
+    assert errors == ""
+    assert lines[0].startswith(f"{tmp_path}/step_00000002 was not saved: Cannot save arrays with zero size")
+    assert lines[1] == "['step_00000001', 'step_00000003']"
 
 
 KILLS = 5
@@ -377,6 +385,27 @@ while True:
     assert all(path.name.startswith("step_") and not path.suffix for path in tmp_path.iterdir())
 
 
+def test_a_kill_between_the_renames_leaves_the_old_one_or_the_new_one(tmp_path: Path) -> None:
+    code = """
+state = {"x": jnp.arange(8, dtype=jnp.float32)}
+save(folder, 1, state, {"version": "old"})
+left = [int(sys.argv[2])]
+def kill(event, arguments):  # before it happens
+    if event == "os.rename" and Path(arguments[1]).parent == folder:
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left[0] -= 1
+sys.addaudithook(kill)
+save(folder, 1, state, {"version": "new"})
+"""
+    folders = [tmp_path / str(renames) for renames in range(3)]  # the old one aside, the new one in its place, old away
+    for process in [start(code, folder, folder.name) for folder in folders]:
+        assert process.communicate(timeout=60) == ("", "")
+        assert process.returncode == -signal.SIGKILL
+    versions = [restored(folder, {"x": jnp.zeros(8, jnp.float32)}).extra["version"] for folder in folders]
+    assert versions == ["old", "old", "new"]
+
+
 @pytest.fixture
 def address() -> str:
     with socket.create_server(("localhost", 0)) as server:
@@ -408,9 +437,7 @@ for name, value in values.items():
         assert np.asarray(shard.data).tobytes() == value[shard.index].tobytes()
 print(found.step, found.extra, len(messages))
 """
-    processes = [start(TWO_PROCESSES + code, tmp_path, address, index) for index in range(2)]
-    outputs = [process.communicate(timeout=120) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
+    outputs = finish(*(start(TWO_PROCESSES + code, tmp_path, address, index) for index in range(2)))
     assert [output.splitlines(keepends=True)[-1] for output, _ in outputs] == ["1 {'step': 1} 1\n", "1 {'step': 1} 0\n"]
     single = {"split": jnp.zeros((8, 8), jnp.float32), "whole": jnp.zeros(5, jnp.int32)}
     found = restored(tmp_path, single, [].append)  # one process reads what two wrote
@@ -426,9 +453,7 @@ except CheckpointSaveError as error:
     print(error)
 """
     folders = [tmp_path / "shared", tmp_path / "on another host"]
-    processes = [start(TWO_PROCESSES + code, folders[index], address, index) for index in range(2)]
-    outputs = [process.communicate(timeout=120) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
+    outputs = finish(*(start(TWO_PROCESSES + code, folders[index], address, index) for index in range(2)))
     assert outputs[0][0].endswith(f"{folders[0]}/step_00000001 was not saved: process 1 could not write its part\n")
     assert "not seen by every process: is the file system shared?" in outputs[1][0]
     assert list(folders[0].iterdir()) == []

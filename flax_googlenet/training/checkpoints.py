@@ -1,12 +1,10 @@
 """A run's checkpoints: folders ``step_00001234``, filled by Orbax, checksummed, and either whole or not there.
 
-A folder holds ``state/`` (Orbax's own), ``extra.json`` and ``manifest.sha256``, which lists all the other files as the
-command ``sha256sum`` does: ``sha256sum --check manifest.sha256`` in the folder verifies it by hand. A folder is written
-under a hidden name and renamed once the disk has it, so that a kill at any moment leaves the earlier checkpoints alone.
+A folder holds ``state/`` (Orbax's own), ``extra.json`` and ``manifest.sha256``. It is written under a hidden name and
+renamed once the disk has it, so that a kill at any moment leaves the earlier checkpoints alone.
 """
 
 import errno
-import hashlib
 import json
 import os
 import re
@@ -19,14 +17,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from etils import epath
+from etils import epath  # the paths that Orbax's handlers take
 from jax.experimental import multihost_utils
 
 from flax_googlenet.checkpoint import CheckpointError, replace_synced
 from flax_googlenet.status import printable
+from flax_googlenet.training.manifest import damage, seal
 
 _FORMAT = 1
-_MANIFEST = "manifest.sha256"
 _REPLACED = ".replaced"  # what a save puts aside for a new folder of the same step
 _NAME = re.compile(rf"step_(\d{{8,}})({re.escape(_REPLACED)})?")
 _NONE, _ALL_DAMAGED = -1, -2  # what the first process tells the others in place of a step
@@ -83,8 +81,7 @@ def save(folder: str | os.PathLike[str], step: int, state: Any, extra: dict[str,
     def finish() -> None:
         handler.finalize(epath.Path(beside / "state"))
         (beside / "extra.json").write_text(content, encoding="utf-8")
-        (beside / _MANIFEST).write_bytes(_manifest(beside))
-        _sync(beside)
+        seal(beside)
         if target.exists():  # a rename replaces no folder that has files in it
             replace_synced(target, target.with_name(target.name + _REPLACED))
         replace_synced(beside, target)
@@ -217,44 +214,11 @@ def _newest_whole(checkpoints: dict[int, Path], fail: Callable[[str], None]) -> 
     if jax.process_index() != 0:
         return _NONE  # the first process decides
     for step in sorted(checkpoints, reverse=True):
-        problem = _damage(checkpoints[step])
+        problem = damage(checkpoints[step])
         if problem is None:
             return step
         fail(printable(f"{checkpoints[step]} is damaged and is passed over: {problem}"))
     return _ALL_DAMAGED if checkpoints else _NONE
-
-
-def _damage(path: Path) -> str | None:
-    try:
-        stored, computed = (path / _MANIFEST).read_bytes(), _manifest(path)
-    except OSError as error:
-        return str(error)
-    if stored == computed:
-        return None
-    lines = set(stored.splitlines()) ^ set(computed.splitlines())
-    names = sorted({line[66:].decode(errors="replace") for line in lines})
-    return f"not as {_MANIFEST} has it: {', '.join(names)}"
-
-
-def _manifest(path: Path) -> bytes:
-    """A line of sha256, two spaces and name for every file below the path but the manifest, by name."""
-    lines = []
-    for file in sorted(path.rglob("*")):
-        if file.is_file() and file != path / _MANIFEST:
-            with open(file, "rb") as stream:
-                digest = hashlib.file_digest(stream, "sha256").hexdigest()
-            lines.append(f"{digest}  {file.relative_to(path).as_posix()}\n")
-    return "".join(lines).encode()
-
-
-def _sync(path: Path) -> None:
-    """Waits until the disk has every file and folder below the path, and the path itself."""
-    for item in (*path.rglob("*"), path):
-        descriptor = os.open(item, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _remove(path: Path) -> None:
