@@ -1,6 +1,6 @@
 """A folder's list of checksums, by which a change to any of its files shows, in as little as one bit.
 
-The list is what the command ``sha256sum`` prints: ``sha256sum --check manifest.sha256`` in the folder checks it by hand.
+The list is what the command ``sha256sum`` prints; ``sha256sum --check manifest.sha256`` in the folder checks it.
 """
 
 import hashlib
