@@ -335,7 +335,7 @@ def run_until(word: str, signal_number: int, delay: float) -> tuple[int, str, st
         return process.returncode, output, errors
 
 
-@pytest.mark.parametrize(("word", "delay"), [("starting", 0.05), ("starting", 1.0), ("running", 0.2)])
+@pytest.mark.parametrize(("word", "delay"), [("starting", 0.5), ("running", 0.2)])
 def test_ctrl_c_ends_a_run_and_its_workers_quietly(word: str, delay: float) -> None:
     status, _, errors = run_until(word, signal.SIGINT, delay)
     assert (status, errors) == (130, "")
