@@ -1,6 +1,5 @@
 """Fixtures: the random reference, as a state dict, as torchvision's model and as Flax variables."""
 
-import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,12 +15,16 @@ import flax_googlenet
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")  # the library must not lean on implicit promotion
 
-# Many tests compile the same network: what one has compiled serves the others.
-_cache = tempfile.TemporaryDirectory()
-jax.config.update("jax_compilation_cache_dir", _cache.name)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-
 StateDict = Mapping[str, np.ndarray]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _compilation_cache(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> None:
+    """Many tests compile the same network: what one has compiled serves the others, in all workers of pytest-xdist."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder if worker_id == "master" else folder.parent
+    jax.config.update("jax_compilation_cache_dir", str(folder / "jax"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 @pytest.fixture(scope="session")
