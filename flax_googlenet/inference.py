@@ -77,11 +77,12 @@ def make_predictor(model: GoogLeNet, variables: Variables, devices: Sequence[jax
     devices = jax.local_devices() if devices is None else devices
     on_cpu = devices[0].platform == "cpu"
     graph, weights, compiler_options = _inference_graph(model, variables, on_cpu)
+    mesh = Mesh(np.asarray(devices), ("batch",))
     if len(devices) == 1:
         weights = jax.device_put(weights, devices[0])
         compiled = jax.jit(graph, compiler_options=compiler_options)
     else:
-        mesh, whole, split = Mesh(np.asarray(devices), ("batch",)), PartitionSpec(), PartitionSpec("batch")
+        whole, split = PartitionSpec(), PartitionSpec("batch")
         weights = jax.device_put(weights, NamedSharding(mesh, whole))
         on_all = jax.shard_map(graph, mesh=mesh, in_specs=(whole, split), out_specs=split)
         compiled = jax.jit(on_all, compiler_options=compiler_options)
@@ -95,7 +96,8 @@ def make_predictor(model: GoogLeNet, variables: Variables, devices: Sequence[jax
             images = np.asarray(images)
         logits = []
         for batch in _batches(images, sizes):
-            logits.append(compiled(weights, batch))
+            with jax.set_mesh(mesh):  # in place of the caller's, if there is one
+                logits.append(compiled(weights, batch))
             if on_cpu:
                 logits[-1].block_until_ready()  # several batches at once would compete for the caches
         if len(logits) == len(devices) == 1 and len(logits[0]) == len(images):
