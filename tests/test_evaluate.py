@@ -22,7 +22,7 @@ from flax_googlenet.preprocessing import ImageError, normalise
 from flax_googlenet.training.confusion import Tally, draw_confusion
 from flax_googlenet.training.crops import crops
 from flax_googlenet.training.datasets import open_data
-from flax_googlenet.training.ensemble import answers, make_networks
+from flax_googlenet.training.ensemble import answers, find_classes, make_networks
 from flax_googlenet.training.evaluate import find_data
 from flax_googlenet.training.recipe import PRESETS
 
@@ -58,6 +58,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, seed in (("weights", 0), ("other", 1)):
         save(folder / f"{name}.safetensors", seed=seed, class_names=NAMES)
     save(folder / "nameless.safetensors")
+    save(folder / "thousand.safetensors", num_classes=1000)
+    save(folder / "small.safetensors", class_names=NAMES, recipe=dataclasses.asdict(PRESETS["digits"]))
     for i in range(11):
         photograph = Image.fromarray(
             reference.photographs()[i % 2][20 * i : 20 * i + 180, 30 * i : 30 * i + 200 + 7 * i]
@@ -173,7 +175,6 @@ def test_an_image_too_long_for_many_crops_is_named() -> None:
 def test_the_softmax_of_the_crops_is_averaged_at_the_size_of_the_training(
     here: Path, torch_model: TorchGoogLeNet, figures: Callable[..., dict[str, Any]], count: int
 ) -> None:
-    save(Path("small.safetensors"), class_names=NAMES, recipe=dataclasses.asdict(PRESETS["digits"]))
     result = figures("small.safetensors", "photos", "--crops", str(count))
     assert (result["crops"], result["image_size"]) == (count, 32)
     expected = []
@@ -218,28 +219,19 @@ def test_top5_and_the_confusion_matrix_are_counted_by_hand() -> None:
 # Classes.
 
 
-def test_without_names_classes_go_by_their_order(here: Path, figures: Callable[..., dict[str, Any]]) -> None:
-    for i, name in enumerate(NAMES):
-        Path(f"four/{i}").mkdir(parents=True)
-        for path in sorted(Path("photos").glob(f"{name}/*")) or images()[:1]:
-            (Path(f"four/{i}") / path.name).symlink_to(path.resolve())
-    named = figures("weights.safetensors", "photos")
-    by_order = figures("nameless.safetensors", "four")
-    assert by_order["classes"]["0"] == named["classes"]["flower"]
-    assert by_order["classes"]["2"] == named["classes"]["temple"]
-
-
-def test_wordnets_identifiers_are_in_the_order_of_the_classes(
-    here: Path, figures: Callable[..., dict[str, Any]]
+@pytest.mark.parametrize(
+    ("weights", "wanted", "places"),
+    [
+        ("weights", ["zebra", "flower"], [3, 0]),  # by name
+        ("nameless", ["a", "b", "c", "d"], [0, 1, 2, 3]),  # by their order
+        ("weights", ["n01440764", "n01443537", "n01484850", "n01491361"], [0, 1, 2, 3]),  # WordNet's: ImageNet's order
+    ],
+)
+def test_where_the_classes_of_the_data_are_found(
+    here: Path, weights: str, wanted: list[str], places: list[int]
 ) -> None:
-    named = figures("weights.safetensors", "photos")
-    for i, name in enumerate(NAMES):
-        source = Path("photos", name if Path("photos", name).exists() else "flower")
-        Path("wordnet").mkdir(exist_ok=True)
-        Path(f"wordnet/n0000000{i}").symlink_to(source.resolve())
-    found = figures("weights.safetensors", "wordnet")
-    assert found["classes"]["n00000000"] == named["classes"]["flower"]
-    assert found["classes"]["n00000002"] == named["classes"]["temple"]
+    loaded = load_weights(Path(f"{weights}.safetensors"))
+    assert find_classes(wanted, "data", loaded, weights).tolist() == places
 
 
 @pytest.mark.parametrize(
@@ -261,9 +253,6 @@ def test_wordnets_identifiers_are_in_the_order_of_the_classes(
 def test_what_cannot_be_evaluated_is_said_in_one_line(
     here: Path, capfd: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
-    save(Path("small.safetensors"), class_names=NAMES, recipe=dataclasses.asdict(PRESETS["digits"]))
-    if "thousand.safetensors" in arguments:
-        save(Path("thousand.safetensors"), num_classes=1000)
     assert main(["evaluate", *arguments]) == 3
     captured = capfd.readouterr()
     assert message in captured.err
@@ -299,10 +288,11 @@ def test_an_unreadable_image_is_named_and_the_others_are_evaluated(
     assert "1 could not be read" in captured.err
 
 
-def test_of_a_folder_with_val_it_is_val(here: Path, figures: Callable[..., dict[str, Any]]) -> None:
+def test_of_a_folder_with_val_it_is_val(here: Path) -> None:
     Path("split").mkdir()
     Path("split/val").symlink_to(Path("photos").resolve())
-    assert figures("weights.safetensors", "split")["classes"] == figures("weights.safetensors", "photos")["classes"]
+    assert find_data("split", {}, pytest.fail).names == find_data("photos", {}, pytest.fail).names
+    assert len(find_data("split", {}, pytest.fail)) == 11
 
 
 def test_of_the_folder_of_the_training_it_is_what_was_held_out(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
