@@ -1,7 +1,9 @@
 """The devices of a run, on one host or many: their mesh, and how arrays lie on it."""
 
+import atexit
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -35,6 +37,10 @@ class Devices:
         """The arrays, the same in each process, on every device."""
         return jax.tree.map(lambda x: jax.make_array_from_process_local_data(self._replicated, x, x.shape), tree)
 
+    def shapes(self, tree: Any) -> Any:
+        """The same of shapes and dtypes."""
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._replicated), tree)
+
     def split(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         """One batch of all processes, from the rows of each; the devices must divide its length."""
         return {name: jax.make_array_from_process_local_data(self._split, x) for name, x in batch.items()}
@@ -49,7 +55,8 @@ class Devices:
         )
 
 
-def join() -> None:
+@contextmanager
+def joined() -> Iterator[None]:
     """Makes this process one of several, as Slurm, Open MPI, Kubernetes, a TPU's host or JAX_* variables tell it.
 
     Raises:
@@ -65,9 +72,15 @@ def join() -> None:
     except (ValueError, RuntimeError) as error:
         raise CommandError(
             Status.NOT_DONE,
-            f"--distributed: {error} Start it by srun, mpirun, in a Kubernetes job or on TPUs, or set "
-            "JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID",
+            f"--distributed: {str(error).splitlines()[0]} Start it by srun or mpirun, in a Kubernetes job, on TPUs, or "
+            "set JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID",
         ) from error
+    try:
+        yield
+    except BaseException as error:
+        # At the end of a process JAX waits for the others; one that failed must not, for they wait for it.
+        atexit.register(os._exit, error.status if isinstance(error, CommandError) else 1)
+        raise
 
 
 def _number(variable: str) -> int | None:

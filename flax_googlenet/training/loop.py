@@ -1,7 +1,7 @@
 """The run: data, devices, checkpoints, log and signals around the pure step."""
 
 import dataclasses
-import shlex
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
@@ -13,15 +13,15 @@ import numpy as np
 import optax
 from jax import numpy as jnp
 
-import flax_googlenet
 from flax_googlenet.checkpoint import CheckpointError, write_atomically
 from flax_googlenet.files import load_weights
-from flax_googlenet.status import CommandError, Status
+from flax_googlenet.status import CommandError, Status, printable
 from flax_googlenet.training.checkpoints import CheckpointSaveError
 from flax_googlenet.training.data import Batch, eval_batches, train_batches
 from flax_googlenet.training.datasets import DataError, Dataset, open_data
-from flax_googlenet.training.devices import Devices, join
-from flax_googlenet.training.logs import RunLog, draw_curves
+from flax_googlenet.training.devices import Devices, joined
+from flax_googlenet.training.logs import RunLog
+from flax_googlenet.training.outcome import write_outcome
 from flax_googlenet.training.recipe import Recipe, schedule
 from flax_googlenet.training.speed import Speed
 from flax_googlenet.training.start import RECIPE, initial_state, resume, save
@@ -29,8 +29,6 @@ from flax_googlenet.training.step import Metrics, TrainState, eval_step, train_s
 from flax_googlenet.training.stopping import StopSignals
 from flax_googlenet.training.tally import Tally, TooMuchError
 from flax_googlenet.training.workdir import WorkdirInUseError, claim
-
-MODEL = "model.safetensors"  # in the folder of the run
 
 
 def train(
@@ -61,15 +59,15 @@ def train(
     Raises:
         CommandError: NOT_DONE if nothing is trained, GAVE_UP if the run stopped itself.
     """
-    if distributed:
-        join()
-    try:
-        with ExitStack() as stack:
+    with ExitStack() as stack:
+        if distributed:
+            stack.enter_context(joined())
+        try:
             if jax.process_index() == 0:
                 stack.enter_context(claim(workdir))
             return _run(data, workdir, recipe, weights, override, stack)
-    except (DataError, CheckpointError, WorkdirInUseError) as error:
-        raise CommandError(Status.NOT_DONE, " ".join(str(error).split())) from error
+        except (DataError, CheckpointError, WorkdirInUseError) as error:
+            raise CommandError(Status.NOT_DONE, " ".join(str(error).split())) from error
 
 
 def _run(data: str, workdir: Path, recipe: Recipe, weights: Path | None, override: bool, stack: ExitStack) -> Status:
@@ -87,8 +85,8 @@ def _run(data: str, workdir: Path, recipe: Recipe, weights: Path | None, overrid
         "weights": start.digest if start else None,
     }
     messages = [f"{len(train_data)} images to train on, {len(held_out)} held out, {total} steps, {devices}"]
-    state = devices.replicate(initial_state(recipe, train_data.class_names, steps_per_epoch, start))
-    tally, state = resume(workdir, state, identity, override, messages.append)
+    shapes, make_state = initial_state(devices, recipe, train_data.class_names, steps_per_epoch, start)
+    tally, state = resume(workdir, shapes, identity, override, messages.append) or (Tally(), make_state())
     if tally.step:
         messages.append(f"going on from the checkpoint of step {tally.step}")
         batches.set_state({"position": tally.step})
@@ -111,36 +109,43 @@ def _run(data: str, workdir: Path, recipe: Recipe, weights: Path | None, overrid
     if status is not None:
         run.say(f"stopped after step {tally.step} of {total}; the same command goes on from there")
         return status
-    run.finish(data)
+    if tally.unreadable or tally.not_finite:
+        run.say(f"{len(tally.unreadable)} images could not be read, and {tally.not_finite} steps were left out")
+    metadata = {
+        "class_names": list(train_data.class_names),
+        "recipe": identity["recipe"],
+        "trained_on": train_data.fingerprint,
+        **run.held_out_metrics,
+    }
+    if jax.process_index() == 0:
+        run.say(*write_outcome(workdir, run.state, metadata, data))
     return Status.DONE
 
 
+@dataclasses.dataclass
 class Run:
     """A run under way: what changes from step to step, with the files and the devices around it."""
 
-    def __init__(
-        self,
-        workdir: Path,
-        recipe: Recipe,
-        train_data: Dataset,
-        held_out: Dataset,
-        devices: Devices,
-        identity: dict[str, Any],
-        tally: Tally,
-        state: TrainState,
-        log: RunLog | None,
-    ) -> None:
-        self.workdir, self.recipe, self.train_data, self.held_out = workdir, recipe, train_data, held_out
-        self.devices, self.identity, self.tally, self.state, self.log = devices, identity, tally, state, log
-        self.steps_per_epoch = len(train_data) // recipe.batch_size
-        self.total = self.steps_per_epoch * recipe.epochs
-        self.last_saved = _last_saved(tally.step)
+    workdir: Path
+    recipe: Recipe
+    train_data: Dataset
+    held_out: Dataset
+    devices: Devices
+    identity: dict[str, Any]
+    tally: Tally
+    state: TrainState
+    log: RunLog | None
+
+    def __post_init__(self) -> None:
+        self.steps_per_epoch = len(self.train_data) // self.recipe.batch_size
+        self.total = self.steps_per_epoch * self.recipe.epochs
+        self.last_saved = _last_saved(self.tally.step)
         self.held_out_metrics: dict[str, float] = {}
         self.said: set[str] = set()
         self.signals = StopSignals()
-        self.speed = Speed(recipe.batch_size)
-        self.dropout_key = devices.replicate(jax.random.key(recipe.seed))
-        self.evaluate_batch = devices.jit(_evaluate_batch)
+        self.speed = Speed(self.recipe.batch_size)
+        self.dropout_key = self.devices.replicate(jax.random.key(self.recipe.seed))
+        self.evaluate_batch = self.devices.jit(_evaluate_batch)
 
     def say(self, *messages: str) -> None:
         """Says each message once, in the first process."""
@@ -149,9 +154,17 @@ class Run:
                 self.log.message(message)
             self.said.add(message)
 
+    def _say_anywhere(self, message: str) -> None:
+        """What only this process knows of."""
+        if self.log:
+            self.say(message)
+        elif message not in self.said:
+            self.said.add(message)
+            sys.stderr.write(printable(message) + "\n")
+
     def train(self, batches: Iterator[Batch]) -> Status | None:
         """Trains to the end, or until a signal: then there is a checkpoint, and it returns the signal's status."""
-        if self.tally.step < self.total:
+        if measured := self.tally.step < self.total:
             batches = self.speed.of_input(batches)
             upcoming = self._to_devices(next(batches))
             # Compiled before signals are caught: one that comes meanwhile need not wait.
@@ -162,15 +175,18 @@ class Run:
         with self.signals:
             while True:
                 # An evaluation comes after the checkpoint of its step: a run that goes on from there begins with it.
-                stopped = self.tally.step > 0 and self.tally.step % self.steps_per_epoch == 0 and not self._evaluate()
-                if not stopped and self.tally.step == self.total:
-                    return None
-                if not stopped:
-                    upcoming, stopped = self._step(upcoming, batches)
-                if stopped or self.tally.step % self.recipe.checkpoint_every == 0 or self.tally.step == self.total:
-                    self._save(must=stopped)
+                if self.tally.step > 0 and self.tally.step % self.steps_per_epoch == 0 and not self._evaluate():
+                    return self._stop()
+                if self.tally.step == self.total:
+                    break
+                upcoming, stopped = self._step(upcoming, batches)
                 if stopped:
-                    return self.signals.status or Status.TERMINATED  # the signal may have been another process's
+                    return self._stop()
+                if self.tally.step % self.recipe.checkpoint_every == 0 or self.tally.step == self.total:
+                    self._save()
+        if measured:
+            self.say(str(self.speed))
+        return None
 
     def _step(self, batch: Metrics, batches: Iterator[Batch]) -> tuple[Metrics, bool]:
         """One step; returns the next batch, and whether a signal came."""
@@ -200,7 +216,7 @@ class Run:
             self.held_out,
             batch_size=self.recipe.batch_size,
             image_size=self.recipe.image_size,
-            fail=self.say,
+            fail=self._say_anywhere,
             workers=self.recipe.workers,
             **self.devices.share,
         ):
@@ -218,42 +234,19 @@ class Run:
             self.log.evaluated(self.tally.step, self.held_out_metrics)
         return True
 
-    def _save(self, must: bool) -> None:
+    def _save(self) -> bool:
         try:
             save(self.workdir, self.tally, self.state, self.identity, self.recipe.keep)
-            self.last_saved = _last_saved(self.tally.step)
         except CheckpointSaveError as error:
-            if must:
-                raise CommandError(Status.GAVE_UP, f"{error}; {self.last_saved}") from error
-            self.say(f"warning: {error}; {self.last_saved}; the run goes on")
+            self.say(f"warning: {error}; {self.last_saved}")
+            return False
+        self.last_saved = _last_saved(self.tally.step)
+        return True
 
-    def finish(self, data: str) -> None:
-        """Writes the weights and the curves, and says what can be done with them; in the first process."""
-        if self.log is None:
-            return
-        path = self.workdir / MODEL
-        metadata = {
-            "class_names": list(self.train_data.class_names),
-            "recipe": self.identity["recipe"],
-            "trained_on": self.train_data.fingerprint,
-            **self.held_out_metrics,
-        }
-        variables = jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), self.state.eval_variables)
-        flax_googlenet.save(path, self.state.model.clone(dtype=jnp.float32), variables, metadata)
-        try:
-            draw_curves(self.workdir)
-        except OSError as error:
-            self.say(f"warning: no curves: {error.strerror}")
-        if self.tally.unreadable or self.tally.not_finite:
-            unreadable, left_out = len(self.tally.unreadable), self.tally.not_finite
-            self.say(f"{unreadable} images could not be read, and {left_out} steps were left out")
-        file = shlex.quote(str(path))
-        self.say(
-            str(self.speed),
-            f"held out: {self.held_out_metrics['accuracy']:.2%} right, by {path}; next:",
-            f"  flax-googlenet evaluate {file} {shlex.quote(data)}",
-            f"  python convert/port_weights.py {file} --to-torchvision FILE.pth",
-        )
+    def _stop(self) -> Status:
+        if not self._save():
+            raise CommandError(Status.GAVE_UP, f"stopped after step {self.tally.step}; {self.last_saved}")
+        return self.signals.status or Status.TERMINATED  # the signal may have been another process's
 
     def _to_devices(self, batch: Batch) -> Metrics:
         skipped = np.where(batch["used"] == batch["index"], -1, batch["index"]).astype(np.int32)

@@ -38,8 +38,10 @@ class Speed:
 
     def __str__(self) -> str:
         steps = f"{self._steps * self._batch_size / self._seconds:.0f}" if self._steps else "more"
-        limit = "input" if self._starved > self._steps else "steps"
-        return f"images a second: {self._input:.0f} by the input alone, {steps} by the steps alone; the {limit} limit"
+        limit = "input is" if self._starved > self._steps else "steps are"
+        return (
+            f"images a second: {self._input:.0f} by the input alone, {steps} by the steps alone; the {limit} the limit"
+        )
 
 
 def _all_of(taken: deque[Batch], rest: Iterator[Batch]) -> Iterator[Batch]:

@@ -10,9 +10,10 @@ import jax
 from jax import numpy as jnp
 
 from flax_googlenet.files import Weights
-from flax_googlenet.model import MIN_SIZE, GoogLeNet
+from flax_googlenet.model import MIN_SIZE, GoogLeNet, Variables
 from flax_googlenet.status import CommandError, Status
 from flax_googlenet.training import checkpoints
+from flax_googlenet.training.devices import Devices
 from flax_googlenet.training.finetune import new_head
 from flax_googlenet.training.recipe import Recipe, RecipeError, make_optimizer
 from flax_googlenet.training.step import TrainState, create_train_state
@@ -24,52 +25,61 @@ _CHANGE_NO_BIT = {"workers", "checkpoint_every", "keep", "max_corrupt"}  # field
 
 
 def initial_state(
-    recipe: Recipe, class_names: tuple[str, ...], steps_per_epoch: int, weights: Weights | None
-) -> TrainState:
-    """The state before the first step, the same in every process.
+    devices: Devices, recipe: Recipe, class_names: tuple[str, ...], steps_per_epoch: int, weights: Weights | None
+) -> tuple[TrainState, Callable[[], TrainState]]:
+    """The state before the first step: its shapes, and how to compute it, the same in every process.
 
     Args:
+        devices: that every array of the state is to be on.
         recipe: the recipe.
         class_names: of the data.
         steps_per_epoch: batches in an epoch.
         weights: to start from; None for new ones. Their last layers stay if they are of the same classes: by name, or
             by number where the file has no names.
     """
-    key = jax.random.key(recipe.seed)
-    if weights is None:
-        model = GoogLeNet(num_classes=len(class_names))
-        variables = jax.jit(model.init)(key, jnp.zeros((1, MIN_SIZE, MIN_SIZE, 3), jnp.float32))
-    else:
-        model, variables = weights.model, weights.variables
-        if model.num_classes != len(class_names) or weights.class_names not in (None, list(class_names)):
-            model, variables = new_head(model, variables, len(class_names), key)
-    model = model.clone(
-        dropout=recipe.dropout, dropout_aux=recipe.dropout_aux, frozen=recipe.frozen, dtype=jnp.dtype(recipe.dtype).type
-    )
-    return create_train_state(
-        model,
-        variables,
-        make_optimizer(recipe, steps_per_epoch),
-        label_smoothing=recipe.label_smoothing,
-        aux_weight=recipe.aux_weight,
-        average_decay=recipe.average_decay,
-    )
+
+    @devices.jit
+    def make(variables: Variables | None) -> TrainState:
+        key = jax.random.key(recipe.seed)
+        if weights is None or variables is None:
+            model = GoogLeNet(num_classes=len(class_names))
+            variables = model.init(key, jnp.zeros((1, MIN_SIZE, MIN_SIZE, 3), jnp.float32))
+        else:
+            model = weights.model
+            if model.num_classes != len(class_names) or weights.class_names not in (None, list(class_names)):
+                model, variables = new_head(model, variables, len(class_names), key)
+        return create_train_state(
+            model.clone(
+                dropout=recipe.dropout,
+                dropout_aux=recipe.dropout_aux,
+                frozen=recipe.frozen,
+                dtype=jnp.dtype(recipe.dtype).type,
+            ),
+            variables,
+            make_optimizer(recipe, steps_per_epoch),
+            label_smoothing=recipe.label_smoothing,
+            aux_weight=recipe.aux_weight,
+            average_decay=recipe.average_decay,
+        )
+
+    variables = weights.variables if weights else None
+    return devices.shapes(jax.eval_shape(make, variables)), lambda: make(variables)
 
 
 def resume(
-    workdir: Path, state: TrainState, identity: dict[str, Any], override: bool, fail: Callable[[str], None]
-) -> tuple[Tally, TrainState]:
+    workdir: Path, shapes: TrainState, identity: dict[str, Any], override: bool, fail: Callable[[str], None]
+) -> tuple[Tally, TrainState] | None:
     """Goes on from the newest whole checkpoint in the folder, if there is one.
 
     Args:
         workdir: the folder of the run. All processes call this.
-        state: that of a new run.
+        shapes: those of the state.
         identity: what must be as it was, for JSON: ``recipe``, ``data`` and ``weights``.
         override: whether to go on if it is not.
         fail: takes the message about a checkpoint that is damaged.
 
     Returns:
-        The state, and what was counted up to it.
+        What was counted, and the state; None if there is no checkpoint.
 
     Raises:
         CommandError: if the checkpoint is of another recipe, other data or other weights.
@@ -82,9 +92,9 @@ def resume(
         except RecipeError as error:
             raise CommandError(Status.NOT_DONE, f"{recipe}: {error}") from error
         _check_same(workdir, identity | {"recipe": before}, identity)
-    restored = checkpoints.restore(folder, state, fail)
+    restored = checkpoints.restore(folder, shapes, fail)
     if restored is None:
-        return Tally(), state
+        return None
     if not override:
         _check_same(workdir, restored.extra["identity"], identity)
     return Tally(step=restored.step, **restored.extra["tally"]), restored.state
