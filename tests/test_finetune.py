@@ -1,0 +1,161 @@
+"""Fine-tuning as users do it: a new head, frozen blocks, a learning rate for the heads, new BatchNorm statistics."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import pytest
+import reference
+import torch
+from flax.traverse_util import flatten_dict
+from jax import numpy as jnp
+from torchvision.models import GoogLeNet as TorchGoogLeNet
+
+import flax_googlenet
+from flax_googlenet import GoogLeNet
+from flax_googlenet.model import BLOCKS, HEADS
+from flax_googlenet.training import (
+    create_train_state,
+    freeze,
+    new_head,
+    reestimate_batch_norm,
+    scale_heads,
+    train_step,
+)
+
+MODEL64 = GoogLeNet(dtype=jnp.float64, param_dtype=jnp.float64, dropout=0.0, dropout_aux=0.0)
+KEY = jax.random.key(0)
+FROZEN = tuple(name for name in BLOCKS if name not in ("inception5a", "inception5b", "aux2", "fc"))
+
+
+def random_images(batch_size: int, size: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((batch_size, size, size, 3))
+
+
+def test_a_new_head_is_freshly_initialised_and_all_else_is_kept(variables: dict[str, Any]) -> None:
+    model, new = new_head(GoogLeNet(), variables, 7, KEY)
+    assert model == GoogLeNet(num_classes=7)
+    old, leaves = flatten_dict(variables), flatten_dict(new)
+    assert old.keys() == leaves.keys()
+    replaced = {path for path in leaves if leaves[path] is not old[path]}
+    layers = [("fc",), ("aux1", "fc2"), ("aux2", "fc2")]
+    assert replaced == {("params", *layer, leaf) for layer in layers for leaf in ("kernel", "bias")}
+
+    images = jnp.zeros((1, 15, 15, 3), jnp.float32)
+    initial = jax.jit(lambda key: {path: flatten_dict(model.init(key, images))[path] for path in replaced})(KEY)
+    for path in replaced:
+        np.testing.assert_array_equal(leaves[path], initial[path])
+    torch_model = TorchGoogLeNet(num_classes=7, init_weights=False)
+    state_dict = {k: torch.from_numpy(np.array(x)) for k, x in flax_googlenet.to_torchvision(new).items()}
+    torch_model.load_state_dict(state_dict, strict=True)
+
+
+def test_a_new_head_adds_no_auxiliary_heads(variables: dict[str, Any]) -> None:
+    headless = {
+        collection: {name: block for name, block in tree.items() if not name.startswith("aux")}
+        for collection, tree in variables.items()
+    }
+    model, new = new_head(GoogLeNet(aux_logits=False), headless, 7, KEY)
+    assert model == GoogLeNet(num_classes=7, aux_logits=False)
+    assert new["params"].keys() == headless["params"].keys()
+    assert new["params"]["fc"]["kernel"].shape == (1024, 7)
+
+
+def test_frozen_blocks_and_a_learning_rate_for_the_heads_are_torchs(
+    state_dict: dict[str, np.ndarray], variables64: dict[str, Any]
+) -> None:
+    """In PyTorch: requires_grad False and eval() for the frozen blocks, and two parameter groups."""
+    torch_model = reference.build(state_dict, transform_input=False, dtype=torch.float64).train()
+    for module in torch_model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    for name in FROZEN:
+        torch_model.get_submodule(name).eval().requires_grad_(False)
+    groups: dict[bool, list[torch.nn.Parameter]] = {True: [], False: []}
+    for name, parameter in torch_model.named_parameters():
+        if parameter.requires_grad:
+            groups[name.startswith(("fc.", "aux"))].append(parameter)
+    torch_optimizer = torch.optim.SGD(
+        [{"params": groups[True], "lr": 0.01}, {"params": groups[False]}], lr=0.001, momentum=0.9, weight_decay=0.1
+    )
+
+    sgd = optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.001, momentum=0.9))
+    state = create_train_state(MODEL64.clone(frozen=FROZEN), variables64, scale_heads(sgd, 10))
+    for step in range(3):
+        images, labels = random_images(8, 64, step), np.random.default_rng(step).integers(0, 1000, 8)
+        expected = reference.train_step(torch_model, torch_optimizer, images, labels)
+        state, metrics = train_step(state, {"image": images, "label": labels}, KEY)
+        assert float(metrics["loss"]) == pytest.approx(expected, rel=1e-11), step
+
+    actual = flax_googlenet.to_torchvision({"params": state.params, "batch_stats": state.batch_stats})
+    for name, tensor in torch_model.state_dict().items():
+        if name.endswith("num_batches_tracked"):
+            continue
+        block, original = name.partition(".")[0], state_dict[name].astype(np.float64)
+        np.testing.assert_allclose(actual[name], tensor.numpy(), rtol=0, atol=1e-9 * np.abs(original).max())
+        assert np.array_equal(actual[name], original) == (block in FROZEN), name
+    assert not any(x.shape[:1] == (7,) for x in jax.tree.leaves(state.opt_state)), "conv1 has no momentum"
+
+
+def test_nothing_is_computed_backwards_into_frozen_blocks(variables64: dict[str, Any]) -> None:
+    batch = {"image": random_images(2, 64), "label": np.array([0, 1])}
+
+    def operations(frozen: tuple[str, ...]) -> float:
+        state = create_train_state(MODEL64.clone(frozen=frozen), variables64, optax.sgd(0.1))
+        return train_step.lower(state, batch, KEY).cost_analysis()["flops"]
+
+    body = tuple(name for name in BLOCKS if name not in HEADS)
+    assert operations(body) < operations(()) / 2
+
+
+def test_weight_decay_leaves_frozen_blocks_alone() -> None:
+    params = {"conv1": jnp.ones(2), "fc": jnp.ones(2)}
+    optimizer = freeze(optax.chain(optax.add_decayed_weights(0.5), optax.sgd(1.0, momentum=0.9)), ["conv1"])
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    np.testing.assert_array_equal(updates["conv1"], 0)
+    np.testing.assert_array_equal(updates["fc"], -0.5)
+
+
+def test_names_that_no_block_has_are_refused(variables: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"no block is named conv9; the blocks are .*conv1"):
+        create_train_state(GoogLeNet(frozen=("conv1", "conv9")), variables, optax.sgd(0.1))
+    with pytest.raises(ValueError, match=r"no block is named conv9; the blocks are conv1"):
+        GoogLeNet(frozen=("conv9",)).apply(variables, np.zeros((1, 32, 32, 3), np.float32))
+
+
+def test_frozen_is_not_saved(tmp_path: Path, variables: dict[str, Any]) -> None:
+    flax_googlenet.save(tmp_path / "whole.safetensors", GoogLeNet(), variables)
+    flax_googlenet.save(tmp_path / "frozen.safetensors", GoogLeNet(frozen=FROZEN), variables)
+    assert (tmp_path / "whole.safetensors").read_bytes() == (tmp_path / "frozen.safetensors").read_bytes()
+    assert flax_googlenet.load(tmp_path / "frozen.safetensors")[0] == GoogLeNet()
+
+
+def test_reestimated_statistics_are_those_of_torchs_update_bn(
+    state_dict: dict[str, np.ndarray], variables64: dict[str, Any]
+) -> None:
+    torch_model = reference.build(state_dict, transform_input=False, dtype=torch.float64)
+    batches = [{"image": 2 + 3 * random_images(4, 32, seed)} for seed in range(3)]
+    torch.optim.swa_utils.update_bn(
+        [torch.from_numpy(batch["image"]).permute(0, 3, 1, 2) for batch in batches], torch_model
+    )
+    expected = torch_model.state_dict()
+    actual = reestimate_batch_norm(MODEL64.clone(dropout=0.2), variables64, batches)
+    assert actual["params"] is variables64["params"]
+    for name, x in flax_googlenet.to_torchvision(actual).items():
+        if name.endswith(("running_mean", "running_var")):
+            error = np.abs(x - expected[name].numpy()).max() / np.abs(expected[name].numpy()).max()
+            assert error < 1e-11, name
+    assert actual["batch_stats"]["conv1"]["bn"]["mean"].max() > 0
+
+
+def test_reestimation_leaves_frozen_blocks_alone_and_needs_a_batch(variables64: dict[str, Any]) -> None:
+    frozen = tuple(name for name in BLOCKS if name != "inception5b")
+    model = MODEL64.clone(frozen=frozen)
+    new = reestimate_batch_norm(model, variables64, [{"image": random_images(2, 64)}])["batch_stats"]
+    for name, old in variables64["batch_stats"].items():
+        same = jax.tree.map(np.array_equal, new[name], old)
+        assert set(jax.tree.leaves(same)) == {name in frozen}, name
+    with pytest.raises(ValueError, match="one batch at least"):
+        reestimate_batch_norm(model, variables64, [])

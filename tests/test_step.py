@@ -1,0 +1,366 @@
+"""The training step against torch.optim.SGD on torchvision's model, and what it does that PyTorch has no word for."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import pytest
+import reference
+import torch
+from flax import linen as nn
+from flax.traverse_util import flatten_dict
+from jax import numpy as jnp
+from torchvision.models import GoogLeNet as TorchGoogLeNet
+
+import flax_googlenet
+from flax_googlenet import GoogLeNet
+from flax_googlenet.model import BLOCKS
+from flax_googlenet.training import TrainState, create_train_state, cross_entropy, eval_step, train_step
+
+MODEL64 = GoogLeNet(dtype=jnp.float64, param_dtype=jnp.float64)
+NO_DROPOUT64 = MODEL64.clone(dropout=0.0, dropout_aux=0.0)
+KEY = jax.random.key(0)
+LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.001, 0.9, 1e-4
+AVERAGE_DECAY = 0.8
+
+Batch = dict[str, np.ndarray]
+
+
+def sgd(learning_rate: float = LEARNING_RATE) -> optax.GradientTransformation:
+    """torch.optim.SGD: the decay is added to the gradient, before the momentum."""
+    return optax.chain(optax.add_decayed_weights(WEIGHT_DECAY), optax.sgd(learning_rate, MOMENTUM))
+
+
+def torch_sgd(model: TorchGoogLeNet) -> torch.optim.SGD:
+    return torch.optim.SGD(model.parameters(), LEARNING_RATE, MOMENTUM, weight_decay=WEIGHT_DECAY)
+
+
+def torch_in_training(state_dict: dict[str, np.ndarray]) -> TorchGoogLeNet:
+    model = reference.build(state_dict, transform_input=False, dtype=torch.float64).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def random_batches(steps: int, batch_size: int, size: int) -> list[Batch]:
+    rng = np.random.default_rng([steps, batch_size, size])
+    return [
+        {
+            "image": rng.standard_normal((batch_size, size, size, 3)),
+            "label": rng.integers(0, 1000, batch_size),
+        }
+        for _ in range(steps)
+    ]
+
+
+def tensors(state: TrainState) -> dict[str, np.ndarray]:
+    """Parameters and statistics by torchvision's names."""
+    named = flax_googlenet.to_torchvision({"params": state.params, "batch_stats": state.batch_stats})
+    return {name: np.array(x) for name, x in named.items() if not name.endswith("num_batches_tracked")}
+
+
+def torch_tensors(model: TorchGoogLeNet) -> dict[str, np.ndarray]:
+    state_dict = model.state_dict()
+    return {k: v.numpy().copy() for k, v in state_dict.items() if not k.endswith("num_batches_tracked")}
+
+
+def largest_error(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> float:
+    """Over all tensors, relative to the largest value of each."""
+    assert actual.keys() == expected.keys()
+    return max(float(np.abs(actual[k] - x).max() / np.abs(x).max()) for k, x in expected.items())
+
+
+def copied(tree: Any) -> Any:
+    return jax.tree.map(np.array, tree)  # np.asarray would look at memory that the next step is given
+
+
+@pytest.fixture(scope="module")
+def lockstep(state_dict: dict[str, np.ndarray], variables64: dict[str, Any]) -> dict[str, Any]:
+    """30 steps of both in float64, dropout off; the step keeps an average beside it, which changes nothing else."""
+    batches = random_batches(30, 8, 64)
+    model = torch_in_training(state_dict)
+    optimizer = torch_sgd(model)
+    expected_losses, expected_first = [], {}
+    for batch in batches:
+        expected_losses.append(reference.train_step(model, optimizer, batch["image"], batch["label"]))
+        expected_first = expected_first or torch_tensors(model)
+
+    given = jax.tree.map(jnp.array, variables64)
+    state = create_train_state(NO_DROPOUT64, given, sgd(), average_decay=AVERAGE_DECAY)
+    losses, watched, compiled = [], [], train_step._cache_size()
+    for batch in batches:
+        state, metrics = train_step(state, batch, KEY)
+        losses.append(float(metrics["loss"]))
+        watched.append(copied((state.params["conv1"], state.batch_stats["conv1"])))
+    return {
+        "batches": batches,
+        "given": given,
+        "state": state,
+        "losses": np.array(losses),
+        "expected_losses": np.array(expected_losses),
+        "expected_first": expected_first,
+        "expected": torch_tensors(model),
+        "watched": watched,
+        "compilations": train_step._cache_size() - compiled,
+    }
+
+
+def test_thirty_steps_are_those_of_torch_optim_sgd(lockstep: dict[str, Any]) -> None:
+    """Training is chaotic: a difference grows about tenfold every five steps."""
+    errors = np.abs(lockstep["losses"] / lockstep["expected_losses"] - 1)
+    final = largest_error(tensors(lockstep["state"]), lockstep["expected"])
+    print(f"loss: first step {errors[0]:.1e}, largest {errors.max():.1e}; parameters and statistics {final:.1e}")
+    assert errors[0] < 1e-14
+    assert errors.max() < 1e-7
+    assert final < 1e-6
+    assert lockstep["losses"].std() > 0.1  # they are not all the same
+    assert int(lockstep["state"].step) == 30
+
+
+def test_thirty_steps_are_compiled_once(lockstep: dict[str, Any]) -> None:
+    assert lockstep["compilations"] == 1
+
+
+def test_flaxs_own_batch_norm_would_be_noticed_in_one_step(
+    lockstep: dict[str, Any], variables64: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes the biased variance into the running one."""
+
+    class FlaxBatchNorm(nn.BatchNorm):
+        def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+            return super().__call__(x, use_running_average=not train)
+
+    def running_variances() -> dict[str, np.ndarray]:
+        _, updates = jax.jit(
+            lambda v, x: NO_DROPOUT64.apply(v, x, train=True, mutable=["batch_stats"]),
+        )(variables64, lockstep["batches"][0]["image"])
+        named = flax_googlenet.to_torchvision({"params": variables64["params"], **updates})
+        return {name: np.asarray(x) for name, x in named.items() if name.endswith("running_var")}
+
+    expected = {name: x for name, x in lockstep["expected_first"].items() if name.endswith("running_var")}
+    assert largest_error(running_variances(), expected) < 1e-12
+    options = {"momentum": 0.9, "epsilon": 1e-3, "use_fast_variance": False}
+    monkeypatch.setattr(
+        flax_googlenet.model, "BatchNorm", lambda **kwargs: FlaxBatchNorm(use_running_average=None, **options, **kwargs)
+    )
+    with jax.numpy_dtype_promotion("standard"):  # Flax's own code promotes
+        assert largest_error(running_variances(), expected) > 1e-3
+
+
+def test_the_average_follows_the_parameters_and_statistics(lockstep: dict[str, Any]) -> None:
+    average = copied((lockstep["given"]["params"]["conv1"], lockstep["given"]["batch_stats"]["conv1"]))
+    for step, new in enumerate(lockstep["watched"], start=1):
+        decay = min(AVERAGE_DECAY, (1 + step) / (10 + step))
+        average = jax.tree.map(lambda old, x, decay=decay: decay * old + (1 - decay) * x, average, new)
+    state = lockstep["state"]
+    actual = (state.average["params"]["conv1"], state.average["batch_stats"]["conv1"])
+    jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-12, atol=1e-15), actual, average)
+    assert state.eval_variables["params"] is state.average["params"]
+    assert state.replace(average=None).eval_variables["params"] is state.params
+
+
+def test_the_callers_variables_outlive_a_donated_state(lockstep: dict[str, Any], variables64: dict[str, Any]) -> None:
+    jax.tree.map(np.testing.assert_array_equal, lockstep["given"], variables64)
+    state = jax.tree.map(jnp.array, lockstep["state"])
+    train_step(state, lockstep["batches"][0], KEY)
+    assert all(x.is_deleted() for x in jax.tree.leaves(state))
+
+
+def overflowing(state: TrainState) -> TrainState:
+    """The same loss whatever conv2 sees, and a gradient of its kernel beyond float64."""
+    params = {name: {**block} for name, block in state.params.items()}
+    params["conv1"]["bn"] = {"scale": jnp.full(64, 1e300, jnp.float64), "bias": jnp.zeros(64, jnp.float64)}
+    params["conv2"]["conv"] = {"kernel": jnp.zeros((1, 1, 64, 64), jnp.float64)}
+    return state.replace(params=params)
+
+
+@pytest.mark.parametrize("case", ["NaN in an image", "a label that is no class", "the gradient alone"])
+def test_a_loss_or_gradient_that_is_not_finite_changes_no_bit(case: str, lockstep: dict[str, Any]) -> None:
+    state = jax.tree.map(jnp.array, lockstep["state"])
+    batch = copied(lockstep["batches"][0])
+    if case == "NaN in an image":
+        batch["image"][3, 5, 7, 0] = np.nan
+    elif case == "a label that is no class":
+        batch["label"][2] = -1
+    else:
+        state = overflowing(state)
+    before = copied(state)
+    after, metrics = train_step(state, batch, KEY)
+    assert not metrics["finite"]
+    assert bool(np.isfinite(metrics["loss"])) == (case == "the gradient alone")
+    assert jax.tree.map(np.ndarray.tobytes, before) == jax.tree.map(lambda x: np.asarray(x).tobytes(), after)
+
+    if case != "the gradient alone":
+        after, metrics = train_step(after, lockstep["batches"][1], KEY)
+        assert metrics["finite"]
+        assert int(after.step) == int(before.step) + 1
+
+
+class Masks(torch.nn.Module):
+    """In the place of torch.nn.Dropout: multiplies with the masks it was given, one a call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queue: list[np.ndarray] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.from_numpy(self.queue.pop(0))
+
+
+def dropout_masks(variables: dict[str, Any], images: np.ndarray, key: jax.Array) -> dict[str, np.ndarray]:
+    """What each dropout of the Flax model does to ones: 0 or 1 / (1 - rate)."""
+    masks = {}
+
+    def replace(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        if not isinstance(context.module, nn.Dropout):
+            return call(*args, **kwargs)
+        name = ".".join(context.module.path)
+        masks[name] = call(jnp.ones_like(args[0]), **kwargs)
+        return args[0]
+
+    with nn.intercept_methods(replace):
+        MODEL64.apply(variables, images, train=True, rngs={"dropout": key}, mutable=["batch_stats"])
+    return masks
+
+
+def test_with_dropout_and_smooth_labels_the_steps_are_torchs_once_it_has_the_masks(
+    state_dict: dict[str, np.ndarray], variables64: dict[str, Any]
+) -> None:
+    batches = random_batches(6, 8, 64)
+    model = torch_in_training(state_dict)
+    model.dropout, model.aux1.dropout, model.aux2.dropout = Masks(), Masks(), Masks()
+    optimizer = torch_sgd(model)
+    state = create_train_state(MODEL64, variables64, sgd(), label_smoothing=0.1)
+    masks_of = jax.jit(dropout_masks)  # of the network, it computes the masks alone
+    seen = []
+    for step, batch in enumerate(batches):
+        masks = masks_of(variables64, batch["image"], jax.random.fold_in(KEY, step))
+        for name, mask in masks.items():
+            model.get_submodule(name).queue.append(np.array(mask))
+        seen.append(np.asarray(masks["aux1.dropout"]))
+        expected = reference.train_step(model, optimizer, batch["image"], batch["label"], label_smoothing=0.1)
+        state, metrics = train_step(state, batch, KEY)
+        error = abs(float(metrics["loss"]) / expected - 1)
+        assert error < (1e-14 if step == 0 else 1e-10), step
+    assert largest_error(tensors(state), torch_tensors(model)) < 1e-10
+    assert len(masks) == 3
+    assert (seen[0] != seen[1]).mean() > 0.3  # one key, and new masks in every step
+
+
+TOP = ("inception5b", "fc")
+TOP64 = NO_DROPOUT64.clone(aux_logits=False, frozen=tuple(name for name in BLOCKS if name not in TOP))
+"""Trains its last two blocks alone, which compiles in a quarter of the time."""
+
+
+def torch_top(state_dict: dict[str, np.ndarray]) -> TorchGoogLeNet:
+    model = torch_in_training(state_dict)
+    model.aux_logits = False
+    for name in TOP64.frozen:
+        model.get_submodule(name).eval().requires_grad_(False)
+    return model
+
+
+def torch_loss(model: TorchGoogLeNet, batch: Batch) -> torch.Tensor:
+    logits = model(torch.from_numpy(batch["image"]).permute(0, 3, 1, 2))
+    return torch.nn.functional.cross_entropy(logits, torch.from_numpy(batch["label"]))
+
+
+def test_bfloat16_computes_with_float32_parameters_statistics_and_loss(
+    state_dict: dict[str, np.ndarray], variables: dict[str, Any]
+) -> None:
+    (batch,) = random_batches(1, 8, 64)
+    expected = torch_loss(torch_top(state_dict), batch).item()
+    bfloat16 = TOP64.clone(dtype=jnp.bfloat16, param_dtype=jnp.float32)
+    state = create_train_state(bfloat16, variables, sgd(), average_decay=0.9)
+    types = jax.tree.map(lambda x: x.dtype, state)
+    state, metrics = train_step(state, {**batch, "image": batch["image"].astype(np.float32)}, KEY)
+    assert jax.tree.map(lambda x: x.dtype, state) == types
+    assert {x.dtype for x in jax.tree.leaves((state.params, state.batch_stats))} == {jnp.dtype("float32")}
+    assert {metrics[name].dtype for name in ("loss", "accuracy", "grad_norm")} == {jnp.dtype("float32")}
+    kernel = state.params["fc"]["kernel"]
+    assert (kernel.astype(jnp.bfloat16).astype(jnp.float32) != kernel).mean() > 0.9  # not rounded to bfloat16
+    error = abs(float(metrics["loss"]) / expected - 1)
+    print(f"bfloat16: loss off by {error:.1e}")
+    assert 1e-6 < error < 2e-2  # 8 bits: not float32, and not another function
+
+
+def accumulated(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    # By default the sum is kept in float32.
+    return optax.MultiSteps(optimizer, every_k_schedule=2, accumulator_dtype=jnp.float64).gradient_transformation()
+
+
+def test_accumulated_gradients_are_those_of_one_large_batch_without_batch_norm(variables64: dict[str, Any]) -> None:
+    model, folded = flax_googlenet.fold_batch_norm(TOP64, variables64)
+    (whole,) = random_batches(1, 8, 64)
+    large = sgd(learning_rate=1.0)  # so that the step stands out of the rounding of the parameters
+    state = create_train_state(model, folded, accumulated(large))
+    for half in ({k: x[i : i + 4] for k, x in whole.items()} for i in (0, 4)):
+        state, _ = train_step(state, half, KEY)
+    expected, _ = train_step(create_train_state(model, folded, large), whole, KEY)
+    for name in TOP:
+        for path, new in flatten_dict(expected.params[name]).items():
+            step = np.asarray(new) - flatten_dict(folded["params"][name])[path]
+            error = np.abs(flatten_dict(state.params[name])[path] - new).max() / np.abs(step).max()
+            assert error < 1e-12, (name, path)
+
+
+def test_accumulated_gradients_with_batch_norm_are_those_of_torch(
+    state_dict: dict[str, np.ndarray], variables64: dict[str, Any]
+) -> None:
+    """Each small batch is normalised by its own statistics, as in PyTorch: not the gradient of one large batch."""
+    model = torch_top(state_dict)
+    optimizer = torch_sgd(model)
+    state = create_train_state(TOP64, variables64, accumulated(sgd()))
+    for step, batch in enumerate(random_batches(4, 4, 64)):
+        loss = torch_loss(model, batch)
+        (loss / 2).backward()
+        if step % 2:
+            optimizer.step()
+            optimizer.zero_grad()
+        state, metrics = train_step(state, batch, KEY)
+        assert float(metrics["loss"]) == pytest.approx(loss.item(), rel=1e-12)
+        assert largest_error(tensors(state), torch_tensors(model)) < 1e-8, step  # 1e-10 measured
+
+
+def test_cross_entropy_is_torchs_with_smooth_labels() -> None:
+    rng = np.random.default_rng(0)
+    logits, labels = 10 * rng.standard_normal((64, 17)), rng.integers(0, 17, 64)
+    for label_smoothing in (0.0, 0.1, 1.0):
+        loss = torch.nn.CrossEntropyLoss(label_smoothing=label_smoothing, reduction="none")
+        expected = loss(torch.from_numpy(logits), torch.from_numpy(labels)).numpy()
+        np.testing.assert_allclose(cross_entropy(logits, labels, label_smoothing), expected, atol=1e-14, rtol=1e-14)
+    assert cross_entropy(logits.astype(jnp.bfloat16), labels).dtype == jnp.float32
+    assert np.isnan(cross_entropy(logits[:2], np.array([-1, 17]))).all()
+
+
+def test_evaluation_is_torchs_and_leaves_out_the_rows_that_fill_the_batch(
+    torch64: TorchGoogLeNet, variables64: dict[str, Any]
+) -> None:
+    images = random_batches(1, 8, 64)[0]["image"]
+    with torch.inference_mode():
+        logits = torch64(torch.from_numpy(images).permute(0, 3, 1, 2)).numpy()
+    labels = np.full(8, -1, np.int32)
+    for row, place in enumerate([0, 0, 1, 4, 5, 17]):  # the label is the likeliest class, the next, ...
+        labels[row] = np.argsort(-logits[row])[place]
+    counted = torch.from_numpy(logits[:6]), torch.from_numpy(labels[:6]).long()
+    expected = torch.nn.functional.cross_entropy(*counted).item()
+
+    state = create_train_state(MODEL64, variables64, sgd(), label_smoothing=0.1)
+    metrics = eval_step(state, {"image": images, "label": labels})
+    assert float(metrics["loss"]) == pytest.approx(expected, rel=1e-12)
+    assert float(metrics["accuracy"]) == pytest.approx(2 / 6)
+    assert float(metrics["top5"]) == pytest.approx(4 / 6)
+    assert int(metrics["count"]) == 6
+    nothing = eval_step(state, {"image": images, "label": np.full_like(labels, -1)})
+    assert {float(value) for value in nothing.values()} == {0.0}
+
+
+def test_evaluation_uses_the_average(variables64: dict[str, Any]) -> None:
+    state = create_train_state(MODEL64, variables64, sgd())
+    zeros = jax.tree.map(jnp.zeros_like, variables64)
+    batch = random_batches(1, 8, 64)[0]
+    averaged = eval_step(state.replace(average=zeros), batch)
+    assert float(averaged["loss"]) == pytest.approx(np.log(1000))  # no weights: every class is as likely
