@@ -306,6 +306,7 @@ def test_the_public_names_are_those_of_the_contract() -> None:
 def test_every_public_name_is_there_and_no_other() -> None:
     for name in flax_googlenet.__all__:
         assert getattr(flax_googlenet, name) is not None
+    assert callable(flax_googlenet.training.train_step)
     with pytest.raises(AttributeError, match="has no attribute 'preproces'"):
         _ = flax_googlenet.preproces
 
