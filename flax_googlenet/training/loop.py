@@ -175,9 +175,11 @@ class Run:
         with self.signals:
             while True:
                 # An evaluation comes after the checkpoint of its step: a run that goes on from there begins with it.
-                if self.tally.step > 0 and self.tally.step % self.steps_per_epoch == 0 and not self._evaluate():
+                ended = self.tally.step >= self.total  # beyond it where a shorter recipe overrides
+                epoch_ended = self.tally.step > 0 and self.tally.step % self.steps_per_epoch == 0
+                if (ended or epoch_ended) and not self._evaluate():
                     return self._stop()
-                if self.tally.step == self.total:
+                if ended:
                     break
                 upcoming, stopped = self._step(upcoming, batches)
                 if stopped:
@@ -193,6 +195,7 @@ class Run:
         start = time.perf_counter()
         self.state, outputs = self.one_step(self.state, batch, self._stop_flags(), self.dropout_key)
         upcoming = self._to_devices(next(batches))  # while the devices compute
+        input_seconds = time.perf_counter() - start
         starved = outputs["loss"].is_ready()
         metrics = jax.device_get(outputs)
         seconds = time.perf_counter() - start
@@ -201,7 +204,8 @@ class Run:
         self.speed.add(seconds, starved)
         skipped, finite, stopped = metrics.pop("skipped"), metrics.pop("finite"), metrics.pop("stop")
         if self.log:
-            self.log.train(self.tally.step, metrics | {"images_per_second": self.recipe.batch_size / seconds})
+            times = {"images_per_second": self.recipe.batch_size / seconds, "input_seconds": input_seconds}
+            self.log.train(self.tally.step, metrics | times)
         unreadable = skipped[skipped >= 0].tolist()
         for message in self.tally.add_unreadable(self.train_data, unreadable, self.recipe.max_corrupt):
             self.say(message)

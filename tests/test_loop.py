@@ -1,0 +1,368 @@
+"""Runs as processes: stopped and resumed they end in the same bits, shared among devices in the same losses."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+from torchvision.models import GoogLeNet as TorchGoogLeNet
+
+import flax_googlenet
+from flax_googlenet.model import BLOCKS
+from flax_googlenet.training.data import eval_batches
+from flax_googlenet.training.datasets import open_data
+
+CLASSES, PER_CLASS = 4, 12  # 36 images to train on, 12 held out
+RECIPE = ("epochs=3", "batch-size=8", "held-out=0.25", "learning-rate=0.01", "checkpoint-every=5")
+FROZEN = BLOCKS[: BLOCKS.index("inception5b")]  # a third of the time to compile; 5b and the heads have BatchNorm, too
+STEPS = 12
+TIMES = ("images_per_second", "input_seconds")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Class folders of digits."""
+    folder = tmp_path_factory.mktemp("digits")
+    digits = load_digits()
+    for label in range(CLASSES):
+        (folder / str(label)).mkdir()
+        for i, pixels in enumerate(digits.images[digits.target == label][:PER_CLASS]):
+            Image.fromarray((pixels * 15).astype(np.uint8)).save(folder / str(label) / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What one process has compiled serves the next."""
+    return {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache")), "JAX_PLATFORMS": "cpu"}
+
+
+class Training:
+    """``flax-googlenet train`` in a process of its own."""
+
+    def __init__(self, data: Path, weights: Path, environment: dict[str, str]) -> None:
+        self.data, self.weights, self.environment = data, weights, environment
+
+    def start(
+        self,
+        workdir: Path,
+        *options: str,
+        recipe: Sequence[str] = (),
+        data: Path | None = None,
+        weights: Path | None = None,
+        **variables: str,
+    ) -> subprocess.Popen[str]:
+        fields = [f"--recipe.{field}" for field in (*RECIPE, *recipe)]
+        command = [sys.executable, "-m", "flax_googlenet", "train", str(data or self.data), "--workdir", str(workdir)]
+        command += ["--preset", "digits", "--weights", str(weights or self.weights)]
+        return subprocess.Popen(
+            [*command, *fields, "--recipe.frozen", *FROZEN, *options],
+            env=self.environment | variables,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def __call__(self, workdir: Path, *options: str, **arguments: Any) -> tuple[int, str]:
+        """Runs it to its end; returns the status and what it said."""
+        process = self.start(workdir, *options, **arguments)
+        _, said = process.communicate(timeout=300)
+        return process.returncode, said
+
+
+@pytest.fixture(scope="module")
+def train(
+    data: Path, variables: dict[str, Any], environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Training:
+    weights = tmp_path_factory.mktemp("weights") / "random.safetensors"
+    flax_googlenet.save(weights, flax_googlenet.GoogLeNet(), variables)
+    return Training(data, weights, environment)
+
+
+@pytest.fixture(scope="module")
+def whole(train: Training, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that was never stopped; ``said`` has what it said."""
+    workdir = tmp_path_factory.mktemp("whole")
+    status, said = train(workdir)
+    (workdir / "said").write_text(said)
+    assert status == 0, said
+    return workdir
+
+
+def records(workdir: Path) -> list[dict[str, Any]]:
+    """The metrics, without the times."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
+
+
+def losses(workdir: Path) -> np.ndarray:
+    return np.array([record["loss"] for record in records(workdir) if record["split"] == "train"])
+
+
+def wait_for_step(step: int, workdir: Path, process: subprocess.Popen[str]) -> None:
+    metrics = workdir / "metrics.jsonl"
+    while not (metrics.exists() and f'"step": {step},' in metrics.read_text()):
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        time.sleep(0.005)
+
+
+def assert_same_bits(workdir: Path, whole: Path) -> None:
+    assert records(workdir) == records(whole)
+    assert (workdir / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+# A run from its beginning to its end.
+
+
+def test_a_run_leaves_metrics_checkpoints_curves_and_weights(whole: Path) -> None:
+    metrics = records(whole)
+    assert [m["step"] for m in metrics if m["split"] == "train"] == list(range(1, STEPS + 1))
+    assert [m["step"] for m in metrics if m["split"] == "held_out"] == [4, 8, 12]
+    assert sorted(path.name for path in (whole / "checkpoints").iterdir()) == ["step_00000010", "step_00000012"]
+    Image.open(whole / "curves.png").verify()
+    metadata = flax_googlenet.load_metadata(whole / "model.safetensors")
+    assert metadata["class_names"] == ["0", "1", "2", "3"]
+    assert metadata["recipe"] == json.loads((whole / "recipe.json").read_text())
+    assert metadata["accuracy"] == metrics[-1]["accuracy"]
+
+
+def test_the_last_lines_tell_the_speeds_the_accuracy_and_what_can_be_done_next(whole: Path, data: Path) -> None:
+    speeds, accuracy, evaluate, port = (whole / "said").read_text().splitlines()[-4:]
+    assert speeds.startswith("images a second: ")
+    assert f"{records(whole)[-1]['accuracy']:.2%}" in accuracy
+    assert evaluate == f"  flax-googlenet evaluate {whole}/model.safetensors {data}"
+    assert port == f"  python convert/port_weights.py {whole}/model.safetensors --to-torchvision FILE.pth"
+
+
+def test_torchvision_gives_the_accuracy_of_the_run(whole: Path, data: Path) -> None:
+    _, variables = flax_googlenet.load(whole / "model.safetensors")
+    network = TorchGoogLeNet(num_classes=CLASSES, aux_logits=True, init_weights=False).eval()
+    state_dict = {k: torch.from_numpy(v.copy()) for k, v in flax_googlenet.to_torchvision(variables).items()}
+    network.load_state_dict(state_dict)
+    _, held_out = open_data(str(data), held_out=0.25, seed=0)
+    (batch,) = eval_batches(held_out, batch_size=len(held_out), image_size=32, fail=pytest.fail)
+    with torch.no_grad():
+        classes = network(torch.from_numpy(batch["image"].transpose(0, 3, 1, 2))).argmax(1).numpy()
+    metadata = flax_googlenet.load_metadata(whole / "model.safetensors")
+    assert (classes == batch["label"]).mean() == metadata["accuracy"]
+
+
+# Stopped and resumed.
+
+
+def stop(train: Training, workdir: Path, steps: range, number: signal.Signals) -> tuple[int, str]:
+    """Sends a signal to a run after one of the steps; returns its status and what it said."""
+    process = train.start(workdir)
+    wait_for_step(random.choice(steps), workdir, process)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert "Traceback" not in said
+    return process.returncode, said
+
+
+def test_a_run_stopped_by_ctrl_c_sigterm_and_a_kill_ends_in_the_bits_of_one_never_stopped(
+    train: Training, whole: Path, tmp_path: Path
+) -> None:
+    status, said = stop(train, tmp_path, range(1, 4), signal.SIGINT)
+    assert status == 130
+    assert "stopping after this step; Ctrl-C again ends at once" in said
+
+    status, more = stop(train, tmp_path, range(5, 8), signal.SIGTERM)
+    assert status == 143
+    for text in (said, more):  # it says where, and there is the checkpoint
+        step = int(text.splitlines()[-1].removeprefix("stopped after step ").split(" of 12; ")[0])
+        assert (f"going on from the checkpoint of step {step}" in more) == (text is said)
+    assert (tmp_path / "checkpoints" / f"step_{step:08}").is_dir()
+
+    status, _ = stop(train, tmp_path, range(step + 1, STEPS), signal.SIGKILL)
+    assert status == -signal.SIGKILL
+    status, said = train(tmp_path)
+    assert status == 0, said
+    assert_same_bits(tmp_path, whole)
+
+
+# Refused.
+
+
+def test_a_second_run_in_a_folder_is_refused(train: Training, tmp_path: Path) -> None:
+    first = train.start(tmp_path)
+    while not (tmp_path / "recipe.json").exists():
+        time.sleep(0.01)
+    status, said = train(tmp_path)
+    first.kill()
+    first.communicate()
+    assert (status, said.count("\n")) == (3, 1)
+    assert f"{tmp_path} is in use by process {first.pid}" in said
+
+
+def test_another_recipe_or_other_data_are_refused_unless_told(train: Training, whole: Path, tmp_path: Path) -> None:
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    status, said = train(workdir, recipe=["label-smoothing=0.2", "keep=7"])
+    assert status == 3
+    assert "holds a run with label_smoothing 0.0, now 0.2: choose another folder, or add --override" in said
+    other = shutil.copytree(train.data, tmp_path / "other")
+    (other / "0" / "0.png").unlink()
+    status, said = train(workdir, data=other)
+    assert status == 3
+    assert "holds a run with other data: " in said
+    status, said = train(workdir, "--override", recipe=["label-smoothing=0.2"])  # which has come to its end
+    assert status == 0, said
+    assert records(workdir) == records(whole)
+    assert json.loads((workdir / "recipe.json").read_text())["label_smoothing"] == 0.2
+
+
+# What goes wrong in a run.
+
+
+@pytest.fixture(scope="module")
+def troubled(train: Training, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Path], str]:
+    """A run whose data are partly corrupt and whose checkpoints have no place: the corrupt files, and what it said."""
+    folder = tmp_path_factory.mktemp("troubled")
+    data = shutil.copytree(train.data, folder / "data")
+    corrupt = sorted((data / "1").iterdir())
+    for path in corrupt:
+        path.write_bytes(path.read_bytes()[:60])
+    (folder / "run").mkdir()
+    (folder / "run" / "checkpoints").write_text("a file where the folder should be")
+    status, said = train(folder / "run", recipe=["max-corrupt=0.25"], data=data)
+    assert status == 0, said
+    return corrupt, said
+
+
+def test_a_corrupt_image_is_named_once(troubled: tuple[list[Path], str]) -> None:
+    corrupt, said = troubled
+    assert [said.count(f"{path} is damaged") for path in corrupt] == [1] * 12  # those that are held out, too
+    assert "9 images could not be read, and 0 steps were left out" in said
+
+
+def test_a_checkpoint_that_cannot_be_saved_is_said_and_does_not_count(troubled: tuple[list[Path], str]) -> None:
+    _, said = troubled
+    warnings = [line for line in said.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 3  # of steps 5, 10 and 12
+    assert all("was not saved" in line and line.endswith("; there is no checkpoint yet") for line in warnings)
+
+
+def test_losses_that_are_not_finite_are_left_out_and_5_in_a_row_stop_the_run(
+    train: Training, whole: Path, tmp_path: Path
+) -> None:
+    model, variables = flax_googlenet.load(whole / "model.safetensors")
+    variables["params"]["fc"]["bias"] = variables["params"]["fc"]["bias"] + np.float32(np.inf)
+    flax_googlenet.save(tmp_path / "infinite.safetensors", model, variables)
+    status, said = train(tmp_path / "run", weights=tmp_path / "infinite.safetensors")
+    assert status == 4
+    assert [line for line in said.splitlines() if "is left out" in line] == [
+        f"step {step} is left out: its loss or gradient is not finite" for step in range(1, 6)
+    ]
+    assert "not finite in 5 steps in a row" in said
+    assert [record["loss"] for record in records(tmp_path / "run") if record["split"] == "train"] == [None] * 5
+
+
+# Devices and processes.
+
+
+@pytest.fixture(scope="module")
+def two_devices(train: Training, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run on two devices."""
+    workdir = tmp_path_factory.mktemp("two_devices")
+    status, said = train(workdir, JAX_NUM_CPU_DEVICES="2")
+    assert status == 0, said
+    assert "2 cpu" in said
+    return workdir
+
+
+def together(train: Training, workdir: Path, count: int = 2) -> list[subprocess.Popen[str]]:
+    """Processes that train as one."""
+    address = f"127.0.0.1:{free_port()}"
+    return [
+        train.start(
+            workdir,
+            "--distributed",
+            JAX_COORDINATOR_ADDRESS=address,
+            JAX_NUM_PROCESSES=str(count),
+            JAX_PROCESS_ID=str(i),
+        )
+        for i in range(count)
+    ]
+
+
+def test_two_devices_give_the_losses_of_one(two_devices: Path, whole: Path) -> None:
+    # float32, summed in another order; measured after 12 steps: 7e-7.
+    np.testing.assert_allclose(losses(two_devices), losses(whole), rtol=5e-6)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("victim", [0, 1])
+def test_two_processes_give_the_losses_of_two_devices_though_one_is_killed_and_all_start_again(
+    victim: int, train: Training, two_devices: Path, tmp_path: Path
+) -> None:
+    processes = together(train, tmp_path)
+    wait_for_step(6, tmp_path, processes[0])
+    processes[victim].kill()
+    processes[victim].communicate()
+    survivor = processes[1 - victim]
+    _, error = survivor.communicate(timeout=60)
+    if victim == 0 and survivor.returncode == -signal.SIGABRT:  # JAX may notice first that its coordinator is gone
+        assert "the leader task was preempted/died/restarted unexpectedly" in error
+    else:
+        assert survivor.returncode == 4, error
+        assert "another process of the run is gone: start all of them again; the last checkpoint is that of" in error
+
+    processes = together(train, tmp_path)
+    said = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert "2 cpu of 2 processes" in said[0]
+    assert "going on from the checkpoint of step 5" in said[0]
+    assert_same_bits(tmp_path, two_devices)
+
+
+@pytest.mark.fault
+def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step(train: Training, tmp_path: Path) -> None:
+    processes = together(train, tmp_path)
+    wait_for_step(4, tmp_path, processes[0])
+    processes[1].send_signal(signal.SIGTERM)
+    said = [process.communicate(timeout=60)[1] for process in processes]
+    assert [process.returncode for process in processes] == [143, 143], said
+    assert "stopped after step " in said[0]
+
+
+# The heavy loop, by `pytest -m fault`.
+
+
+@pytest.mark.fault
+def test_50_kills_of_them_20_during_saves_change_no_bit(train: Training, tmp_path: Path) -> None:
+    recipe = ["epochs=60", "checkpoint-every=1"]
+    status, said = train(tmp_path / "whole", recipe=recipe)
+    assert status == 0, said
+    workdir = tmp_path / "killed"
+    for kill in range(50):
+        process = train.start(workdir, recipe=recipe)
+        if kill % 5 < 2:
+            while not list(workdir.glob("checkpoints/.step_*")):
+                assert process.poll() is None, process.stderr and process.stderr.read()
+                time.sleep(0.001)
+            time.sleep(random.uniform(0, 0.1))  # a save takes about as long
+        else:
+            time.sleep(random.uniform(0, 15))  # importing, restoring, compiling, training, evaluating
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        process.kill()
+        process.communicate()
+    status, said = train(workdir, recipe=recipe)
+    assert status == 0, said
+    assert_same_bits(workdir, tmp_path / "whole")

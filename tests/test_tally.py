@@ -1,0 +1,56 @@
+"""What a run counts: when it goes on and when it stops."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from flax_googlenet.training.datasets import Dataset
+from flax_googlenet.training.tally import Tally, TooMuchError
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Dataset:
+    """Ten images, the first four of them cut off."""
+    names = tuple(f"{i}.png" for i in range(10))
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 9, 3), dtype=np.uint8)
+    for i, name in enumerate(names):
+        Image.fromarray(pixels).save(tmp_path / name)
+        if i < 4:
+            (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:100])
+    return Dataset(("a", "b"), np.zeros(10, np.int32), names, str(tmp_path))
+
+
+def test_an_unreadable_image_is_named_with_the_reason_once(dataset: Dataset) -> None:
+    tally = Tally()
+    (said,) = tally.add_unreadable(dataset, [2, 2], max_corrupt=1)
+    assert said.startswith(f"{dataset.name(2)} is damaged or cut off")
+    assert said.endswith("; another image takes its place")
+    assert list(tally.add_unreadable(dataset, [2], max_corrupt=1)) == []
+    assert tally.unreadable == [dataset.name(2)]
+
+
+def test_an_image_that_can_be_read_again_counts_too(dataset: Dataset) -> None:
+    (said,) = Tally().add_unreadable(dataset, [7], max_corrupt=1)
+    assert said == f"{dataset.name(7)} could not be read at first; another image takes its place"
+
+
+def test_more_unreadable_images_than_allowed_stop_the_run_once_all_are_said(dataset: Dataset) -> None:
+    tally, said = Tally(), list[str]()
+    said.extend(tally.add_unreadable(dataset, [0, 1], max_corrupt=0.2))
+    too_many = r"3 of 10 images cannot be read, more than max_corrupt \(20.00%\) allows: .*"
+    with pytest.raises(TooMuchError, match=too_many):
+        said.extend(tally.add_unreadable(dataset, [3], max_corrupt=0.2))
+    assert len(said) == 3
+
+
+def test_5_steps_in_a_row_that_are_not_finite_stop_the_run(dataset: Dataset) -> None:
+    tally, said = Tally(), list[str]()
+    for finite in [False] * 4 + [True] + [False] * 4:
+        tally.step += 1
+        said.extend(tally.add_finite(finite))
+    assert [message.split()[1] for message in said] == ["1", "2", "3", "4", "6", "7", "8", "9"]
+    with pytest.raises(TooMuchError, match="not finite in 5 steps in a row"):
+        list(tally.add_finite(False))
+    assert tally.not_finite == 9
