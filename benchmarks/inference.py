@@ -8,7 +8,6 @@ outside the time. Printed are medians over all rounds, ratios, start, memory and
     python benchmarks/inference.py
 """
 
-import argparse
 import contextlib
 import random
 import statistics
@@ -20,7 +19,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from side_by_side import THREADS, Worker, machine, peak_memory, print_header, print_row, progress, serve
+from side_by_side import (
+    THREADS,
+    Worker,
+    machine,
+    parse_arguments,
+    peak_memory,
+    print_header,
+    print_row,
+    progress,
+    serve,
+    write_weights,
+)
 
 ERROR_BATCH = 8
 
@@ -95,12 +105,7 @@ BASELINE = "ONNX Runtime"
 
 def main() -> None:
     """Runs the benchmark and prints its tables in Markdown."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32], help="images in a call (1 8 32)")
-    parser.add_argument("--rounds", type=int, default=15, help="turns of each engine at each batch (15)")
-    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES), help="default: all of them")
-    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)  # the folder of a process that is one engine
-    arguments = parser.parse_args()
+    arguments = parse_arguments(__doc__, ENGINES, batches=[1, 8, 32], rounds=15)
     if arguments.work:
         serve(lambda: load(arguments.engines[0], arguments.work))
         return
@@ -121,13 +126,7 @@ def make_inputs(folder: Path) -> None:
     import reference
     import torch
 
-    import flax_googlenet
-
-    checkpoint = reference.random_checkpoint()
-    torch.save(checkpoint, folder / "weights.pth")
-    state_dict = {key: tensor.numpy() for key, tensor in checkpoint.items()}
-    variables = flax_googlenet.from_torchvision(state_dict)
-    flax_googlenet.save(folder / "weights.safetensors", flax_googlenet.GoogLeNet(), variables)
+    state_dict = write_weights(folder)
     model = reference.build(state_dict, transform_input=False, dtype=torch.float32)
     example = (torch.zeros(2, 3, 224, 224),)
     shapes = {"x": {0: torch.export.Dim("n", min=1, max=4096)}}

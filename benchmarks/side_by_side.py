@@ -1,5 +1,6 @@
 """What the benchmarks share: engines in processes of their own, which take turns, and tables in Markdown."""
 
+import argparse
 import contextlib
 import json
 import os
@@ -11,6 +12,8 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "convert"))
@@ -61,6 +64,34 @@ class Worker:
         self.process.kill()
         self.process.wait()
         self.log.close()
+
+
+def parse_arguments(
+    description: str | None, engines: Mapping[str, Any], batches: list[int], rounds: int
+) -> argparse.Namespace:
+    """The options of a benchmark, with its defaults; ``work`` is None but in a worker."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sizes = " ".join(map(str, batches))
+    parser.add_argument("--batches", type=int, nargs="+", default=batches, help=f"images at once ({sizes})")
+    parser.add_argument("--rounds", type=int, default=rounds, help=f"turns of each engine at each batch ({rounds})")
+    parser.add_argument("--engines", nargs="+", choices=engines, default=list(engines), help="default: all of them")
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)  # the folder of a process that is one engine
+    return parser.parse_args()
+
+
+def write_weights(folder: Path) -> dict[str, np.ndarray]:
+    """Writes the same random weights as weights.pth and weights.safetensors; returns PyTorch's state dict."""
+    import reference
+    import torch
+
+    import flax_googlenet
+
+    checkpoint = reference.random_checkpoint()
+    torch.save(checkpoint, folder / "weights.pth")
+    state_dict = {key: tensor.numpy() for key, tensor in checkpoint.items()}
+    variables = flax_googlenet.from_torchvision(state_dict)
+    flax_googlenet.save(folder / "weights.safetensors", flax_googlenet.GoogLeNet(), variables)
+    return state_dict
 
 
 def serve(load: Callable[[], Callable[..., dict[str, Any]]]) -> None:

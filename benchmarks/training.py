@@ -9,7 +9,6 @@ instead of hundreds of thousands. Printed are medians over all rounds, ratios, t
     python benchmarks/training.py
 """
 
-import argparse
 import contextlib
 import random
 import statistics
@@ -20,7 +19,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from side_by_side import THREADS, Worker, machine, peak_memory, print_header, print_row, progress, serve
+from side_by_side import (
+    THREADS,
+    Worker,
+    machine,
+    parse_arguments,
+    peak_memory,
+    print_header,
+    print_row,
+    progress,
+    serve,
+    write_weights,
+)
 
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.001, 0.9, 1e-4
 AUX_WEIGHT = 0.3
@@ -95,34 +105,16 @@ ENGINES |= {name + HUGE_PAGES: ENGINES[name] for name in ("PyTorch channels_last
 
 def main() -> None:
     """Runs the benchmark and prints its table in Markdown."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batches", type=int, nargs="+", default=[16, 64], help="images in a step (16 64)")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each engine at each batch (5)")
-    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES), help="default: all of them")
-    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)  # the folder of a process that is one engine
-    arguments = parser.parse_args()
+    arguments = parse_arguments(__doc__, ENGINES, batches=[16, 64], rounds=5)
     if arguments.work:
         serve(lambda: load(arguments.engines[0], arguments.work))
         return
     results = {}
     with tempfile.TemporaryDirectory() as folder:
-        make_weights(Path(folder))
+        write_weights(Path(folder))
         for batch in arguments.batches:
             results |= measure(arguments.engines, Path(folder), batch, arguments.rounds)
     report(arguments.engines, arguments.batches, results)
-
-
-def make_weights(folder: Path) -> None:
-    """Writes the same random weights for each engine."""
-    import reference
-    import torch
-
-    import flax_googlenet
-
-    checkpoint = reference.random_checkpoint()
-    torch.save(checkpoint, folder / "weights.pth")
-    variables = flax_googlenet.from_torchvision({key: tensor.numpy() for key, tensor in checkpoint.items()})
-    flax_googlenet.save(folder / "weights.safetensors", flax_googlenet.GoogLeNet(), variables)
 
 
 def load(name: str, folder: Path) -> Callable[..., dict[str, Any]]:

@@ -16,10 +16,12 @@ from rich.progress import Progress, SpinnerColumn, TextColumn
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
+from scipy.special import softmax
 
 from flax_googlenet.files import load_weights, require_folder_of
-from flax_googlenet.images import decode, display_name, find_images
+from flax_googlenet.images import display_name, find_images, read_ahead
 from flax_googlenet.inference import Predictor, make_predictor
+from flax_googlenet.preprocessing import preprocess
 from flax_googlenet.results import SUFFIXES, Row, open_results
 from flax_googlenet.status import CommandError, Status, printable
 
@@ -79,7 +81,8 @@ def classify(
         with _progress(notes, hidden) as progress:
             task = progress.add_task("", total=None, rate=0.0)
             new = filter(is_new, itertools.chain([first], paths))
-            for rows in _answers(predict, decode(new, 2 * batch_size, fail), batch_size, top, loaded.class_names):
+            images = read_ahead(new, preprocess, 2 * batch_size, fail)
+            for rows in _answers(predict, images, batch_size, top, loaded.class_names):
                 if results:
                     results.append(rows)
                 elif as_json:
@@ -131,8 +134,7 @@ def _answers(
 
 def rank(logits: np.ndarray, top: int, class_names: Sequence[str] | None) -> list[dict[str, int | str | float | None]]:
     """The ``top`` likeliest classes of float64 logits [num_classes], the likeliest first."""
-    exponentials = np.exp(logits - logits.max())
-    probabilities = exponentials / exponentials.sum()
+    probabilities = softmax(logits)
     return [
         {
             "index": int(index),

@@ -10,9 +10,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 import numpy as np
-from jaxtyping import Float32
 
-from flax_googlenet.preprocessing import ImageError, preprocess
+from flax_googlenet.preprocessing import ImageError
 
 IMAGE_NAME = re.compile(
     r"\.(apng|avif|bmp|gif|j2k|jfif|jp2|jpe|jpeg|jpg|pbm|pgm|png|pnm|ppm|tga|tif|tiff|webp)\Z", re.IGNORECASE
@@ -66,18 +65,19 @@ def _walk(folder: str, fail: Fail) -> Iterator[str]:
         stack += sorted((item for item in below if item[1] or IMAGE_NAME.search(item[0])), reverse=True)
 
 
-def decode(paths: Iterator[str], ahead: int, fail: Fail) -> Iterator[tuple[str, Float32[np.ndarray, "224 224 3"]]]:
-    """Each path and its pixels, float32 [224, 224, 3], in order; images that cannot be read go to ``fail``.
-
-    Threads decode up to ``ahead`` images before they are asked for, while the network computes.
-    """
-    return read_ahead(paths, preprocess, ahead, fail)
-
-
 def read_ahead(
     sources: Iterator[Source], read: Callable[[Source], np.ndarray], ahead: int, fail: Fail
 ) -> Iterator[tuple[Source, np.ndarray]]:
-    """Each source and what ``read`` makes of it, as ``decode`` does for paths; ``read`` may raise an ImageError."""
+    """Each source and what ``read`` makes of it, in order.
+
+    Threads read up to ``ahead`` images before they are asked for, while the network computes.
+
+    Args:
+        sources: paths, or whatever ``read`` takes.
+        read: an image's pixels; where it raises an ImageError, the message goes to ``fail``, and the work goes on.
+        ahead: images.
+        fail: takes messages.
+    """
     pending: deque[tuple[Source, Future[np.ndarray]]] = deque()
     pool = ThreadPoolExecutor(os.cpu_count())
     try:

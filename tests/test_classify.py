@@ -23,7 +23,7 @@ from pyarrow import parquet
 
 import flax_googlenet
 from flax_googlenet.cli import main
-from flax_googlenet.images import decode, display_name, find_images
+from flax_googlenet.images import display_name, find_images, read_ahead
 from flax_googlenet.model import GoogLeNet
 from flax_googlenet.results import Row, open_results
 from flax_googlenet.status import CommandError
@@ -223,7 +223,7 @@ def test_no_more_images_are_decoded_ahead_than_asked_for(here: Path) -> None:
             asked += 1
             yield "photos/01.jpg"
 
-    for given, (_, pixels) in enumerate(decode(paths(), 8, pytest.fail), 1):
+    for given, (_, pixels) in enumerate(read_ahead(paths(), flax_googlenet.preprocess, 8, pytest.fail), 1):
         assert pixels.shape == (224, 224, 3)
         assert given + 7 <= asked + (given > 93) * 8
         assert asked <= given + 7

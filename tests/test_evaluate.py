@@ -19,7 +19,7 @@ import flax_googlenet
 from flax_googlenet.cli import main
 from flax_googlenet.files import load_weights
 from flax_googlenet.preprocessing import ImageError, normalise
-from flax_googlenet.training.confusion import Tally, draw_confusion
+from flax_googlenet.training.confusion import Score, draw_confusion
 from flax_googlenet.training.crops import crops
 from flax_googlenet.training.datasets import open_data
 from flax_googlenet.training.ensemble import answers, find_classes, make_networks
@@ -206,7 +206,7 @@ def test_an_ensemble_is_the_mean_of_its_networks(
 
 
 def test_top5_and_the_confusion_matrix_are_counted_by_hand() -> None:
-    tally = Tally(places=np.array([6, 2]), num_classes=8)  # the data has two of the network's eight classes
+    tally = Score(places=np.array([6, 2]), num_classes=8)  # the data has two of the network's eight classes
     #                 0    1    2    3    4    5    6    7
     likely_2 = [0.0, 0.0, 0.6, 0.0, 0.0, 0.1, 0.3, 0.0]
     likely_1 = [0.1, 0.3, 0.0, 0.1, 0.1, 0.1, 0.1, 0.2]  # class 6 is the sixth: of equals the first ones come first

@@ -19,7 +19,7 @@ _LONGEST_NAME = 24
 _PAIRS = 20
 
 
-class Tally:
+class Score:
     """Counts right and wrong answers.
 
     Args:

@@ -67,8 +67,8 @@ class TrainBatches(Iterator[Batch]):
 def train_batches(dataset: Dataset, recipe: Recipe, *, process_index: int = 0, process_count: int = 1) -> TrainBatches:
     """Augmented images in an order that is new in each epoch.
 
-    An epoch is ``len(dataset) // batch_size`` batches: the images that are left over wait for another epoch's order.
-    In place of an image that cannot be read comes the next one in ``dataset`` that can.
+    An epoch is ``recipe.steps_per_epoch(len(dataset))`` batches: the images that are left over wait for another epoch's
+    order. In place of an image that cannot be read comes the next one in ``dataset`` that can.
 
     Args:
         dataset: what ``open_data`` found.
@@ -83,7 +83,7 @@ def train_batches(dataset: Dataset, recipe: Recipe, *, process_index: int = 0, p
     Raises:
         DataError: if there are fewer images than a batch needs, or the processes cannot share a batch evenly.
     """
-    steps = len(dataset) // recipe.batch_size
+    steps = recipe.steps_per_epoch(len(dataset))
     if steps == 0:
         raise DataError(f"{len(dataset)} images are too few for a batch of {recipe.batch_size}: choose a smaller one")
     rows = _rows(recipe.batch_size, process_index, process_count)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float64
+from scipy.special import softmax
 
 from flax_googlenet.files import Weights
 from flax_googlenet.images import Fail, read_ahead
@@ -59,7 +60,9 @@ def answers(
     images = read_ahead(iter(range(len(dataset))), read, 2 * in_batch, fail)
     while batch := list(itertools.islice(images, in_batch)):
         views = np.concatenate([views for _, views in batch])
-        total = sum(_softmax(np.asarray(network.predict(views), np.float64))[:, network.order] for network in networks)
+        total = sum(
+            softmax(np.asarray(network.predict(views), np.float64), axis=1)[:, network.order] for network in networks
+        )
         if not np.isfinite(total).all():
             raise CommandError(Status.NOT_DONE, "the weights are wrong: their answers are not finite")
         yield [index for index, _ in batch], np.mean(np.split(total / len(networks), len(batch)), axis=1)
@@ -125,8 +128,3 @@ def recipe_of(metadata: Mapping[str, Any]) -> Recipe | None:
         return Recipe.from_json(json.dumps(metadata["recipe"]))
     except (KeyError, RecipeError):
         return None
-
-
-def _softmax(logits: np.ndarray) -> np.ndarray:
-    exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return exponentials / exponentials.sum(axis=1, keepdims=True)

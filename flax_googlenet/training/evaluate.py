@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from flax_googlenet.files import load_weights, require_folder_of
 from flax_googlenet.images import display_name
 from flax_googlenet.status import CommandError, Status, printable
-from flax_googlenet.training.confusion import Tally, draw_confusion
+from flax_googlenet.training.confusion import Score, draw_confusion
 from flax_googlenet.training.datasets import DataError, Dataset, class_folders, hold_out, open_data
 from flax_googlenet.training.ensemble import answers, find_classes, image_size, make_networks, recipe_of
 from flax_googlenet.training.recipe import PRESETS
@@ -60,7 +60,7 @@ def evaluate(
         raise CommandError(Status.NOT_DONE, " ".join(str(error).split())) from error
     places = find_classes(dataset.class_names, data, first, paths[0])
 
-    tally, start = Tally(places, first.model.num_classes), time.perf_counter()
+    tally, start = Score(places, first.model.num_classes), time.perf_counter()
     with _progress(notes) as progress:
         task = progress.add_task("", total=len(dataset))
         for indices, probabilities in answers(networks, dataset, num_crops, size, batch_size, fail):
@@ -115,7 +115,7 @@ def find_data(data: str, metadata: Mapping[str, Any], tell: Callable[[str], None
     return whole
 
 
-def _figures(tally: Tally, dataset: Dataset) -> dict[str, Any]:
+def _figures(tally: Score, dataset: Dataset) -> dict[str, Any]:
     counts, right = tally.matrix.sum(1), np.diagonal(tally.matrix)
     classes = {
         name: {"count": int(count), "top1": int(hits) / int(count) if count else None}

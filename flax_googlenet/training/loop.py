@@ -77,7 +77,7 @@ def _run(data: str, workdir: Path, recipe: Recipe, weights: Path | None, overrid
     start = load_weights(weights, dtype=jnp.float32) if weights else None
     train_data, held_out = open_data(data, held_out=recipe.held_out, seed=recipe.seed)
     batches = stack.enter_context(closing(train_batches(train_data, recipe, **devices.share)))
-    steps_per_epoch = len(train_data) // recipe.batch_size
+    steps_per_epoch = recipe.steps_per_epoch(len(train_data))
     total = steps_per_epoch * recipe.epochs
     identity = {
         "recipe": dataclasses.asdict(recipe),
@@ -137,7 +137,7 @@ class Run:
     log: RunLog | None
 
     def __post_init__(self) -> None:
-        self.steps_per_epoch = len(self.train_data) // self.recipe.batch_size
+        self.steps_per_epoch = self.recipe.steps_per_epoch(len(self.train_data))
         self.total = self.steps_per_epoch * self.recipe.epochs
         self.last_saved = _last_saved(self.tally.step)
         self.held_out_metrics: dict[str, float] = {}

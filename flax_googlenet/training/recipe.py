@@ -110,6 +110,10 @@ class Recipe:
             f"frozen must name blocks among {', '.join(BLOCKS)}": set(self.frozen) <= set(BLOCKS),
         }
 
+    def steps_per_epoch(self, num_images: int) -> int:
+        """Batches in an epoch; the images that do not fill one are left over."""
+        return num_images // self.batch_size
+
     def to_json(self) -> str:
         """The recipe as a JSON object, for ``from_json``."""
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
