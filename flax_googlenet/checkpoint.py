@@ -86,6 +86,13 @@ def load(path: str | os.PathLike[str], *, dtype: Dtype | None = None) -> tuple[G
         model, variables = flax_googlenet.load("googlenet.safetensors")
         logits = jax.jit(model.apply)(variables, images).logits
     """
+    return load_whole(path, dtype=dtype)[:2]
+
+
+def load_whole(
+    path: str | os.PathLike[str], *, dtype: Dtype | None = None
+) -> tuple[GoogLeNet, dict[str, Any], dict[str, Any], str]:
+    """As ``load``; model, variables, metadata and the sha256 of the file, from one reading of it."""
     if dtype is not None and dtype not in _DTYPES.values():
         raise CheckpointError(f"dtype must be float64, float32, float16 or bfloat16, got {dtype}")
     data, content = _read(path)
@@ -118,7 +125,7 @@ def load(path: str | os.PathLike[str], *, dtype: Dtype | None = None) -> tuple[G
     for names, shape in shapes.items():
         tensor = tensors["/".join(names)]
         variables[names] = jnp.asarray(tensor, tensor.dtype if dtype is None else shape.dtype)
-    return model, unflatten_dict(variables)
+    return model, unflatten_dict(variables), content["metadata"], hashlib.sha256(data).hexdigest()
 
 
 def load_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -1,10 +1,9 @@
 """The files of the subcommands: whatever is wrong with one ends the command with one line that names it."""
 
-import hashlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flax_googlenet.checkpoint import CheckpointError, load, load_metadata
+from flax_googlenet.checkpoint import CheckpointError, load_whole
 from flax_googlenet.model import Dtype, GoogLeNet
 from flax_googlenet.status import CommandError, Status
 
@@ -32,10 +31,10 @@ def load_weights(path: Path, *, dtype: Dtype | None = None) -> Weights:
         CommandError: if they cannot be read, or are not those of this library.
     """
     try:
-        model, variables = load(path, dtype=dtype)
-        return Weights(model, variables, load_metadata(path), hashlib.sha256(path.read_bytes()).hexdigest()[:16])
+        model, variables, metadata, sha256 = load_whole(path, dtype=dtype)
+        return Weights(model, variables, metadata, sha256[:16])
     except CheckpointError as error:
-        raise CommandError(Status.NOT_DONE, " ".join(str(error).split())) from error
+        raise CommandError(Status.NOT_DONE, error) from error
     except OSError as error:
         raise CommandError(Status.NOT_DONE, f"cannot read {path}: {error.strerror}") from error
 

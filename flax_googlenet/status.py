@@ -17,10 +17,10 @@ class Status(IntEnum):
 
 
 class CommandError(Exception):
-    """Ends the command with a status; the message is one line that names the file and the way out."""
+    """Ends the command with a status; the message, put on one line, names the file and the way out."""
 
-    def __init__(self, status: Status, message: str) -> None:
-        super().__init__(printable(message))
+    def __init__(self, status: Status, message: object) -> None:
+        super().__init__(printable(" ".join(str(message).split())))
         self.status = status
 
 
