@@ -1,7 +1,10 @@
 """What a run does: a frozen dataclass that is the configuration, the command line and its documentation at once."""
 
 import dataclasses
+import inspect
 import json
+import math
+import types
 import typing
 from typing import Any, Literal
 
@@ -53,11 +56,16 @@ class Recipe:
     dropout_aux: float = 0.7
     """The rate in the auxiliary heads."""
     average_decay: float | None = None
-    """The decay of a moving average of the weights, which is then evaluated and saved. None keeps none."""
+    """The decay of a moving average of the weights, which is then evaluated and saved. None keeps none.
+
+    It moves with every batch, also where ``accumulate`` batches make one change of the weights."""
     accumulate: int = 1
-    """Batches whose gradients are averaged before the weights change."""
+    """Batches whose gradients are averaged before the weights change. Those left over at the end change nothing.
+
+    BatchNorm and ``average_decay`` go by the batch, not by the change."""
     frozen: tuple[str, ...] = ()
-    """Blocks that stay as they are, BatchNorm statistics included: conv1, conv2, conv3, inception3a ... inception5b."""
+    """Blocks that stay as they are, with their BatchNorm statistics: conv1 ... conv3, inception3a ... inception5b, fc,
+    aux1, aux2."""
     head_learning_rate: float = 1.0
     """The learning rate of fc, aux1 and aux2, as a multiple of that of the other blocks."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -84,7 +92,12 @@ class Recipe:
     """How many checkpoints to keep."""
 
     def __post_init__(self) -> None:
-        if problems := [message for message, holds in self._rules().items() if not holds]:
+        problems = [
+            f"{field.name} must be {_named(field.type)}"
+            for field in dataclasses.fields(self)
+            if not _is(getattr(self, field.name), field.type)
+        ]
+        if problems := problems or [message for message, holds in self._rules().items() if not holds]:
             raise RecipeError("recipe: " + "; ".join(problems))
 
     def _rules(self) -> dict[str, bool]:
@@ -95,12 +108,6 @@ class Recipe:
             **{f"{name} must be at least 1": getattr(self, name) >= 1 for name in counts},
             **{f"{name} must be at least 0 and less than 1": 0 <= getattr(self, name) < 1 for name in shares},
             **{f"{name} must be at least 0": getattr(self, name) >= 0 for name in not_negative},
-            **{
-                f"{name} must be one of {', '.join(typing.get_args(kind))}": getattr(self, name)
-                in typing.get_args(kind)
-                for name, kind in typing.get_type_hints(type(self)).items()
-                if typing.get_origin(kind) is Literal
-            },
             "seed must be at least 0 and less than 2**32": 0 <= self.seed < 2**32,
             f"image_size must be at least {MIN_SIZE}": self.image_size >= MIN_SIZE,
             "warmup_epochs must be at least 0 and less than epochs": 0 <= self.warmup_epochs < self.epochs,
@@ -119,7 +126,7 @@ class Recipe:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> "Recipe":
+    def from_json(cls, text: str | bytes) -> "Recipe":
         """Reads what ``to_json`` wrote.
 
         Raises:
@@ -138,6 +145,29 @@ class Recipe:
             raise
         except (ValueError, TypeError, AttributeError) as error:  # no JSON, no object, or a value of another type
             raise RecipeError(f"recipe: not as to_json writes it: {error}") from error
+
+
+def _is(value: object, kind: Any) -> bool:
+    """Whether a value is of a field's type; an int will do for a float, but nothing that is not finite."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        return value in args
+    if origin is types.UnionType:
+        return any(_is(value, kind) for kind in args)
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        kinds = args[:1] * len(value) if args[-1] is ... else args
+        return len(value) == len(kinds) and all(map(_is, value, kinds))
+    if kind is float:
+        return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+    return type(value) is kind
+
+
+def _named(kind: Any) -> str:
+    if typing.get_origin(kind) is Literal:
+        return f"one of {', '.join(typing.get_args(kind))}"
+    return inspect.formatannotation(kind).replace("float", "finite float")
 
 
 PRESETS = {
