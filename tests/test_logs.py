@@ -72,7 +72,11 @@ def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
     assert records(tmp_path) == [{"split": "train", "step": 1, "loss": None, "grad_norm": None, "finite": 0}]
 
 
-@pytest.mark.parametrize("rest", ["", '{"split": "train", "st'], ids=["stopped", "killed in a line"])
+@pytest.mark.parametrize(
+    "rest",
+    ["", '{"split": "train", "st', "\0" * 50 + "\n"],
+    ids=["stopped", "killed in a line", "a block that never reached the disk"],
+)
 def test_a_resumed_run_leaves_the_file_of_one_never_stopped(tmp_path: Path, rest: str) -> None:
     for name in ("whole", "resumed"):
         (tmp_path / name).mkdir()

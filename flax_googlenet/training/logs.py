@@ -6,8 +6,8 @@ import math
 import os
 import struct
 import time
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -42,7 +42,8 @@ class RunLog:
     On a terminal a progress bar shows the latest ones; elsewhere lines do, at most one in ten seconds about training.
     ``metrics.jsonl`` gets one line for each record, ``{"split": "train" or "held_out", "step": int, name: float}``,
     where null stands for what is not finite. TensorBoard reads the folder, too. A line is in its file when the method
-    returns; it is there whole or not at all, however the run ends. A full disk is said, and stops nothing.
+    returns, and stays there whatever kills the process; ``sync`` waits until the disk has it. A full disk is said, and
+    stops nothing.
 
     Args:
         workdir: the folder of the run; it is there.
@@ -109,6 +110,11 @@ class RunLog:
         self._record(HELD_OUT, step, metrics)
         self._console.print(f"step {step}: held out: {_text(metrics)}")
 
+    def sync(self) -> None:
+        """Waits until the disk has all records: before a checkpoint, after which a run does not make them again."""
+        with suppress(OSError):  # what cannot be written is said when it is recorded
+            os.fsync(self._lines.fileno())
+
     def message(self, text: str) -> None:
         """Says something beside the metrics, on the screen alone."""
         self._console.print(escape(printable(text)))
@@ -140,7 +146,7 @@ def draw_curves(workdir: Path) -> Path:
     """
     from matplotlib.figure import Figure  # not pyplot, which would choose a backend and keep figures alive
 
-    records = [json.loads(line) for line in _whole_lines(workdir / METRICS)]
+    records = [record for _, record in _records(workdir / METRICS)]
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     for axes, name in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
         for split, color in ((TRAIN, "#0072b2"), (HELD_OUT, "#d55e00")):  # Okabe and Ito's, for the colour-blind too
@@ -178,9 +184,15 @@ def _text(metrics: Mapping[str, float]) -> str:
     return ", ".join(text.format(metrics[name]) for name, text in _SHOWN.items() if name in metrics)
 
 
-def _whole_lines(path: Path) -> list[bytes]:
-    """All but a last one that a kill cut off."""
-    return [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+def _records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Each line and what it says, but for those that a kill cut off or a loss of power damaged."""
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if line.endswith(b"\n"):
+            yield line, record
 
 
 def _drop_records(start_step: int, path: Path) -> None:
@@ -190,7 +202,7 @@ def _drop_records(start_step: int, path: Path) -> None:
         return record["step"] < start_step or (record["step"] == start_step and record["split"] == TRAIN)
 
     if path.exists():
-        write_atomically(path, b"".join(line for line in _whole_lines(path) if stays(json.loads(line))))
+        write_atomically(path, b"".join(line for line, record in _records(path) if stays(record)))
 
 
 def _append(file: BinaryIO, data: bytes) -> None:
