@@ -23,34 +23,36 @@ def dataset(tmp_path: Path) -> Dataset:
 
 
 def test_an_unreadable_image_is_named_with_the_reason_once(dataset: Dataset) -> None:
-    tally = Tally()
-    (said,) = tally.add_unreadable(dataset, [2, 2], max_corrupt=1)
-    assert said.startswith(f"{dataset.name(2)} is damaged or cut off")
-    assert said.endswith("; another image takes its place")
-    assert list(tally.add_unreadable(dataset, [2], max_corrupt=1)) == []
+    tally, said = Tally(), list[str]()
+    tally.add_unreadable(dataset, [2, 2], 1, said.append)
+    tally.add_unreadable(dataset, [2], 1, said.append)
+    assert len(said) == 1
+    assert said[0].startswith(f"{dataset.name(2)} is damaged or cut off")
+    assert said[0].endswith("; another image takes its place")
     assert tally.unreadable == [dataset.name(2)]
 
 
 def test_an_image_that_can_be_read_again_counts_too(dataset: Dataset) -> None:
-    (said,) = Tally().add_unreadable(dataset, [7], max_corrupt=1)
-    assert said == f"{dataset.name(7)} could not be read at first; another image takes its place"
+    said: list[str] = []
+    Tally().add_unreadable(dataset, [7], 1, said.append)
+    assert said == [f"{dataset.name(7)} could not be read at first; another image takes its place"]
 
 
 def test_more_unreadable_images_than_allowed_stop_the_run_once_all_are_said(dataset: Dataset) -> None:
     tally, said = Tally(), list[str]()
-    said.extend(tally.add_unreadable(dataset, [0, 1], max_corrupt=0.2))
+    tally.add_unreadable(dataset, [0, 1], 0.2, said.append)
     too_many = r"3 of 10 images cannot be read, more than max_corrupt \(20.00%\) allows: .*"
     with pytest.raises(TooMuchError, match=too_many):
-        said.extend(tally.add_unreadable(dataset, [3], max_corrupt=0.2))
+        tally.add_unreadable(dataset, [3], 0.2, said.append)
     assert len(said) == 3
 
 
-def test_5_steps_in_a_row_that_are_not_finite_stop_the_run(dataset: Dataset) -> None:
+def test_5_steps_in_a_row_that_are_not_finite_stop_the_run() -> None:
     tally, said = Tally(), list[str]()
     for finite in [False] * 4 + [True] + [False] * 4:
         tally.step += 1
-        said.extend(tally.add_finite(finite))
+        tally.add_finite(finite, said.append)
     assert [message.split()[1] for message in said] == ["1", "2", "3", "4", "6", "7", "8", "9"]
     with pytest.raises(TooMuchError, match="not finite in 5 steps in a row"):
-        list(tally.add_finite(False))
+        tally.add_finite(False, said.append)
     assert tally.not_finite == 9

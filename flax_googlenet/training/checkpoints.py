@@ -125,6 +125,8 @@ def restore(folder: str | os.PathLike[str], like: Any, fail: Callable[[str], Non
             f"{os.fspath(folder)} has checkpoints, but none is whole: put an undamaged copy of one there, "
             "or remove the folder to start from the beginning"
         )
+    if step not in checkpoints:
+        raise CheckpointError(f"{folder} is not seen by every process: is the file system shared?")
     path = checkpoints[step]
     content = json.loads((path / "extra.json").read_bytes())
     if content["format"] != _FORMAT:

@@ -29,43 +29,13 @@ from flax_googlenet.training.recipe import Recipe
 Batch = dict[str, np.ndarray]
 
 _ATTEMPTS = 100  # unreadable images in a row after which it is the disk, or the wrong folder
-_THREADS = 4  # each decodes a batch of its own: memory
+_THREADS = min(4, os.cpu_count() or 1)  # each decodes a batch of its own: memory
 
 
-class TrainBatches(Iterator[Batch]):
-    """Batches without end, from any position on."""
-
-    def __init__(self, batches: grain.MapDataset, workers: int) -> None:
-        self._batches = batches
-        self._workers = workers
-        self._position = 0
-        self._iterator: grain.DatasetIterator | None = None
-
-    def __next__(self) -> Batch:
-        if self._iterator is None:
-            self._iterator = _iterate(self._batches.slice(slice(self._position, None)), self._workers)
-        batch = next(self._iterator)
-        self._position += 1
-        return batch
-
-    def get_state(self) -> dict[str, int]:
-        """The position, for JSON: how many batches have been taken. The number of workers is not part of it."""
-        return {"position": self._position}
-
-    def set_state(self, state: dict[str, int]) -> None:
-        """Goes on after the batch that was the last before ``get_state``."""
-        self.close()
-        self._position = state["position"]
-
-    def close(self) -> None:
-        """Ends threads and worker processes; they start anew with the next batch."""
-        if self._iterator is not None:
-            self._iterator.close()
-            self._iterator = None
-
-
-def train_batches(dataset: Dataset, recipe: Recipe, *, process_index: int = 0, process_count: int = 1) -> TrainBatches:
-    """Augmented images in an order that is new in each epoch.
+def train_batches(
+    dataset: Dataset, recipe: Recipe, start: int = 0, *, process_index: int = 0, process_count: int = 1
+) -> grain.DatasetIterator:
+    """Augmented images without end, in an order that is new in each epoch.
 
     An epoch is ``recipe.steps_per_epoch(len(dataset))`` batches: the images that are left over wait for another epoch's
     order. In place of an image that cannot be read comes the next one in ``dataset`` that can.
@@ -73,11 +43,13 @@ def train_batches(dataset: Dataset, recipe: Recipe, *, process_index: int = 0, p
     Args:
         dataset: what ``open_data`` found.
         recipe: its ``batch_size`` is that of all processes together.
+        start: how many batches were taken before, with whatever number of workers.
         process_index, process_count: this process gets the rows of each batch that are its own.
 
     Returns:
         An iterator of ``image`` float32 [b, size, size, 3], normalised; ``label`` int32 [b]; ``index`` int64 [b], the
-        places in the dataset that the order asked for; ``used`` int64 [b], those that were read. Close it after use.
+        places in the dataset that the order asked for; ``used`` int64 [b], those that were read. Its ``close()`` ends
+        threads and worker processes.
         It raises a DataError where 100 images in a row cannot be read.
 
     Raises:
@@ -96,7 +68,7 @@ def train_batches(dataset: Dataset, recipe: Recipe, *, process_index: int = 0, p
         .map_with_index(partial(_train_batch, dataset, recipe, rows, steps))
         .repeat()
     )
-    return TrainBatches(batches, recipe.workers)
+    return _iterate(batches.slice(slice(start, None)), recipe.workers)
 
 
 def eval_batches(
@@ -138,6 +110,11 @@ def eval_batches(
             for message in batch.pop("failures"):
                 fail(message)
             yield batch
+
+
+def made_ahead(workers: int) -> int:
+    """How many batches may have been made before they are asked for."""
+    return 5 * workers or _THREADS  # with the buffers of ``_iterate``, as measured with 1, 2 and 3 workers
 
 
 def _rows(batch_size: int, process_index: int, process_count: int) -> slice:
@@ -184,8 +161,7 @@ def _eval_batch(dataset: Dataset, image_size: int, index: np.ndarray) -> dict[st
 
 def _iterate(batches: grain.MapDataset, workers: int) -> grain.DatasetIterator:
     if workers == 0:
-        threads = min(_THREADS, os.cpu_count() or 1)
-        return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)))
+        return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_THREADS)))
     dataset = batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)).mp_prefetch(
         grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1), _start_worker
     )

@@ -22,10 +22,8 @@ class Devices:
     def __init__(self) -> None:
         # Auto: XLA decides how what lies between is split, as ever; Explicit asks the model to say it.
         mesh = jax.make_mesh((jax.device_count(),), ("batch",), axis_types=(AxisType.Auto,))
-        self._replicated, self._split = (
-            NamedSharding(mesh, PartitionSpec()),
-            NamedSharding(mesh, PartitionSpec("batch")),
-        )
+        self._replicated = NamedSharding(mesh, PartitionSpec())
+        self._split = NamedSharding(mesh, PartitionSpec("batch"))
         self.share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
         self._compiler_options = cpu.compiler_options() if jax.default_backend() == "cpu" else {}
 

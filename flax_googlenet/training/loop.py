@@ -17,7 +17,7 @@ from flax_googlenet.checkpoint import CheckpointError, write_atomically
 from flax_googlenet.files import load_weights
 from flax_googlenet.status import CommandError, Status, printable
 from flax_googlenet.training.checkpoints import CheckpointSaveError
-from flax_googlenet.training.data import Batch, eval_batches, train_batches
+from flax_googlenet.training.data import Batch, eval_batches, made_ahead, train_batches
 from flax_googlenet.training.datasets import DataError, Dataset, open_data
 from flax_googlenet.training.devices import Devices, joined
 from flax_googlenet.training.logs import RunLog
@@ -25,6 +25,7 @@ from flax_googlenet.training.outcome import write_outcome
 from flax_googlenet.training.recipe import Recipe, schedule
 from flax_googlenet.training.speed import Speed
 from flax_googlenet.training.start import RECIPE, initial_state, resume, save
+from flax_googlenet.training.step import Batch as DeviceBatch
 from flax_googlenet.training.step import Metrics, TrainState, eval_step, train_step
 from flax_googlenet.training.stopping import StopSignals
 from flax_googlenet.training.tally import Tally, TooMuchError
@@ -65,61 +66,54 @@ def train(
         try:
             if jax.process_index() == 0:
                 stack.enter_context(claim(workdir))
-            return _run(data, workdir, recipe, weights, override, stack)
+            run, batches = _begin(data, workdir, recipe, weights, override, stack)
         except (DataError, CheckpointError, WorkdirInUseError) as error:
-            raise CommandError(Status.NOT_DONE, " ".join(str(error).split())) from error
+            raise CommandError(Status.NOT_DONE, error) from error
+        except OSError as error:
+            raise CommandError(Status.NOT_DONE, _unwritten(error, workdir)) from error
+        except jax.errors.JaxRuntimeError as error:
+            raise CommandError(Status.GAVE_UP, _reason(error)) from error
+        try:
+            return run.train(batches) or run.finish(data)
+        except (TooMuchError, DataError) as error:
+            raise CommandError(Status.GAVE_UP, f"{error}; {run.last_saved}") from error
+        except OSError as error:
+            raise CommandError(Status.GAVE_UP, f"{_unwritten(error, workdir)}; {run.last_saved}") from error
+        except jax.errors.JaxRuntimeError as error:
+            raise CommandError(Status.GAVE_UP, f"{_reason(error)}; {run.last_saved}") from error
 
 
-def _run(data: str, workdir: Path, recipe: Recipe, weights: Path | None, override: bool, stack: ExitStack) -> Status:
+def _begin(
+    data: str, workdir: Path, recipe: Recipe, weights: Path | None, override: bool, stack: ExitStack
+) -> tuple["Run", Iterator[Batch]]:
+    """The run before its next step, and the batches from there on; ``stack`` closes its log and its input."""
     devices = Devices()
     if recipe.batch_size % jax.device_count():
         raise CommandError(Status.NOT_DONE, f"a batch of {recipe.batch_size} cannot be shared evenly by {devices}")
     start = load_weights(weights, dtype=jnp.float32) if weights else None
     train_data, held_out = open_data(data, held_out=recipe.held_out, seed=recipe.seed)
-    batches = stack.enter_context(closing(train_batches(train_data, recipe, **devices.share)))
     steps_per_epoch = recipe.steps_per_epoch(len(train_data))
     total = steps_per_epoch * recipe.epochs
+    if total < recipe.accumulate:
+        reason = f"{len(train_data)} images make {total} steps, and a change of the weights takes {recipe.accumulate}"
+        raise CommandError(Status.NOT_DONE, f"{reason}: choose a smaller batch_size or accumulate, or more epochs")
     identity = {
         "recipe": dataclasses.asdict(recipe),
         "data": [train_data.fingerprint, held_out.fingerprint],
         "weights": start.digest if start else None,
     }
-    messages = [f"{len(train_data)} images to train on, {len(held_out)} held out, {total} steps, {devices}"]
     shapes, make_state = initial_state(devices, recipe, train_data.class_names, steps_per_epoch, start)
-    tally, state = resume(workdir, shapes, identity, override, messages.append) or (Tally(), make_state())
-    if tally.step:
-        messages.append(f"going on from the checkpoint of step {tally.step}")
-        batches.set_state({"position": tally.step})
+    tally, state = resume(workdir, shapes, identity, override, _say_here) or (Tally(), make_state())
+    batches = stack.enter_context(closing(train_batches(train_data, recipe, tally.step, **devices.share)))
     log = None
     if jax.process_index() == 0:
         write_atomically(workdir / RECIPE, recipe.to_json().encode())
         log = stack.enter_context(RunLog(workdir, total, tally.step))
-
-    run = Run(workdir, recipe, train_data, held_out, devices, identity, tally, state, log)
-    run.say(*messages)
-    try:
-        status = run.train(batches)
-    except TooMuchError as error:
-        raise CommandError(Status.GAVE_UP, f"{error}; {run.last_saved}") from error
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
-            raise
-        lost = "another process of the run is gone: start all of them again"
-        raise CommandError(Status.GAVE_UP, f"{lost}; {run.last_saved} ({str(error).splitlines()[0]})") from error
-    if status is not None:
-        run.say(f"stopped after step {tally.step} of {total}; the same command goes on from there")
-        return status
-    if tally.unreadable or tally.not_finite:
-        run.say(f"{len(tally.unreadable)} images could not be read, and {tally.not_finite} steps were left out")
-    metadata = {
-        "class_names": list(train_data.class_names),
-        "recipe": identity["recipe"],
-        "trained_on": train_data.fingerprint,
-        **run.held_out_metrics,
-    }
-    if jax.process_index() == 0:
-        run.say(*write_outcome(workdir, run.state, metadata, data))
-    return Status.DONE
+    run = Run(workdir, recipe, train_data, held_out, steps_per_epoch, total, devices, identity, tally, state, log)
+    run.say(f"{len(train_data)} images to train on, {len(held_out)} held out, {total} steps, {devices}")
+    if tally.step:
+        run.say(f"going on from the checkpoint of step {tally.step}")
+    return run, batches
 
 
 @dataclasses.dataclass
@@ -130,6 +124,8 @@ class Run:
     recipe: Recipe
     train_data: Dataset
     held_out: Dataset
+    steps_per_epoch: int
+    total: int
     devices: Devices
     identity: dict[str, Any]
     tally: Tally
@@ -137,8 +133,6 @@ class Run:
     log: RunLog | None
 
     def __post_init__(self) -> None:
-        self.steps_per_epoch = self.recipe.steps_per_epoch(len(self.train_data))
-        self.total = self.steps_per_epoch * self.recipe.epochs
         self.last_saved = _last_saved(self.tally.step)
         self.held_out_metrics: dict[str, float] = {}
         self.said: set[str] = set()
@@ -160,12 +154,11 @@ class Run:
             self.say(message)
         elif message not in self.said:
             self.said.add(message)
-            sys.stderr.write(printable(message) + "\n")
+            _say_here(message)
 
     def train(self, batches: Iterator[Batch]) -> Status | None:
         """Trains to the end, or until a signal: then there is a checkpoint, and it returns the signal's status."""
         if measured := self.tally.step < self.total:
-            batches = self.speed.of_input(batches)
             upcoming = self._to_devices(next(batches))
             # Compiled before signals are caught: one that comes meanwhile need not wait.
             one_step = self.devices.jit(
@@ -186,11 +179,26 @@ class Run:
                     return self._stop()
                 if self.tally.step % self.recipe.checkpoint_every == 0 or self.tally.step == self.total:
                     self._save()
-        if measured:
-            self.say(str(self.speed))
+            if measured and self.log:
+                self.say(self.speed.compare(batches, made_ahead(self.recipe.workers)))
         return None
 
-    def _step(self, batch: Metrics, batches: Iterator[Batch]) -> tuple[Metrics, bool]:
+    def finish(self, data: str) -> Status:
+        """Writes what the run leaves; ``data`` is as the command line named it."""
+        if self.tally.unreadable or self.tally.not_finite:
+            counts = f"{len(self.tally.unreadable)} images could not be read, and {self.tally.not_finite} steps"
+            self.say(f"{counts} were left out")
+        if self.log:
+            metadata = {
+                "class_names": list(self.train_data.class_names),
+                "recipe": self.identity["recipe"],
+                "trained_on": self.train_data.fingerprint,
+                **self.held_out_metrics,
+            }
+            write_outcome(self.workdir, self.state, metadata, data, self.say)
+        return Status.DONE
+
+    def _step(self, batch: DeviceBatch, batches: Iterator[Batch]) -> tuple[DeviceBatch, bool]:
         """One step; returns the next batch, and whether a signal came."""
         start = time.perf_counter()
         self.state, outputs = self.one_step(self.state, batch, self._stop_flags(), self.dropout_key)
@@ -207,10 +215,8 @@ class Run:
             times = {"images_per_second": self.recipe.batch_size / seconds, "input_seconds": input_seconds}
             self.log.train(self.tally.step, metrics | times)
         unreadable = skipped[skipped >= 0].tolist()
-        for message in self.tally.add_unreadable(self.train_data, unreadable, self.recipe.max_corrupt):
-            self.say(message)
-        for message in self.tally.add_finite(bool(finite)):
-            self.say(message)
+        self.tally.add_unreadable(self.train_data, unreadable, self.recipe.max_corrupt, self.say)
+        self.tally.add_finite(bool(finite), self.say)
         return upcoming, bool(stopped) or self._stopped_alone()
 
     def _evaluate(self) -> bool:
@@ -232,13 +238,15 @@ class Run:
             count += rows
             sums = {name: value + rows * float(metrics[name]) for name, value in sums.items()}
         if count == 0:
-            raise CommandError(Status.GAVE_UP, f"none of the {len(self.held_out)} held-out images can be read")
+            raise TooMuchError(f"none of the {len(self.held_out)} held-out images can be read")
         self.held_out_metrics = {name: value / count for name, value in sums.items()}
         if self.log:
             self.log.evaluated(self.tally.step, self.held_out_metrics)
         return True
 
     def _save(self) -> bool:
+        if self.log:
+            self.log.sync()
         try:
             save(self.workdir, self.tally, self.state, self.identity, self.recipe.keep)
         except CheckpointSaveError as error:
@@ -250,9 +258,10 @@ class Run:
     def _stop(self) -> Status:
         if not self._save():
             raise CommandError(Status.GAVE_UP, f"stopped after step {self.tally.step}; {self.last_saved}")
+        self.say(f"stopped after step {self.tally.step} of {self.total}; the same command goes on from there")
         return self.signals.status or Status.TERMINATED  # the signal may have been another process's
 
-    def _to_devices(self, batch: Batch) -> Metrics:
+    def _to_devices(self, batch: Batch) -> DeviceBatch:
         skipped = np.where(batch["used"] == batch["index"], -1, batch["index"]).astype(np.int32)
         return self.devices.split({"image": batch["image"], "label": batch["label"], "skipped": skipped})
 
@@ -268,7 +277,7 @@ class Run:
 
 def _one_step(learning_rate: optax.Schedule, recipe: Recipe) -> Callable[..., tuple[TrainState, Metrics]]:
     def one_step(
-        state: TrainState, batch: Metrics, stop: jax.Array, dropout_key: jax.Array
+        state: TrainState, batch: DeviceBatch, stop: jax.Array, dropout_key: jax.Array
     ) -> tuple[TrainState, Metrics]:
         with jax.numpy_dtype_promotion("standard"):  # optax's schedules mix integers and floats
             rate = jnp.asarray(learning_rate(state.step // recipe.accumulate))
@@ -278,8 +287,26 @@ def _one_step(learning_rate: optax.Schedule, recipe: Recipe) -> Callable[..., tu
     return one_step
 
 
-def _evaluate_batch(state: TrainState, batch: Metrics, stop: jax.Array) -> Metrics:
+def _evaluate_batch(state: TrainState, batch: DeviceBatch, stop: jax.Array) -> Metrics:
     return eval_step(state, batch) | {"stop": stop.any()}
+
+
+def _say_here(message: str) -> None:
+    sys.stderr.write(printable(message) + "\n")
+
+
+def _unwritten(error: OSError, workdir: Path) -> str:
+    return f"cannot write {error.filename or workdir}: {error.strerror}"
+
+
+def _reason(error: jax.errors.JaxRuntimeError) -> str:
+    """What a person can do about it; where that is nothing, it is raised again."""
+    first_line = str(error).splitlines()[0]
+    if "RESOURCE_EXHAUSTED" in first_line:
+        return f"the devices' memory is too small: choose a smaller batch_size, with accumulate ({first_line})"
+    if jax.process_count() > 1:
+        return f"another process of the run is gone: start all of them again ({first_line})"
+    raise error
 
 
 def _last_saved(step: int) -> str:

@@ -1,7 +1,7 @@
 """What a run leaves at its end: the weights, the curves, and what can be done next."""
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,20 @@ from flax_googlenet.training.step import TrainState
 MODEL = "model.safetensors"  # in the folder of the run
 
 
-def write_outcome(workdir: Path, state: TrainState, metadata: dict[str, Any], data: str) -> Iterator[str]:
-    """Writes ``model.safetensors`` and ``curves.png``; yields lines for the person.
+def write_outcome(
+    workdir: Path, state: TrainState, metadata: dict[str, Any], data: str, tell: Callable[[str], None]
+) -> None:
+    """Writes ``model.safetensors`` and ``curves.png``.
 
     Args:
         workdir: the folder of the run.
         state: the last one; its average is written, where it has one.
         metadata: for the weights; its ``accuracy`` is told.
         data: as the command line named it.
+        tell: takes lines for the person.
+
+    Raises:
+        OSError: if the weights cannot be written.
     """
     path = workdir / MODEL
     variables = jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), state.eval_variables)
@@ -31,8 +37,8 @@ def write_outcome(workdir: Path, state: TrainState, metadata: dict[str, Any], da
     try:
         draw_curves(workdir)
     except OSError as error:
-        yield f"warning: no curves: {error.strerror}"
+        tell(f"warning: no curves: {error.strerror}")
     file = shlex.quote(str(path))
-    yield f"held out: {metadata['accuracy']:.2%} right, by {path}; next:"
-    yield f"  flax-googlenet evaluate {file} {shlex.quote(data)}"
-    yield f"  python convert/port_weights.py {file} --to-torchvision FILE.pth"
+    tell(f"held out: {metadata['accuracy']:.2%} right, by {path}; next:")
+    tell(f"  flax-googlenet evaluate {file} {shlex.quote(data)}")
+    tell(f"  python convert/port_weights.py {file} --to-torchvision FILE.pth")

@@ -1,12 +1,11 @@
 """Images a second, of the input alone and of the steps alone: which one limits a run."""
 
 import time
-from collections import deque
 from collections.abc import Iterator
 
 from flax_googlenet.training.data import Batch
 
-_SECONDS, _IMAGES = 1.0, 2048  # for which the input is measured, at most
+_SECONDS = 0.5  # for which the input is measured, at least
 
 
 class Speed:
@@ -14,20 +13,7 @@ class Speed:
 
     def __init__(self, batch_size: int) -> None:
         self._batch_size = batch_size
-        self._input = float("nan")
         self._steps, self._seconds, self._starved = 0, 0.0, 0
-
-    def of_input(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Measures how fast batches come while nothing else is computed; returns all of them."""
-        taken = deque([next(batches)])  # the first one starts threads or worker processes
-        start = time.perf_counter()
-        while True:
-            taken.append(next(batches))
-            seconds = time.perf_counter() - start
-            if seconds > _SECONDS or len(taken) * self._batch_size > _IMAGES:
-                break
-        self._input = (len(taken) - 1) * self._batch_size / seconds
-        return _all_of(taken, batches)
 
     def add(self, seconds: float, starved: bool) -> None:
         """Counts a step, and whether the devices were done before the next batch was there."""
@@ -36,15 +22,25 @@ class Speed:
         else:
             self._steps, self._seconds = self._steps + 1, self._seconds + seconds
 
-    def __str__(self) -> str:
+    def compare(self, batches: Iterator[Batch], ahead: int) -> str:
+        """A line for the person, for which it takes more batches: when no step is to come.
+
+        Args:
+            batches: the input.
+            ahead: how many of them may have been made before they are asked for.
+        """
+        alone = input_speed(batches, ahead) * self._batch_size
         steps = f"{self._steps * self._batch_size / self._seconds:.0f}" if self._steps else "more"
         limit = "input is" if self._starved > self._steps else "steps are"
-        return (
-            f"images a second: {self._input:.0f} by the input alone, {steps} by the steps alone; the {limit} the limit"
-        )
+        return f"images a second: {alone:.0f} by the input alone, {steps} by the steps alone; the {limit} the limit"
 
 
-def _all_of(taken: deque[Batch], rest: Iterator[Batch]) -> Iterator[Batch]:
-    while taken:
-        yield taken.popleft()  # and keep none of them
-    yield from rest
+def input_speed(batches: Iterator[Batch], ahead: int) -> float:
+    """Batches a second while nothing else is computed; arguments as for ``Speed.compare``."""
+    for _ in range(ahead):
+        next(batches)
+    count, start = 0, time.perf_counter()
+    while count < ahead or time.perf_counter() - start < _SECONDS:
+        next(batches)
+        count += 1
+    return count / (time.perf_counter() - start)

@@ -36,7 +36,12 @@ def initial_state(
         steps_per_epoch: batches in an epoch.
         weights: to start from; None for new ones. Their last layers stay if they are of the same classes: by name, or
             by number where the file has no names.
+
+    Raises:
+        CommandError: if the recipe freezes blocks that the weights have not.
     """
+    if weights and (unknown := set(recipe.frozen) - weights.variables["params"].keys()):
+        raise CommandError(Status.NOT_DONE, f"frozen: the weights have no {', '.join(sorted(unknown))}")
 
     @devices.jit
     def make(variables: Variables | None) -> TrainState:
@@ -88,7 +93,7 @@ def resume(
     folder, recipe = workdir / CHECKPOINTS, workdir / RECIPE
     if folder.is_dir() and recipe.is_file() and not override:  # first: another recipe may make another state
         try:
-            before = dataclasses.asdict(Recipe.from_json(recipe.read_text(encoding="utf-8")))
+            before = dataclasses.asdict(Recipe.from_json(recipe.read_bytes()))
         except RecipeError as error:
             raise CommandError(Status.NOT_DONE, f"{recipe}: {error}") from error
         _check_same(workdir, identity | {"recipe": before}, identity)

@@ -1,7 +1,7 @@
 """What a run counts, and when that is too much."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from flax_googlenet.preprocessing import ImageError
 from flax_googlenet.training.datasets import Dataset
@@ -16,7 +16,7 @@ class TooMuchError(RuntimeError):
 
 @dataclasses.dataclass
 class Tally:
-    """Checkpoints hold it; its methods return what to tell about a step, and raise a TooMuchError."""
+    """Checkpoints hold it; its methods tell what a person should know of a step, and raise a TooMuchError."""
 
     step: int = 0
     """Batches seen, and so the position in the data, too."""
@@ -26,25 +26,27 @@ class Tally:
     """Steps that were left out, as their loss or gradient was not finite."""
     not_finite_in_a_row: int = 0
 
-    def add_finite(self, finite: bool) -> Iterable[str]:
+    def add_finite(self, finite: bool, tell: Callable[[str], None]) -> None:
         """Counts whether loss and gradient of the step were finite."""
         self.not_finite_in_a_row = 0 if finite else self.not_finite_in_a_row + 1
         if finite:
             return
         self.not_finite += 1
-        yield f"step {self.step} is left out: its loss or gradient is not finite"
+        tell(f"step {self.step} is left out: its loss or gradient is not finite")
         if self.not_finite_in_a_row >= NOT_FINITE_LIMIT:
             raise TooMuchError(
                 f"loss or gradient was not finite in {NOT_FINITE_LIMIT} steps in a row: try a lower learning_rate"
             )
 
-    def add_unreadable(self, dataset: Dataset, indices: Iterable[int], max_corrupt: float) -> Iterable[str]:
+    def add_unreadable(
+        self, dataset: Dataset, indices: Iterable[int], max_corrupt: float, tell: Callable[[str], None]
+    ) -> None:
         """Counts the images at the indices, each once however often it is met."""
         for index in indices:
             name = dataset.name(index)
             if name not in self.unreadable:
                 self.unreadable.append(name)
-                yield f"{_reason(dataset, index)}; another image takes its place"
+                tell(f"{_reason(dataset, index)}; another image takes its place")
         if len(self.unreadable) > max_corrupt * len(dataset):
             raise TooMuchError(
                 f"{len(self.unreadable)} of {len(dataset)} images cannot be read, more than max_corrupt "

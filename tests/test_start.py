@@ -1,0 +1,64 @@
+"""Where a run goes on, and what must be as it was."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from flax_googlenet.checkpoint import CheckpointError
+from flax_googlenet.status import CommandError
+from flax_googlenet.training.recipe import Recipe
+from flax_googlenet.training.start import resume, save
+from flax_googlenet.training.tally import Tally
+
+STATE: Any = {"weights": np.arange(6, dtype=np.float32)}  # any tree will do
+TALLY = Tally(step=7, unreadable=["a.jpg"], not_finite=2, not_finite_in_a_row=1)
+
+
+def identity(data: str = "digits", **fields: Any) -> dict[str, Any]:
+    return {"recipe": dataclasses.asdict(Recipe(**fields)), "data": [data, data], "weights": None}
+
+
+@pytest.fixture
+def workdir(tmp_path: Path) -> Path:
+    (tmp_path / "recipe.json").write_text(Recipe().to_json())
+    save(tmp_path, TALLY, STATE, identity(), keep=1)
+    return tmp_path
+
+
+def refusal(workdir: Path, wanted: dict[str, Any]) -> str:
+    with pytest.raises(CommandError) as caught:
+        resume(workdir, STATE, wanted, False, pytest.fail)
+    return str(caught.value)
+
+
+def test_what_was_counted_comes_back_with_the_state(workdir: Path, tmp_path: Path) -> None:
+    found = resume(workdir, STATE, identity(), False, pytest.fail)
+    assert found is not None
+    assert found[0] == TALLY
+    np.testing.assert_array_equal(found[1]["weights"], STATE["weights"])  # type: ignore[index]
+    assert resume(tmp_path / "another", STATE, identity(), False, pytest.fail) is None
+
+
+def test_another_recipe_or_other_data_are_refused_unless_told(workdir: Path) -> None:
+    said = refusal(workdir, identity(label_smoothing=0.2, keep=7))
+    assert "holds a run with label_smoothing 0.1, now 0.2: choose another folder, or add --override" in said
+    assert "holds a run with other data: choose another folder" in refusal(workdir, identity("photos"))
+    assert resume(workdir, STATE, identity(keep=7), False, pytest.fail) is not None  # which changes no bit
+    assert resume(workdir, STATE, identity("photos", label_smoothing=0.2), True, pytest.fail) is not None
+
+
+def test_a_damaged_recipe_is_named(workdir: Path) -> None:
+    (workdir / "recipe.json").write_bytes(b"\xff\xfe")
+    assert f"{workdir}/recipe.json: recipe: not as to_json writes it" in refusal(workdir, identity())
+
+
+def test_where_no_checkpoint_is_whole_each_damage_is_told(workdir: Path) -> None:
+    (workdir / "checkpoints" / "step_00000007" / "extra.json").unlink()
+    told: list[str] = []
+    with pytest.raises(CheckpointError, match="none is whole"):
+        resume(workdir, STATE, identity(), False, told.append)
+    assert len(told) == 1
+    assert "extra.json" in told[0]
