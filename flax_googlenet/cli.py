@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -191,11 +192,14 @@ def _train_by_preset(arguments: Sequence[str]) -> Callable[..., int]:
     _require_training()
     from flax_googlenet.training.recipe import PRESETS
 
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--workdir")
     parser.add_argument("--weights")
     parser.add_argument("--preset")
-    known, others = parser.parse_known_args(arguments)
+    try:
+        known, others = parser.parse_known_args(arguments)
+    except argparse.ArgumentError:  # an option without its value: tyro says it
+        known, others = argparse.Namespace(preset="imagenet"), []
     preset = known.preset or ("finetune" if known.weights else "digits" if "digits" in others else "imagenet")
     if preset not in PRESETS:
         raise CommandError(Status.USAGE, f"--preset {preset}: must be one of {', '.join(PRESETS)}")
@@ -230,12 +234,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CommandError as error:
         return _fail(error.status, str(error))
     except OSError as error:
+        if error.filename is not None:
+            return _fail(Status.NOT_DONE, f"{error.filename}: {error.strerror}")
         # Python flushes standard output once more at its end, and would complain if that is what failed.
         with suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
             return Status.CLOSED_PIPE
-        return _fail(Status.NOT_DONE, f"cannot write {error.filename or 'standard output'}: {error.strerror}")
+        return _fail(Status.NOT_DONE, f"cannot write standard output: {error.strerror}")
 
 
 def _fail(status: Status, message: str) -> Status:
@@ -247,11 +253,11 @@ def _fail(status: Status, message: str) -> Status:
 
 
 def _require_training() -> None:
-    try:
-        import flax_googlenet.training  # noqa: F401
-    except ModuleNotFoundError as error:
-        message = f'{error.name} is not installed: pip install "flax-googlenet[train]"'
-        raise CommandError(Status.NOT_DONE, message) from error
+    # Flax itself brings the others of the extra, optax and orbax.
+    missing = [name for name in ("grain", "matplotlib", "sklearn", "tensorboardX") if find_spec(name) is None]
+    if missing:
+        message = f'{", ".join(missing)} is not installed: pip install "flax-googlenet[train]"'
+        raise CommandError(Status.NOT_DONE, message)
 
 
 def _use_compilation_cache() -> None:

@@ -45,7 +45,7 @@ class Results:
         return is_new
 
     def append(self, rows: list[Row]) -> None:
-        """Writes rows, which have no ``weights`` yet, and syncs them to the disk; an OSError names the file."""
+        """Writes rows, which have no ``weights`` yet, and syncs them to the disk; a CommandError names the file."""
         rows = [row | {"weights": self._weights} for row in rows]
         self._write(_csv(map(_flat, rows)) if self._is_csv else _json(rows))
 
@@ -55,7 +55,7 @@ class Results:
                 data = data[os.write(self._file.fileno(), data) :]
             os.fsync(self._file.fileno())
         except OSError as error:
-            raise OSError(error.errno, error.strerror, self._file.name) from error
+            raise CommandError(Status.NOT_DONE, f"cannot write {self._file.name}: {error.strerror}") from error
 
     def admit(self, rows: Iterable[Row]) -> None:
         """Counts rows as done; raises if they are not of these weights and this number of predictions."""

@@ -3,12 +3,16 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import flax_googlenet
 from flax_googlenet import cli
 from flax_googlenet.training.recipe import PRESETS
+from flax_googlenet.training.workdir import claim
 
 
 @pytest.mark.parametrize(
@@ -54,23 +58,79 @@ def test_what_makes_no_sense_ends_with_status_2(
     assert not (tmp_path / "run").exists()
 
 
-def refused(workdir: Path, *arguments: str, **variables: str) -> str:
+def test_an_option_without_its_value_gets_the_usage_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["train", "digits", "--workdir"])
+    said = capsys.readouterr().err
+    assert "--workdir" in said
+    assert "flax-googlenet train --help" in said
+
+
+@pytest.mark.parametrize("arguments", [["train", "digits", "--workdir", "run"], ["evaluate", "digits"]])
+def test_a_missing_package_of_the_extra_is_named(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "grain", None)  # what Python itself does for a module that must not be there
+    assert cli.main(arguments) == 3
+    assert capsys.readouterr().err == 'error: grain is not installed: pip install "flax-googlenet[train]"\n'
+
+
+@pytest.fixture
+def refusal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """What the command says, in one line and with status 3."""
+
+    def refusal(*arguments: str) -> str:
+        assert cli.main(["train", *arguments, "--workdir", str(tmp_path / "run")]) == 3
+        captured = capsys.readouterr()
+        assert (captured.out, captured.err.count("\n")) == ("", 1)
+        return captured.err
+
+    return refusal
+
+
+def test_data_that_are_not_there_are_refused(tmp_path: Path, refusal: Callable[..., str]) -> None:
+    said = refusal(str(tmp_path / "photos"))
+    assert f"error: {tmp_path}/photos: no such folder; expected one of a folder of train/ and val/" in said
+
+
+def test_weights_that_are_none_are_refused(tmp_path: Path, refusal: Callable[..., str]) -> None:
+    (tmp_path / "photo.jpg").write_bytes(bytes(100))
+    said = refusal("digits", "--weights", str(tmp_path / "photo.jpg"))
+    assert "photo.jpg is not a checkpoint of flax_googlenet" in said
+
+
+def test_frozen_blocks_that_the_weights_have_not_are_refused(
+    tmp_path: Path, variables: dict[str, Any], refusal: Callable[..., str]
+) -> None:
+    params = {name: block for name, block in variables["params"].items() if not name.startswith("aux")}
+    stats = {name: block for name, block in variables["batch_stats"].items() if not name.startswith("aux")}
+    model = flax_googlenet.GoogLeNet(aux_logits=False)
+    flax_googlenet.save(tmp_path / "small.safetensors", model, {"params": params, "batch_stats": stats})
+    said = refusal("digits", "--weights", str(tmp_path / "small.safetensors"), "--recipe.frozen", "fc", "aux1")
+    assert "frozen: the weights have no aux1" in said
+
+
+def test_more_batches_to_accumulate_than_there_are_are_refused(refusal: Callable[..., str]) -> None:
+    said = refusal("digits", "--recipe.accumulate=10000")
+    assert "1438 images make 528 steps, and a change of the weights takes 10000: choose a smaller batch_size" in said
+
+
+def test_a_run_in_use_is_refused(tmp_path: Path, refusal: Callable[..., str]) -> None:
+    with claim(tmp_path / "run"):
+        assert f"{tmp_path}/run is in use by process {os.getpid()}" in refusal("digits")
+
+
+def test_a_workdir_that_cannot_be_made_is_refused(tmp_path: Path, refusal: Callable[..., str]) -> None:
+    (tmp_path / "run").write_text("a file where the folder should be")
+    assert f"cannot write {tmp_path}/run: File exists" in refusal("digits")
+
+
+def refused(workdir: Path, *arguments: str, **variables: str) -> str:
+    """The same, in a process of its own."""
     command = [sys.executable, "-m", "flax_googlenet", "train", *arguments, "--workdir", str(workdir)]
     process = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True)
     assert (process.returncode, process.stdout, process.stderr.count("\n")) == (3, "", 1), process.stderr
     return process.stderr
-
-
-def test_data_that_are_not_there_are_refused(tmp_path: Path) -> None:
-    said = refused(tmp_path / "run", str(tmp_path / "photos"))
-    assert f"error: {tmp_path}/photos: no such folder; expected one of a folder of train/ and val/" in said
-
-
-def test_weights_that_are_none_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "photo.jpg").write_bytes(bytes(100))
-    said = refused(tmp_path / "run", "digits", "--weights", str(tmp_path / "photo.jpg"))
-    assert "photo.jpg is not a checkpoint of flax_googlenet" in said
 
 
 def test_a_batch_that_the_devices_cannot_share_is_refused(tmp_path: Path) -> None:
