@@ -1,8 +1,10 @@
 """What counts as data: every layout that is promised, and one clear error for all others."""
 
 import gzip
+import os
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -201,7 +203,7 @@ def test_all_empty_classes_are_named_at_once(folder: Path) -> None:
 def test_train_without_val_is_refused(tmp_path: Path) -> None:
     write_image(tmp_path / "train" / "cats" / "1.png")
     write_image(tmp_path / "test" / "cats" / "1.png")
-    assert "no val/ beside it" in refusal(tmp_path)
+    assert "and no folder val/; expected one of" in refusal(tmp_path)
 
 
 def test_classes_that_differ_between_train_and_val_are_all_named(folder: Path, tmp_path: Path) -> None:
@@ -210,6 +212,19 @@ def test_classes_that_differ_between_train_and_val_are_all_named(folder: Path, t
     (tmp_path / "split" / "val" / "dogs").rename(tmp_path / "split" / "val" / "Dogs")
     message = refusal(tmp_path / "split")
     assert "only in train/: ['dogs'], only in val/: ['Dogs']" in message
+
+
+def test_a_folder_that_may_not_be_read_is_named() -> None:
+    with TemporaryDirectory() as folder:
+        os.chmod(folder, 0)
+        before = os.geteuid()
+        if before == 0:
+            os.seteuid(65534)  # nobody: root may read everything
+        try:
+            assert refusal(folder) == f"cannot read {folder}: Permission denied"
+        finally:
+            os.seteuid(before)
+            os.chmod(folder, 0o700)
 
 
 def test_nothing_to_evaluate_on_is_refused(tmp_path: Path) -> None:

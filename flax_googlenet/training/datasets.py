@@ -8,8 +8,10 @@ import hashlib
 import math
 import os
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Int32, UInt8
@@ -95,29 +97,81 @@ def open_data(data: str, *, held_out: float, seed: int) -> tuple[Dataset, Datase
         DataError: if the data is none of these; if a class is empty, or missing in one of train/ and val/ (the message
             lists all such); if an IDX file is missing or damaged; if nothing would be held out.
     """
-    if data == "digits":
-        return hold_out(_digits(), data, held_out, seed)
-    if not os.path.isdir(data):
-        raise DataError(f"{data}: no such folder; {EXPECTED}")
-    if any(os.path.exists(os.path.join(data, name.format("train"))) for name in _IDX_NAMES):
+    layout = _layout(data)
+    if layout == "digits":
+        return _hold_out(_digits(), data, held_out, seed)
+    if layout == "idx":
         return _idx_files(data)
-    train, val = os.path.join(data, "train"), os.path.join(data, "val")
-    if not (os.path.isdir(train) and _subfolders(train)):  # a folder train/ of images may be a class of that name
-        return hold_out(class_folders(data), data, held_out, seed)
-    if not os.path.isdir(val):
-        raise DataError(f"{data} has a folder train/ of class folders and no val/ beside it; {EXPECTED}")
-    result = class_folders(train), class_folders(val)
-    if result[0].class_names != result[1].class_names:
-        classes = [set(dataset.class_names) for dataset in result]
+    if layout == "classes":
+        return _hold_out(_class_folders(data), data, held_out, seed)
+    val, train = _part(data, "val"), _part(data, "train")
+    if train.class_names != val.class_names:
+        classes = [set(dataset.class_names) for dataset in (train, val)]
         raise DataError(
             f"{data}: train/ and val/ must have the same classes; only in train/: {sorted(classes[0] - classes[1])}, "
             f"only in val/: {sorted(classes[1] - classes[0])}"
         )
-    return result
+    return train, val
 
 
-def hold_out(dataset: Dataset, data: str, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
-    """The images to train on, and those to evaluate on, as ``open_data`` chooses them; ``data`` is for the messages."""
+def find_data(data: str, *, held_out: float, seed: int, trained_on: str | None) -> tuple[Dataset, str]:
+    """Finds the images to evaluate weights on, whatever they were trained on, and says which these are.
+
+    It is ``val/`` or the test files where there are such. Of a whole folder, if it is the one of the training, and of
+    ``digits`` it is the part that was held out.
+
+    Args:
+        data: as for ``open_data``; ``val/`` needs no ``train/`` beside it.
+        held_out, seed: as for ``open_data`` in the training.
+        trained_on: the fingerprint of the images that the weights were trained on, if it is known.
+
+    Raises:
+        DataError: as ``open_data``.
+    """
+    layout = _layout(data)
+    if layout == "parts":
+        return _part(data, "val"), f"of {data} it is val/ that is evaluated"
+    if layout == "classes":
+        whole = _class_folders(data)
+        with suppress(DataError):  # nothing could be held out: no run trained on it
+            train, held = _hold_out(whole, data, held_out, seed)
+            if train.fingerprint == trained_on:
+                return (
+                    held,
+                    f"the weights were trained on {len(train)} of these images: the other {len(held)} are evaluated",
+                )
+        if trained_on is None:
+            return whole, f"all {len(whole)} images of {data} are evaluated"
+        return whole, (
+            f"warning: all {len(whole)} images of {data} are evaluated: they are not those that the weights were "
+            "trained on, or some have come or gone since, and the figures may be of the training"
+        )
+    held = open_data(data, held_out=held_out, seed=seed)[1]
+    return held, f"of {data} it is the {len(held)} images held out that are evaluated"
+
+
+def _layout(data: str) -> Literal["digits", "idx", "parts", "classes"]:
+    """Which of those that ``EXPECTED`` names; the parts are train/ and val/, one of which may be missing."""
+    if data == "digits":
+        return "digits"
+    if not os.path.isdir(data):
+        raise DataError(f"{data}: no such folder; {EXPECTED}")
+    if any(os.path.exists(os.path.join(data, name.format("train"))) for name in _IDX_NAMES):
+        return "idx"
+    parts = [os.path.join(data, part) for part in ("train", "val")]
+    # A folder train/ of images may be a class of that name.
+    return "parts" if any(os.path.isdir(part) and _subfolders(part) for part in parts) else "classes"
+
+
+def _part(data: str, part: str) -> Dataset:
+    folder = os.path.join(data, part)
+    if not os.path.isdir(folder):
+        raise DataError(f"{data} has class folders in train/ or val/, and no folder {part}/; {EXPECTED}")
+    return _class_folders(folder)
+
+
+def _hold_out(dataset: Dataset, data: str, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+    """The images to train on, and those to evaluate on; ``data`` is for the messages."""
     if not 0 < fraction < 1:
         raise DataError(f"the fraction to hold out of {data} must be between 0 and 1, not {fraction}")
     rng = np.random.default_rng(seed)
@@ -131,11 +185,14 @@ def hold_out(dataset: Dataset, data: str, fraction: float, seed: int) -> tuple[D
 
 
 def _subfolders(folder: str) -> list[str]:
-    with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir() and entry.name[0] != ".")
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entry.name for entry in entries if entry.is_dir() and entry.name[0] != ".")
+    except OSError as error:
+        raise DataError(f"cannot read {folder}: {error.strerror}") from error
 
 
-def class_folders(folder: str) -> Dataset:
+def _class_folders(folder: str) -> Dataset:
     """All images of the class folders in one folder; raises a DataError as ``open_data`` does."""
     class_names = _subfolders(folder)
     problems: list[str] = []

@@ -1,11 +1,9 @@
 """What ``flax-googlenet evaluate`` does: top-1, top-5 and the confusion matrix of weights, or of several together."""
 
 import json
-import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ from flax_googlenet.files import load_weights, require_folder_of
 from flax_googlenet.images import display_name
 from flax_googlenet.status import CommandError, Status, printable
 from flax_googlenet.training.confusion import Score, draw_confusion
-from flax_googlenet.training.datasets import DataError, Dataset, class_folders, hold_out, open_data
+from flax_googlenet.training.datasets import DataError, Dataset, find_data
 from flax_googlenet.training.ensemble import answers, find_classes, image_size, make_networks, recipe_of
 from flax_googlenet.training.recipe import PRESETS
 
@@ -54,11 +52,15 @@ def evaluate(
     if any(weights.metadata.get("source") == "random" for weights in ensemble.values()):
         notes.print("[bold yellow]warning:[/] these weights are random: the figures mean nothing")
     size, networks, first = image_size(ensemble), make_networks(ensemble), ensemble[paths[0]]
+    recipe = recipe_of(first.metadata) or PRESETS["digits"]
     try:
-        dataset = find_data(data, first.metadata, notes.print)
+        dataset, which = find_data(
+            data, held_out=recipe.held_out, seed=recipe.seed, trained_on=first.metadata.get("trained_on")
+        )
     except DataError as error:
-        raise CommandError(Status.NOT_DONE, " ".join(str(error).split())) from error
+        raise CommandError(Status.NOT_DONE, error) from error
     places = find_classes(dataset.class_names, data, first, paths[0])
+    notes.print(escape(printable(which)))
 
     tally, start = Score(places, first.model.num_classes), time.perf_counter()
     with _progress(notes) as progress:
@@ -80,39 +82,14 @@ def evaluate(
         sys.stdout.write(f"top-1 {tally.top1:7.2%}\ntop-5 {tally.top5:7.2%}\n")
     sys.stdout.flush()
     if confusion:
-        draw_confusion(confusion, tally.matrix, dataset.class_names)
+        try:
+            draw_confusion(confusion, tally.matrix, dataset.class_names)
+        except OSError as error:
+            raise CommandError(Status.NOT_DONE, f"cannot write {confusion}: {error.strerror}") from error
     summary = f"{tally.count} image{'' if tally.count == 1 else 's'} in {seconds:.1f} s, "
     summary += f"{tally.count / seconds:.1f} images/s"
     notes.print(summary + (f"; [bold red]{failed} could not be read[/]" if failed else ""))
     return Status.SOME_UNREADABLE if failed else Status.DONE
-
-
-def find_data(data: str, metadata: Mapping[str, Any], tell: Callable[[str], None]) -> Dataset:
-    """The images to evaluate: those of ``val/`` or of the test files, where there are such; a whole folder otherwise.
-
-    Of ``digits``, and of a folder that the weights were trained on, it is what their recipe holds out.
-
-    Args:
-        data: as for ``open_data``; ``val/`` needs no ``train/`` beside it.
-        metadata: of the weights.
-        tell: takes a message about the choice.
-
-    Raises:
-        DataError: as ``open_data``.
-    """
-    recipe = recipe_of(metadata) or PRESETS["digits"]
-    if not os.path.isdir(data) or data == "digits" or any(Path(data).glob("*-idx3-ubyte*")):
-        return open_data(data, held_out=recipe.held_out, seed=recipe.seed)[1]
-    val = Path(data, "val")
-    if val.is_dir() and any(path.is_dir() for path in val.iterdir()):
-        return class_folders(str(val))
-    whole = class_folders(data)
-    with suppress(DataError):  # nothing could be held out: no run trained on it
-        train, held_out = hold_out(whole, data, recipe.held_out, recipe.seed)
-        if train.fingerprint == metadata.get("trained_on"):
-            tell(f"the weights were trained on {len(train)} of these images: the other {len(held_out)} are evaluated")
-            return held_out
-    return whole
 
 
 def _figures(tally: Score, dataset: Dataset) -> dict[str, Any]:
