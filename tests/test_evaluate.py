@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,8 @@ from flax_googlenet.files import load_weights
 from flax_googlenet.preprocessing import ImageError, normalise
 from flax_googlenet.training.confusion import Score, draw_confusion
 from flax_googlenet.training.crops import crops
-from flax_googlenet.training.datasets import open_data
+from flax_googlenet.training.datasets import find_data, open_data
 from flax_googlenet.training.ensemble import answers, find_classes, make_networks
-from flax_googlenet.training.evaluate import find_data
 from flax_googlenet.training.recipe import PRESETS
 
 NAMES = ["flower", "goat", "temple", "zebra"]
@@ -123,7 +123,8 @@ def test_with_one_crop_every_answer_is_torchvisions(
     preset = reference.IMAGENET.transforms()
     expected = [torch_probabilities(torch_model, [preset(Image.open(path).convert("RGB"))]) for path in images()]
     networks = make_networks({"weights": load_weights(Path("weights.safetensors"), dtype=jnp.float32)})
-    found = list(answers(networks, find_data("photos", {}, pytest.fail), 1, 224, 4, pytest.fail))
+    photos, _ = find_data("photos", held_out=0.2, seed=0, trained_on=None)
+    found = list(answers(networks, photos, 1, 224, 4, pytest.fail))
     assert [index for indices, _ in found for index in indices] == list(range(11))
     # Logits in float32, of magnitude 3. Measured: 4e-7.
     np.testing.assert_allclose(np.concatenate([p for _, p in found]), expected, atol=4e-6, rtol=0)
@@ -291,8 +292,12 @@ def test_an_unreadable_image_is_named_and_the_others_are_evaluated(
 def test_of_a_folder_with_val_it_is_val(here: Path) -> None:
     Path("split").mkdir()
     Path("split/val").symlink_to(Path("photos").resolve())
-    assert find_data("split", {}, pytest.fail).names == find_data("photos", {}, pytest.fail).names
-    assert len(find_data("split", {}, pytest.fail)) == 11
+    (split, which), (photos, _) = (
+        find_data(data, held_out=0.2, seed=0, trained_on=None) for data in ("split", "photos")
+    )
+    assert split.names == photos.names
+    assert len(split) == 11
+    assert which == "of split it is val/ that is evaluated"
 
 
 def test_of_the_folder_of_the_training_it_is_what_was_held_out(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -305,6 +310,16 @@ def test_of_the_folder_of_the_training_it_is_what_was_held_out(here: Path, capfd
     captured = capfd.readouterr()
     assert json.loads(captured.out)["count"] == len(held_out) == 4
     assert "the weights were trained on 7 of these images: the other 4 are evaluated" in captured.err
+
+
+def test_one_image_added_to_the_folder_of_the_training_is_warned_of(here: Path) -> None:
+    copy = Path(shutil.copytree("photos", "copy", symlinks=False))
+    train, held_out = open_data("copy", held_out=0.4, seed=3)
+    shutil.copy(copy / "temple" / "02.jpg", copy / "temple" / "new.jpg")
+    dataset, which = find_data("copy", held_out=0.4, seed=3, trained_on=train.fingerprint)
+    assert len(dataset) == len(train) + len(held_out) + 1
+    assert which.startswith("warning: all 12 images of copy are evaluated: ")
+    assert which.endswith("the figures may be of the training")
 
 
 def test_of_digits_it_is_what_the_recipe_holds_out(here: Path, figures: Callable[..., dict[str, Any]]) -> None:
@@ -324,7 +339,7 @@ def test_the_figures_for_a_person_and_the_picture(here: Path, capfd: pytest.Capt
     top1, top5 = captured.out.splitlines()
     assert top1.startswith("top-1")
     assert top5 == "top-5 100.00%"
-    assert captured.err.startswith("11 images in")
+    assert captured.err.startswith("all 11 images of photos are evaluated\n11 images in")
     with Image.open("confusion.png") as picture:
         assert picture.width > 500
 
