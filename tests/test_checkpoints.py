@@ -130,57 +130,19 @@ def test_the_step_orders_not_the_name(tmp_path: Path) -> None:
     assert restored(tmp_path, {"x": jnp.float32(0)}).step == 100_000_000
 
 
-@pytest.mark.parametrize("name", ["state", "extra.json", "manifest.sha256"])
-def test_a_flipped_bit_anywhere_is_noticed_and_the_one_before_is_used(copy: Path, name: str) -> None:
-    rng = random.Random(name)
-    newest = copy / "step_00000002"
-    for file in [path for path in files_of(newest) if path.relative_to(newest).parts[0] == name]:
-        whole = file.read_bytes()
-        for place in {0, len(whole) - 1, *rng.choices(range(len(whole)), k=3)}:
-            data = bytearray(whole)
-            data[place] ^= 1 << rng.randrange(8)
-            file.write_bytes(data)
-            messages: list[str] = []
-            found = restored(copy, make_state(), messages.append)
-            assert (found.step, found.extra["step"]) == (1, 1), (file, place)
-            assert len(messages) == 1
-            assert str(newest) in messages[0]
-            assert name == "manifest.sha256" or str(file.relative_to(newest)) in messages[0]
-        file.write_bytes(whole)
-    assert restored(copy, make_state()).step == 2  # all is as it was
-    assert_same_bits(restored(copy, make_state()).state, make_state(2))
+def test_a_damaged_one_is_told_and_the_one_before_is_used(copy: Path) -> None:
+    (copy / "step_00000002" / "state" / "d" / "another").touch()
+    messages: list[str] = []
+    found = restored(copy, make_state(), messages.append)
+    assert (found.step, found.extra["step"]) == (1, 1)
+    assert_same_bits(found.state, make_state(1))
+    assert len(messages) == 1
+    assert str(copy / "step_00000002") in messages[0]
+    assert "state/d/another" in messages[0]
 
 
 def cut(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
-
-
-def empty(path: Path) -> None:
-    os.truncate(path, 0)
-
-
-def lengthen(path: Path) -> None:
-    path.write_bytes(path.read_bytes() + b"\0")
-
-
-@pytest.mark.parametrize("damage", [cut, empty, lengthen, Path.unlink])
-def test_a_file_cut_emptied_lengthened_or_missing_is_noticed(copy: Path, damage: Callable[[Path], None]) -> None:
-    newest = copy / "step_00000002"
-    for file in files_of(newest):
-        whole = file.read_bytes()
-        damage(file)
-        messages: list[str] = []
-        assert restored(copy, make_state(), messages.append).step == 1, file
-        assert str(file.relative_to(newest)) in messages[0] or file.name == "manifest.sha256"
-        file.write_bytes(whole)
-    assert restored(copy, make_state()).step == 2
-
-
-def test_a_file_too_many_is_noticed(copy: Path) -> None:
-    (copy / "step_00000002" / "state" / "d" / "another").touch()
-    messages: list[str] = []
-    assert restored(copy, make_state(), messages.append).step == 1
-    assert "state/d/another" in messages[0]
 
 
 def test_all_damaged_is_an_error_that_says_what_to_do_not_a_fresh_start(copy: Path) -> None:
@@ -270,6 +232,7 @@ from pathlib import Path
 import jax, numpy as np
 jax.config.update("jax_platforms", "cpu")
 from jax import numpy as jnp
+from flax_googlenet import CheckpointError
 from flax_googlenet.training.checkpoints import CheckpointSaveError, restore, save
 folder = Path(sys.argv[1])
 def fail(message):
@@ -436,9 +399,15 @@ for name, value in values.items():
     for shard in found.state[name].addressable_shards:
         assert np.asarray(shard.data).tobytes() == value[shard.index].tobytes()
 print(found.step, found.extra, len(messages))
+try:
+    restore(folder if jax.process_index() == 0 else folder / "on another host", state, messages.append)
+except CheckpointError as error:
+    print(error)
 """
     outputs = finish(*(start(TWO_PROCESSES + code, tmp_path, address, index) for index in range(2)))
-    assert [output.splitlines(keepends=True)[-1] for output, _ in outputs] == ["1 {'step': 1} 1\n", "1 {'step': 1} 0\n"]
+    assert outputs[0][0].endswith("1 {'step': 1} 1\n")
+    unseen = f"{tmp_path}/on another host is not seen by every process: is the file system shared?"
+    assert outputs[1][0].endswith(f"1 {{'step': 1}} 0\n{unseen}\n")
     single = {"split": jnp.zeros((8, 8), jnp.float32), "whole": jnp.zeros(5, jnp.int32)}
     found = restored(tmp_path, single, [].append)  # one process reads what two wrote
     split, whole = np.arange(64, dtype=np.float32).reshape(8, 8) / 3, np.arange(5, dtype=np.int32)

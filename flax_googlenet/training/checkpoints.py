@@ -126,7 +126,7 @@ def restore(folder: str | os.PathLike[str], like: Any, fail: Callable[[str], Non
             "or remove the folder to start from the beginning"
         )
     if step not in checkpoints:
-        raise CheckpointError(f"{folder} is not seen by every process: is the file system shared?")
+        raise CheckpointError(f"{os.fspath(folder)} is not seen by every process: is the file system shared?")
     path = checkpoints[step]
     content = json.loads((path / "extra.json").read_bytes())
     if content["format"] != _FORMAT:
