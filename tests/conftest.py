@@ -1,5 +1,6 @@
 """Fixtures: the random reference, as a state dict, as torchvision's model and as Flax variables."""
 
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,11 +21,16 @@ StateDict = Mapping[str, np.ndarray]
 
 @pytest.fixture(scope="session", autouse=True)
 def _compilation_cache(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> None:
-    """Many tests compile the same network: what one has compiled serves the others, in all workers of pytest-xdist."""
+    """Many tests compile the same network: what one has compiled serves the others, in all workers of pytest-xdist.
+
+    And in the processes that they start, which compile each small thing anew otherwise.
+    """
     folder = tmp_path_factory.getbasetemp()
     folder = folder if worker_id == "master" else folder.parent
     jax.config.update("jax_compilation_cache_dir", str(folder / "jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "jax")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 
 @pytest.fixture(scope="session")

@@ -67,13 +67,10 @@ def here(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Of the processes: they share what JAX compiles."""
-    cache = str(tmp_path_factory.mktemp("jax"))
-    settings = {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    # Unbuffered, Python's standard output does not notice when only a part of a line could be written.
-    return {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"} | settings
+@pytest.fixture
+def environment() -> dict[str, str]:
+    """Of the processes. Unbuffered, Python's standard output does not notice when only a part of a line was written."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
 
 
 def classify(*arguments: str) -> int:
@@ -558,7 +555,7 @@ def test_a_full_disk_ends_in_one_line(here: Path, output: str, environment: dict
     options = ["--json"] if output == "standard output" else ["--output", output]
     limited = ("sh", "-c", 'ulimit -f 1; exec "$@"', "sh")  # no file grows beyond a block of 512 or 1024 bytes
     with Path("stdout").open("wb") as stdout:
-        process = start(*PHOTOS, *options, environment=environment, stdout=stdout, prefix=limited)
+        process = start(*PHOTOS, "--batch-size", "2", *options, environment=environment, stdout=stdout, prefix=limited)
         _, err = process.communicate()
     assert (process.returncode, err) == (3, f"error: cannot write {output}: File too large\n")
 

@@ -49,18 +49,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What one process has compiled serves the next, however quickly it was compiled."""
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache"))}
-    return {**os.environ, **cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PLATFORMS": "cpu"}
-
-
 class Training:
     """``flax-googlenet train`` in a process of its own."""
 
-    def __init__(self, data: Path, weights: Path, environment: dict[str, str]) -> None:
-        self.data, self.weights, self.environment = data, weights, environment
+    def __init__(self, data: Path, weights: Path) -> None:
+        self.data, self.weights = data, weights
 
     def start(
         self,
@@ -76,7 +69,7 @@ class Training:
         command += ["--preset", "digits", "--weights", str(weights or self.weights)]
         return subprocess.Popen(
             [*command, *fields, "--recipe.frozen", *FROZEN, *options],
-            env=self.environment | variables,
+            env=os.environ | {"JAX_PLATFORMS": "cpu"} | variables,
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -89,9 +82,7 @@ class Training:
 
 
 @pytest.fixture(scope="module")
-def train(
-    data: Path, variables: dict[str, Any], environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
-) -> Training:
+def train(data: Path, variables: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Training:
     weights = tmp_path_factory.mktemp("weights") / "random.safetensors"
     # Without auxiliary heads: two thirds of the parameters, which every checkpoint would hold.
     without = {
@@ -99,7 +90,7 @@ def train(
         for kind, blocks in variables.items()
     }
     flax_googlenet.save(weights, flax_googlenet.GoogLeNet(aux_logits=False), without)
-    return Training(data, weights, environment)
+    return Training(data, weights)
 
 
 @pytest.fixture(scope="module")
