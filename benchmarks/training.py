@@ -77,17 +77,15 @@ def flax(folder: Path) -> Step:
     import optax
 
     import flax_googlenet
-    from flax_googlenet import cpu
     from flax_googlenet.training import create_train_state, train_step
 
     model, variables = flax_googlenet.load(folder / "weights.safetensors")
     optimizer = optax.chain(optax.add_decayed_weights(WEIGHT_DECAY), optax.sgd(LEARNING_RATE, MOMENTUM))
     state = create_train_state(model, variables, optimizer, aux_weight=AUX_WEIGHT)
-    compiled = jax.jit(train_step, donate_argnums=0, compiler_options=cpu.compiler_options())
 
     def step(images: np.ndarray, labels: np.ndarray) -> float:
         nonlocal state
-        state, metrics = compiled(state, {"image": images, "label": labels}, jax.random.key(0))
+        state, metrics = train_step(state, {"image": images, "label": labels}, jax.random.key(0))
         return float(metrics["loss"])
 
     return step

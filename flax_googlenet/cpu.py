@@ -29,9 +29,6 @@ BATCH_SIZES = (8, 4, 1)
 """Numbers of images in one call. From 16 on, the buffers of a call exceed 32 MB, and memory that the C library gives
 back and takes anew at every call costs more than larger matrix products save."""
 
-# XLA's Eigen convolutions instead of its YNNPACK ones: 1.4x. Without effect on anything but this function's program.
-_EIGEN_CONVOLUTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
-
 # Winograd's F(m, 3) by m: the transforms of the input, the kernel and the output (Lavin and Gray, section 4).
 _INPUT_TRANSFORM = {
     2: np.array([[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]]),
@@ -116,19 +113,6 @@ def back(weights: Weights, x: Float[Array, "n h w 480"]) -> dict[str, jax.Array]
     x = stages["avgpool"] = x.mean((1, 2), keepdims=True)
     stages["fc"] = x[:, 0, 0, :] @ weights["fc"]["kernel"] + weights["fc"]["bias"]
     return stages
-
-
-@functools.cache
-def compiler_options() -> dict[str, str]:
-    """Options of ``jax.jit`` for ``logits``; empty where this jaxlib does not know them."""
-    try:
-        with jax.default_device(jax.local_devices(backend="cpu")[0]):
-            jax.jit(operator.pos, compiler_options=_EIGEN_CONVOLUTIONS)(0.0)
-    except jax.errors.JaxRuntimeError as error:
-        if "INVALID_ARGUMENT" not in str(error):  # an option or a value that this XLA does not know
-            raise
-        return {}
-    return _EIGEN_CONVOLUTIONS
 
 
 def _inception(x: jax.Array, weights: Weights, name: str) -> jax.Array:

@@ -8,7 +8,7 @@ import numpy as np
 from jax import numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from flax_googlenet import cpu
+from flax_googlenet import compiling, cpu
 from flax_googlenet.model import BatchNorm, GoogLeNet, Variables, check_images, transform_input
 
 Predictor = Callable[[Any], jax.Array]
@@ -129,7 +129,7 @@ def _inference_graph(
     tuned = on_cpu and jnp.finfo(model.dtype).bits >= 32
     weights = cpu.prepare(folded_variables["params"]) if tuned else folded_variables
     rounded = jax.tree.map(lambda x: x.astype(model.dtype), weights)
-    return (cpu_graph, rounded, cpu.compiler_options()) if tuned else (plain_graph, rounded, {})
+    return (cpu_graph, rounded, compiling.compiler_options()) if tuned else (plain_graph, rounded, {})
 
 
 def _batches(images: Any, sizes: Sequence[int]) -> Iterator[Any]:

@@ -93,10 +93,6 @@ def test_float32_error_is_at_most_three_times_pytorchs(
     assert _relative_error(ours, truth) < 3 * _relative_error(pytorch, truth)  # measured: 1.0 to 2.1 times
 
 
-def test_this_xla_takes_the_compiler_options() -> None:
-    assert cpu.compiler_options()
-
-
 def test_every_number_of_images_gives_the_same_logits(predict: flax_googlenet.Predictor, random_images: Images) -> None:
     images = random_images(17, 32, 32).astype(np.float32)
     expected = predict(images)

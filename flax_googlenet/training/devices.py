@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from flax_googlenet import cpu
+from flax_googlenet.compiling import compiler_options
 from flax_googlenet.status import CommandError, Status
 
 _HEARTBEAT_SECONDS = 30  # a process that is silent for so long is taken for dead
@@ -25,7 +25,7 @@ class Devices:
         self._replicated = NamedSharding(mesh, PartitionSpec())
         self._split = NamedSharding(mesh, PartitionSpec("batch"))
         self.share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-        self._compiler_options = cpu.compiler_options() if jax.default_backend() == "cpu" else {}
+        self._compiler_options = compiler_options() if jax.default_backend() == "cpu" else {}
 
     def __str__(self) -> str:
         of_processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""

@@ -10,6 +10,7 @@ from flax import struct
 from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from flax_googlenet.compiling import jit
 from flax_googlenet.model import GoogLeNet, GoogLeNetOutput, Variables, at_least_float32
 from flax_googlenet.training.finetune import freeze
 
@@ -85,7 +86,7 @@ def create_train_state(
     state = TrainState(
         params=params,
         batch_stats=batch_stats,
-        opt_state=optimizer.init(params),
+        opt_state=jax.jit(optimizer.init)(params),  # otherwise each shape of a parameter is compiled for: 8 s
         step=jnp.asarray(0, jnp.int32),
         average=None if average_decay is None else {"params": params, "batch_stats": batch_stats},
         model=model,
@@ -97,7 +98,7 @@ def create_train_state(
     return jax.tree.map(jnp.array, state)  # a copy of each: no buffer is the caller's, and none is donated twice
 
 
-@functools.partial(jax.jit, donate_argnums=0)
+@functools.partial(jit, donate_argnums=0)
 def train_step(state: TrainState, batch: Batch, dropout_key: jax.Array) -> tuple[TrainState, Metrics]:
     """One step: the loss of all heads, its gradient, the optimizer, the statistics and the average.
 
@@ -153,7 +154,7 @@ def train_step(state: TrainState, batch: Batch, dropout_key: jax.Array) -> tuple
     return new_state, {"loss": loss, "accuracy": accuracy, "grad_norm": grad_norm, "finite": finite}
 
 
-@jax.jit
+@jit
 def eval_step(state: TrainState, batch: Batch) -> Metrics:
     """The figures of one batch at inference, by ``state.eval_variables``.
 
@@ -190,10 +191,8 @@ def cross_entropy(
 
     In float32 at least. A label that is no class gives NaN, where indexing alone would take -1 for the last class.
     """
-    logits = _float32(logits)
-    of_label = optax.softmax_cross_entropy_with_integer_labels(
-        logits, jnp.where(labels < 0, jnp.asarray(logits.shape[-1], labels.dtype), labels)
-    )
+    logits, labels = _float32(logits), labels.astype(jnp.int32)  # 8 bits would not hold the number of classes
+    of_label = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(labels < 0, logits.shape[-1], labels))
     of_all = jax.nn.logsumexp(logits, axis=-1) - logits.mean(-1)  # against the even distribution
     return (1 - label_smoothing) * of_label + label_smoothing * of_all
 
@@ -206,7 +205,7 @@ def _loss(state: TrainState, output: GoogLeNetOutput, labels: jax.Array) -> jax.
 def _hits(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
     """Which of the labels are among the ``k`` likeliest classes of their row: bool [N]."""
     _, likeliest = jax.lax.top_k(logits, min(k, logits.shape[-1]))
-    return (likeliest.astype(labels.dtype) == labels[:, None]).any(-1)
+    return (likeliest == labels.astype(jnp.int32)[:, None]).any(-1)
 
 
 def _average(state: TrainState, variables: dict[str, Any], step: jax.Array) -> dict[str, Any] | None:
