@@ -1,6 +1,6 @@
 """The training step against torch.optim.SGD on torchvision's model, and what it does that PyTorch has no word for."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -37,11 +37,13 @@ def torch_sgd(model: TorchGoogLeNet) -> torch.optim.SGD:
     return torch.optim.SGD(model.parameters(), LEARNING_RATE, MOMENTUM, weight_decay=WEIGHT_DECAY)
 
 
-def torch_in_training(state_dict: dict[str, np.ndarray]) -> TorchGoogLeNet:
+def torch_in_training(state_dict: dict[str, np.ndarray], frozen: Sequence[str] = ()) -> TorchGoogLeNet:
     model = reference.build(state_dict, transform_input=False, dtype=torch.float64).train()
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
+    for name in frozen:
+        model.get_submodule(name).eval().requires_grad_(False)
     return model
 
 
@@ -90,9 +92,10 @@ def lockstep(state_dict: dict[str, np.ndarray], variables64: dict[str, Any]) -> 
 
     given = jax.tree.map(jnp.array, variables64)
     state = create_train_state(NO_DROPOUT64, given, sgd(), average_decay=AVERAGE_DECAY)
-    losses, watched, compiled = [], [], train_step._cache_size()
-    for batch in batches:
-        state, metrics = train_step(state, batch, KEY)
+    losses, watched = [], []
+    for step, batch in enumerate(batches):
+        with jax.no_tracing(step > 0):  # it compiles once
+            state, metrics = train_step(state, batch, KEY)
         losses.append(float(metrics["loss"]))
         watched.append(copied((state.params["conv1"], state.batch_stats["conv1"])))
     return {
@@ -104,7 +107,6 @@ def lockstep(state_dict: dict[str, np.ndarray], variables64: dict[str, Any]) -> 
         "expected_first": expected_first,
         "expected": torch_tensors(model),
         "watched": watched,
-        "compilations": train_step._cache_size() - compiled,
     }
 
 
@@ -113,15 +115,11 @@ def test_thirty_steps_are_those_of_torch_optim_sgd(lockstep: dict[str, Any]) -> 
     errors = np.abs(lockstep["losses"] / lockstep["expected_losses"] - 1)
     final = largest_error(tensors(lockstep["state"]), lockstep["expected"])
     print(f"loss: first step {errors[0]:.1e}, largest {errors.max():.1e}; parameters and statistics {final:.1e}")
-    assert errors[0] < 1e-14
-    assert errors.max() < 1e-7
-    assert final < 1e-6
+    assert errors[0] < 1e-14  # 7e-16 measured
+    assert errors.max() < 1e-7  # 1e-10 measured
+    assert final < 1e-6  # 2e-9 measured
     assert lockstep["losses"].std() > 0.1  # they are not all the same
     assert int(lockstep["state"].step) == 30
-
-
-def test_thirty_steps_are_compiled_once(lockstep: dict[str, Any]) -> None:
-    assert lockstep["compilations"] == 1
 
 
 def test_flaxs_own_batch_norm_would_be_noticed_in_one_step(
@@ -141,13 +139,13 @@ def test_flaxs_own_batch_norm_would_be_noticed_in_one_step(
         return {name: np.asarray(x) for name, x in named.items() if name.endswith("running_var")}
 
     expected = {name: x for name, x in lockstep["expected_first"].items() if name.endswith("running_var")}
-    assert largest_error(running_variances(), expected) < 1e-12
+    assert largest_error(running_variances(), expected) < 1e-13  # 7e-15 measured
     options = {"momentum": 0.9, "epsilon": 1e-3, "use_fast_variance": False}
     monkeypatch.setattr(
         flax_googlenet.model, "BatchNorm", lambda **kwargs: FlaxBatchNorm(use_running_average=None, **options, **kwargs)
     )
     with jax.numpy_dtype_promotion("standard"):  # Flax's own code promotes
-        assert largest_error(running_variances(), expected) > 1e-3
+        assert largest_error(running_variances(), expected) > 1e-3  # 6e-3 measured
 
 
 def test_the_average_follows_the_parameters_and_statistics(lockstep: dict[str, Any]) -> None:
@@ -157,7 +155,8 @@ def test_the_average_follows_the_parameters_and_statistics(lockstep: dict[str, A
         average = jax.tree.map(lambda old, x, decay=decay: decay * old + (1 - decay) * x, average, new)
     state = lockstep["state"]
     actual = (state.average["params"]["conv1"], state.average["batch_stats"]["conv1"])
-    jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-12, atol=1e-15), actual, average)
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(average), strict=True):
+        np.testing.assert_allclose(a, e, rtol=0, atol=1e-14 * np.abs(e).max())  # 2e-16 measured
     assert state.eval_variables["params"] is state.average["params"]
     assert state.replace(average=None).eval_variables["params"] is state.params
 
@@ -230,12 +229,14 @@ def test_with_dropout_and_smooth_labels_the_steps_are_torchs_once_it_has_the_mas
     state_dict: dict[str, np.ndarray], variables64: dict[str, Any]
 ) -> None:
     batches = random_batches(6, 8, 64)
-    model = torch_in_training(state_dict)
+    trained = ("inception5b", "aux1", "aux2", "fc")  # all that dropout reaches
+    model64 = MODEL64.clone(frozen=tuple(name for name in BLOCKS if name not in trained))
+    model = torch_in_training(state_dict, model64.frozen)
     model.dropout, model.aux1.dropout, model.aux2.dropout = Masks(), Masks(), Masks()
     optimizer = torch_sgd(model)
-    state = create_train_state(MODEL64, variables64, sgd(), label_smoothing=0.1)
+    state = create_train_state(model64, variables64, sgd(), label_smoothing=0.1)
     masks_of = jax.jit(dropout_masks)  # of the network, it computes the masks alone
-    seen = []
+    seen, errors = [], []
     for step, batch in enumerate(batches):
         masks = masks_of(variables64, batch["image"], jax.random.fold_in(KEY, step))
         for name, mask in masks.items():
@@ -243,9 +244,11 @@ def test_with_dropout_and_smooth_labels_the_steps_are_torchs_once_it_has_the_mas
         seen.append(np.asarray(masks["aux1.dropout"]))
         expected = reference.train_step(model, optimizer, batch["image"], batch["label"], label_smoothing=0.1)
         state, metrics = train_step(state, batch, KEY)
-        error = abs(float(metrics["loss"]) / expected - 1)
-        assert error < (1e-14 if step == 0 else 1e-10), step
-    assert largest_error(tensors(state), torch_tensors(model)) < 1e-10
+        errors.append(abs(float(metrics["loss"]) / expected - 1))
+    final = largest_error(tensors(state), torch_tensors(model))
+    print(f"dropout: loss off by {max(errors):.1e}, parameters and statistics by {final:.1e}")
+    assert max(errors) < 1e-13  # 2e-16 measured
+    assert final < 1e-13  # 3e-15 measured
     assert len(masks) == 3
     assert (seen[0] != seen[1]).mean() > 0.3  # one key, and new masks in every step
 
@@ -256,10 +259,8 @@ TOP64 = NO_DROPOUT64.clone(aux_logits=False, frozen=tuple(name for name in BLOCK
 
 
 def torch_top(state_dict: dict[str, np.ndarray]) -> TorchGoogLeNet:
-    model = torch_in_training(state_dict)
+    model = torch_in_training(state_dict, TOP64.frozen)
     model.aux_logits = False
-    for name in TOP64.frozen:
-        model.get_submodule(name).eval().requires_grad_(False)
     return model
 
 
@@ -284,7 +285,7 @@ def test_bfloat16_computes_with_float32_parameters_statistics_and_loss(
     assert (kernel.astype(jnp.bfloat16).astype(jnp.float32) != kernel).mean() > 0.9  # not rounded to bfloat16
     error = abs(float(metrics["loss"]) / expected - 1)
     print(f"bfloat16: loss off by {error:.1e}")
-    assert 1e-6 < error < 2e-2  # 8 bits: not float32, and not another function
+    assert 1e-6 < error < 2e-2  # 1e-3 measured, of 8 bits: not float32, and not another function
 
 
 def accumulated(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -304,7 +305,7 @@ def test_accumulated_gradients_are_those_of_one_large_batch_without_batch_norm(v
         for path, new in flatten_dict(expected.params[name]).items():
             step = np.asarray(new) - flatten_dict(folded["params"][name])[path]
             error = np.abs(flatten_dict(state.params[name])[path] - new).max() / np.abs(step).max()
-            assert error < 1e-12, (name, path)
+            assert error < 1e-13, (name, path)  # 3e-15 measured
 
 
 def test_accumulated_gradients_with_batch_norm_are_those_of_torch(
@@ -321,8 +322,8 @@ def test_accumulated_gradients_with_batch_norm_are_those_of_torch(
             optimizer.step()
             optimizer.zero_grad()
         state, metrics = train_step(state, batch, KEY)
-        assert float(metrics["loss"]) == pytest.approx(loss.item(), rel=1e-12)
-        assert largest_error(tensors(state), torch_tensors(model)) < 1e-8, step  # 1e-10 measured
+        assert float(metrics["loss"]) == pytest.approx(loss.item(), rel=1e-13)  # 1e-15 measured
+        assert largest_error(tensors(state), torch_tensors(model)) < 1e-13, step  # 5e-15 measured
 
 
 def test_cross_entropy_is_torchs_with_smooth_labels() -> None:
@@ -334,11 +335,16 @@ def test_cross_entropy_is_torchs_with_smooth_labels() -> None:
         np.testing.assert_allclose(cross_entropy(logits, labels, label_smoothing), expected, atol=1e-14, rtol=1e-14)
     assert cross_entropy(logits.astype(jnp.bfloat16), labels).dtype == jnp.float32
     assert np.isnan(cross_entropy(logits[:2], np.array([-1, 17]))).all()
+    many = rng.standard_normal((64, 300))  # classes, more than labels of eight bits can tell apart
+    np.testing.assert_array_equal(
+        cross_entropy(many, labels.astype(np.uint8)), cross_entropy(many, labels), strict=True
+    )
 
 
-def test_evaluation_is_torchs_and_leaves_out_the_rows_that_fill_the_batch(
+def test_evaluation_is_torchs_by_the_average_and_leaves_out_the_rows_that_fill_the_batch(
     torch64: TorchGoogLeNet, variables64: dict[str, Any]
 ) -> None:
+    zeros = jax.tree.map(np.zeros_like, variables64)
     images = random_batches(1, 8, 64)[0]["image"]
     with torch.inference_mode():
         logits = torch64(torch.from_numpy(images).permute(0, 3, 1, 2)).numpy()
@@ -348,19 +354,11 @@ def test_evaluation_is_torchs_and_leaves_out_the_rows_that_fill_the_batch(
     counted = torch.from_numpy(logits[:6]), torch.from_numpy(labels[:6]).long()
     expected = torch.nn.functional.cross_entropy(*counted).item()
 
-    state = create_train_state(MODEL64, variables64, sgd(), label_smoothing=0.1)
+    state = create_train_state(MODEL64, zeros, sgd(), label_smoothing=0.1).replace(average=variables64)
     metrics = eval_step(state, {"image": images, "label": labels})
-    assert float(metrics["loss"]) == pytest.approx(expected, rel=1e-12)
+    assert float(metrics["loss"]) == pytest.approx(expected, rel=1e-13)  # 3e-16 measured
     assert float(metrics["accuracy"]) == pytest.approx(2 / 6)
     assert float(metrics["top5"]) == pytest.approx(4 / 6)
     assert int(metrics["count"]) == 6
     nothing = eval_step(state, {"image": images, "label": np.full_like(labels, -1)})
     assert {float(value) for value in nothing.values()} == {0.0}
-
-
-def test_evaluation_uses_the_average(variables64: dict[str, Any]) -> None:
-    state = create_train_state(MODEL64, variables64, sgd())
-    zeros = jax.tree.map(jnp.zeros_like, variables64)
-    batch = random_batches(1, 8, 64)[0]
-    averaged = eval_step(state.replace(average=zeros), batch)
-    assert float(averaged["loss"]) == pytest.approx(np.log(1000))  # no weights: every class is as likely
