@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flax_googlenet.ops import adaptive_avg_pool, max_pool
@@ -24,13 +24,14 @@ def images(h: int, w: int) -> np.ndarray:
 
 
 @st.composite
-def pools(draw: st.DrawFn) -> tuple[int, int, int]:
-    window = draw(st.integers(1, 7))
+def pools(draw: st.DrawFn, largest: int) -> tuple[int, int, int]:
+    """Window, stride and padding."""
+    window = draw(st.integers(1, largest))
     return window, draw(st.integers(1, 9)), draw(st.integers(0, window // 2))
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.integers(1, 24), st.integers(1, 24), pools())
+@given(st.integers(1, 24), st.integers(1, 24), pools(largest=7))
 def test_max_pool_is_torchs(h: int, w: int, pool: tuple[int, int, int]) -> None:
     window, stride, padding = pool
     x = images(h, w)
@@ -45,17 +46,16 @@ def test_max_pool_is_torchs(h: int, w: int, pool: tuple[int, int, int]) -> None:
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.integers(3, 12), st.integers(3, 12), pools())
+@given(st.integers(3, 12), st.integers(3, 12), pools(largest=3))
 def test_max_pool_gives_the_gradient_of_a_tie_to_the_same_pixel(h: int, w: int, pool: tuple[int, int, int]) -> None:
     window, stride, padding = pool
-    assume(window <= 3)
     x = images(h, w)
     tensor = nchw(x).requires_grad_()
     expected = torch.nn.functional.max_pool2d(tensor, window, stride, padding, ceil_mode=True)
     weights = np.random.default_rng(0).standard_normal(nhwc(expected).shape)
     (expected * nchw(weights)).sum().backward()
 
-    gradient = jax.grad(lambda x: (max_pool(x, window, stride, padding) * weights).sum())(x)
+    gradient = jax.jit(jax.grad(lambda x: (max_pool(x, window, stride, padding) * weights).sum()))(x)
     assert tensor.grad is not None
     np.testing.assert_allclose(gradient, nhwc(tensor.grad), rtol=0, atol=1e-14)  # sums of at most 9 in another order
 
@@ -67,18 +67,23 @@ def test_max_pool_has_derivatives_of_every_mode() -> None:
         return (max_pool(x, 3, 2, 1) ** 3).sum()
 
     _, forward = jax.jvp(total, (x,), (v,))
-    np.testing.assert_allclose(forward, (jax.grad(total)(x) * v).sum(), rtol=1e-13)
+    np.testing.assert_allclose(forward, (jax.grad(total)(x) * v).sum(), rtol=1e-14)  # 2e-16 measured
     _, second = jax.jvp(jax.grad(total), (x,), (v,))  # the Hessian times v
-    np.testing.assert_allclose(second, jax.grad(lambda x: (jax.grad(total)(x) * v).sum())(x), rtol=1e-13)
+    transposed = jax.grad(lambda x: (jax.grad(total)(x) * v).sum())(x)
+    np.testing.assert_allclose(second, transposed, rtol=0, atol=1e-14 * np.abs(second).max())  # 1e-16 measured
 
 
 def test_max_pool_carries_nan_as_torch_does() -> None:
     x = images(7, 7)
-    x[:, 3, 3] = np.nan
-    expected = torch.nn.functional.max_pool2d(nchw(x), 3, 2, 1, ceil_mode=True)
+    x[:, 3, 3:5] = np.nan
+    tensor = nchw(x).requires_grad_()
+    expected = torch.nn.functional.max_pool2d(tensor, 3, 2, 1, ceil_mode=True)
+    expected.sum().backward()
     np.testing.assert_array_equal(max_pool(x, 3, 2, 1), nhwc(expected))
-    pooled, _ = jax.jvp(lambda x: max_pool(x, 3, 2, 1), (x,), (x,))
+    pooled, pullback = jax.vjp(lambda x: max_pool(x, 3, 2, 1), x)
     np.testing.assert_array_equal(pooled, nhwc(expected))
+    assert tensor.grad is not None
+    np.testing.assert_array_equal(pullback(np.ones_like(pooled))[0], nhwc(tensor.grad))  # to the last NaN of a window
 
 
 def test_max_pool_drops_a_window_that_starts_in_the_padding() -> None:
