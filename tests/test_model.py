@@ -166,7 +166,9 @@ def test_training_on_one_value_a_channel_raises_as_torch_does(
     with pytest.raises(ValueError, match="more than 1 value"):
         norm(torch.zeros(1, 4, 1, 1))
     with pytest.raises(ValueError, match=r"more than 1 value a channel in training, got an input of shape \(1, 1, 1, "):
-        NO_DROPOUT64.apply(variables64, images, train=True, mutable=["batch_stats"])
+        jax.eval_shape(
+            lambda variables: NO_DROPOUT64.apply(variables, images, train=True, mutable=["batch_stats"]), variables64
+        )
 
 
 def test_dropout_has_the_stated_rates(variables64: dict[str, Any], random_images: Images) -> None:
@@ -178,11 +180,15 @@ def test_dropout_has_the_stated_rates(variables64: dict[str, Any], random_images
         params[(*path, "bias")] = np.full(1000, 0.0)
     params = unflatten_dict(params)
 
-    def heads(model: GoogLeNet, **kwargs: Any) -> Any:
-        return model.apply({**variables64, "params": params}, images, train=True, mutable=["batch_stats"], **kwargs)[0]
+    def heads(model: GoogLeNet, variables: Any, **kwargs: Any) -> Any:
+        return model.apply(variables, images, train=True, mutable=["batch_stats"], **kwargs)[0]
 
-    kept = heads(NO_DROPOUT64)
-    dropped = heads(MODEL64, rngs={"dropout": jax.random.key(0)})
+    kept, dropped = jax.jit(  # one program: all below the dropout is compiled once
+        lambda variables: (
+            heads(NO_DROPOUT64, variables),
+            heads(MODEL64, variables, rngs={"dropout": jax.random.key(0)}),
+        )
+    )({**variables64, "params": params})
     for name, rate in (("logits", 0.2), ("aux_logits1", 0.7), ("aux_logits2", 0.7)):
         alive = np.asarray(getattr(kept, name)) != 0
         share = (np.asarray(getattr(dropped, name))[alive] == 0).mean()
@@ -253,7 +259,8 @@ def test_linear_biases_start_as_torchs_and_batch_norm_at_1_and_0(initial: dict[s
 
 
 def test_any_batch_is_taken_also_an_empty_and_a_symbolic_one(variables: dict[str, Any]) -> None:
-    assert GoogLeNet().apply(variables, np.zeros((0, 32, 32, 3), np.float32)).logits.shape == (0, 1000)
+    nothing = np.zeros((0, 32, 32, 3), np.float32)
+    assert jax.jit(GoogLeNet().apply)(variables, nothing).logits.shape == (0, 1000)
     (batch,) = jax.export.symbolic_shape("batch")
     images = jax.ShapeDtypeStruct((batch, 32, 32, 3), jnp.float32)
     exported = jax.export.export(jax.jit(lambda x: GoogLeNet().apply(variables, x).logits))(images)
@@ -299,7 +306,8 @@ def test_training_without_the_variables_of_an_aux_head_is_refused_with_the_way_o
                 ),
                 headless,
             )
-        GoogLeNet().apply(headless, np.zeros((1, 32, 32, 3), np.float32))  # inference does without them
+        images = np.zeros((1, 32, 32, 3), np.float32)
+        jax.eval_shape(GoogLeNet().apply, headless, images)  # inference does without them
 
 
 def test_the_smallest_size_is_torchvisions() -> None:

@@ -102,8 +102,8 @@ def create_train_state(
 def train_step(state: TrainState, batch: Batch, dropout_key: jax.Array) -> tuple[TrainState, Metrics]:
     """One step: the loss of all heads, its gradient, the optimizer, the statistics and the average.
 
-    It is jitted, and the arrays of the state that it was given are gone afterwards; inside the caller's ``jax.jit`` it
-    is a plain function.
+    It is jitted, on a CPU with the options that make its convolutions fast, and the arrays of the state that it was
+    given are gone afterwards; inside the caller's ``jax.jit`` it is a plain function.
 
     Example::
 
