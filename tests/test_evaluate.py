@@ -126,7 +126,7 @@ def test_with_one_crop_every_answer_is_torchvisions(
     photos, _ = find_data("photos", held_out=0.2, seed=0, trained_on=None)
     found = list(answers(networks, photos, 1, 224, 4, pytest.fail))
     assert [index for indices, _ in found for index in indices] == list(range(11))
-    # Logits in float32, of magnitude 3. Measured: 4e-7.
+    # Probabilities, of logits in float32 and of magnitude 3. Measured: 1.1e-6.
     np.testing.assert_allclose(np.concatenate([p for _, p in found]), expected, atol=4e-6, rtol=0)
 
     result = figures("weights.safetensors", "photos")
