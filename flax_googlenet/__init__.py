@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from flax_googlenet.model import GoogLeNet, GoogLeNetOutput, endpoints
     from flax_googlenet.porting import PortingError, from_torchvision, to_torchvision
     from flax_googlenet.preprocessing import ImageError, preprocess, preprocess_batch
+
+    __version__: str
 else:  # where a type checker sees it, it would accept any name
     _MODULES = {
         "CheckpointError": "checkpoint",
@@ -34,10 +36,12 @@ else:  # where a type checker sees it, it would accept any name
     }
 
     def __getattr__(name: str) -> object:
-        from importlib import import_module
+        from importlib import import_module, metadata
 
         if name == "training":
             return import_module("flax_googlenet.training")
+        if name == "__version__":
+            return metadata.version("flax-googlenet")
         if name not in _MODULES:
             raise AttributeError(f"module 'flax_googlenet' has no attribute {name!r}")
         value = globals()[name] = getattr(import_module(f"flax_googlenet.{_MODULES[name]}"), name)

@@ -10,7 +10,6 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,6 +17,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import arg
 
+import flax_googlenet
 from flax_googlenet.status import CommandError, Status, printable
 
 File = Annotated[Path, arg(metavar="FILE")]
@@ -206,6 +206,17 @@ def _train_by_preset(arguments: Sequence[str]) -> Callable[..., int]:
     return functools.partial(train, recipe=PRESETS[preset])
 
 
+def _in_one_line(command: Callable[..., int]) -> Callable[..., int]:
+    """The command with the first line of its documentation, for the help on all of them."""
+
+    @functools.wraps(command)
+    def same(*arguments: Any, **options: Any) -> int:
+        return command(*arguments, **options)
+
+    same.__doc__ = (command.__doc__ or "").partition("\n")[0]
+    return same
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status; ``argv`` defaults to the process's own."""
     try:
@@ -213,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             warnings.simplefilter("ignore")  # of JAX's cache, of Pillow's readers: what is wrong is said in our words
             arguments = list(sys.argv[1:] if argv is None else argv)
             if arguments == ["--version"]:
-                sys.stdout.write(f"flax-googlenet {metadata.version('flax-googlenet')}\n")
+                sys.stdout.write(f"flax-googlenet {flax_googlenet.__version__}\n")
                 sys.stdout.flush()
                 return Status.DONE
             commands: dict[str, Callable[..., int]] = {
@@ -224,10 +235,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             }
             if arguments[:1] == ["train"]:
                 commands["train"] = _train_by_preset(arguments)
+            elif not commands.keys() & set(arguments[:1]):
+                commands = {name: _in_one_line(command) for name, command in commands.items()}
             return tyro.extras.subcommand_cli_from_dict(
                 commands,
                 prog="flax-googlenet",
-                description="GoogLeNet in JAX and Flax. --version prints its version.",
+                description="GoogLeNet in JAX and Flax. --version tells which; each subcommand has its own --help.",
                 args=arguments,
                 config=(tyro.conf.FlagCreatePairsOff,),
             )

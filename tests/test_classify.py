@@ -614,6 +614,16 @@ def test_a_cache_that_jax_was_told_of_is_kept(here: Path) -> None:
 def test_version_is_that_of_the_installed_package(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"flax-googlenet {metadata.version('flax-googlenet')}\n"
+    assert flax_googlenet.__version__ == metadata.version("flax-googlenet")
+
+
+def test_the_overview_has_a_line_or_two_for_each_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    out = capsys.readouterr().out
+    for line in ("classify  Name the likeliest", "evaluate  Count how", "export    Write the", "train     Train on a"):
+        assert line in out
+    assert "Exit status" not in out
 
 
 def test_the_help_tells_the_exit_statuses(capsys: pytest.CaptureFixture[str]) -> None:
