@@ -1,0 +1,175 @@
+"""What bounds a step of training on a CPU: each stage alone, forwards and backwards, side by side with PyTorch.
+
+A stage computes in training, in float32, on random input of the shape that it gets from images of 224x224, with the
+gradients of its parameters and, but for the images, of its input. Each engine has a process of its own, PyTorch's in
+channels_last, and they take turns. Printed are medians, and how many times faster than PyTorch that is.
+
+    pip install -e ".[benchmark]"
+    python benchmarks/stages.py
+"""
+
+import contextlib
+import functools
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from side_by_side import THREADS, Worker, machine, parse_arguments, print_header, print_row, progress, serve
+
+from flax_googlenet.model import GoogLeNet, endpoints, variable_shapes
+from flax_googlenet.ops import max_pool
+
+SIZE = 224
+AUX_INPUTS = {"aux1": "inception4a", "aux2": "inception4d"}
+
+Compute = Callable[[], None]
+"""Computes one stage, forwards and backwards."""
+
+
+def input_shapes(batch: int) -> dict[str, list[int]]:
+    """The shape of each stage's input, NHWC, in the order of computation and the auxiliary heads last."""
+    import jax
+
+    model, order = GoogLeNet(), []
+
+    def outputs(variables: Any, images: Any) -> Any:
+        stages = endpoints(model, variables, images)
+        order.extend(stages)  # jax.eval_shape sorts them
+        return stages
+
+    images = jax.ShapeDtypeStruct((batch, SIZE, SIZE, 3), np.float32)
+    shapes = jax.eval_shape(outputs, variable_shapes(model), images) | {"images": images}
+    body = order[: order.index("avgpool")]
+    before = dict(zip(body, ["images", *body], strict=False)) | AUX_INPUTS
+    return {name: list(shapes[previous].shape) for name, previous in before.items()}
+
+
+def pytorch(name: str, images: np.ndarray) -> Compute:
+    import torch
+    from torchvision.models import GoogLeNet as TorchGoogLeNet
+
+    torch.set_num_threads(THREADS)
+    stage = TorchGoogLeNet(init_weights=False).train().get_submodule(name).to(memory_format=torch.channels_last)
+    x = torch.from_numpy(images).permute(0, 3, 1, 2).requires_grad_(name != "conv1")  # NHWC in memory: channels_last
+    gradient = torch.ones_like(stage(x))
+
+    def compute() -> None:
+        stage.zero_grad()
+        x.grad = None
+        stage(x).backward(gradient)
+
+    return compute
+
+
+def flax(name: str, images: np.ndarray) -> Compute:
+    import jax
+    from jax import numpy as jnp
+
+    from flax_googlenet.compiling import jit
+
+    variables: Any = {"params": {}}
+    rngs = {name: jax.random.key(0) for name in ("params", "dropout")}
+    if name.startswith("maxpool"):
+        window = 2 if name == "maxpool4" else 3
+
+        def apply(_: Any, x: jax.Array) -> jax.Array:
+            return max_pool(x, window, stride=2)
+    else:
+        stage = submodules()[name]
+        variables = jax.tree.map(
+            lambda x: jnp.full(x.shape, 0.01, x.dtype), jax.eval_shape(lambda: stage.init(rngs, images, True))
+        )
+
+        def apply(params: Any, x: jax.Array) -> jax.Array:
+            return stage.apply({**variables, "params": params}, x, True, rngs=rngs, mutable=["batch_stats"])[0]
+
+    @jit
+    def output_and_gradients(params: Any, x: jax.Array, gradient: jax.Array) -> Any:
+        if name == "conv1":
+            x = jax.lax.stop_gradient(x)
+        output, backwards = jax.vjp(apply, params, x)
+        return output, backwards(gradient)
+
+    params, x = variables["params"], jnp.asarray(images)
+    gradient = jnp.ones_like(jax.jit(apply)(params, x))
+    return lambda: jax.block_until_ready(output_and_gradients(params, x, gradient))
+
+
+def submodules() -> dict[str, Any]:
+    """The network's blocks, by name, each a module of its own."""
+    from flax import linen as nn
+
+    found = {}
+
+    def record(call: Callable[..., Any], arguments: Any, keywords: Any, context: Any) -> Any:
+        if len(context.module.path) == 1:
+            found[context.module.name] = context.module.clone(parent=None)
+        return call(*arguments, **keywords)
+
+    with nn.intercept_methods(record):
+        variable_shapes(GoogLeNet())
+    return found
+
+
+ENGINES: dict[str, Callable[[str, np.ndarray], Compute]] = {"PyTorch channels_last": pytorch, "this library": flax}
+
+
+def main() -> None:
+    """Runs the benchmark and prints its table in Markdown."""
+    arguments = parse_arguments(__doc__, ENGINES, batches=[16], rounds=7)
+    if arguments.work:
+        serve(lambda: load(arguments.engines[0]))
+        return
+    print(machine("jax", "jaxlib", "flax", "torch", "torchvision") + "\n")
+    for batch in arguments.batches:
+        measure(arguments.engines, batch, arguments.rounds)
+
+
+def load(name: str) -> Callable[..., dict[str, Any]]:
+    """The engine as a function that answers how many seconds a stage took."""
+
+    @functools.lru_cache(maxsize=1)
+    def warm(stage: str, shape: tuple[int, ...]) -> Compute:
+        images = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+        compute = ENGINES[name](stage, images)
+        compute()
+        return compute
+
+    def answer(stage: str, shape: list[int]) -> dict[str, Any]:
+        compute = warm(stage, tuple(shape))
+        start = time.perf_counter()
+        compute()
+        return {"seconds": time.perf_counter() - start}
+
+    return answer
+
+
+def measure(engines: list[str], batch: int, rounds: int) -> None:
+    """Prints the table of one number of images."""
+    print_header(f"milliseconds at batch {batch}", *engines)
+    totals = dict.fromkeys(engines, 0.0)
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as processes:
+        workers = {name: processes.enter_context(Worker(name, Path(folder))) for name in engines}
+        for stage, shape in input_shapes(batch).items():
+            progress(f"batch {batch}: {stage}")
+            times: dict[str, list[float]] = {name: [] for name in engines}
+            for _ in range(rounds):
+                for name in engines:
+                    times[name].append(workers[name].ask(stage=stage, shape=shape)["seconds"])
+            medians = {name: statistics.median(x) for name, x in times.items()}
+            print_times(stage, medians)
+            totals = {name: totals[name] + medians[name] for name in engines}
+    print_times("all", totals)
+
+
+def print_times(stage: str, seconds: dict[str, float]) -> None:
+    first = next(iter(seconds.values()))
+    print_row(stage, *(f"{1000 * x:.1f} ({first / x:.2f}x)" for x in seconds.values()))
+
+
+if __name__ == "__main__":
+    main()
