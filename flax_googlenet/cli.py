@@ -181,8 +181,9 @@ def train(
         override: Go on in a folder although the recipe, the data or the weights are others than they were.
         recipe: What to do, and in brackets what the preset says.
     """
-    from flax_googlenet.training import loop
+    from flax_googlenet.training import keep_memory, loop
 
+    keep_memory()
     _use_compilation_cache()
     return loop.train(data, workdir, recipe, weights=weights, distributed=distributed, override=override)
 
