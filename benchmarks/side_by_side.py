@@ -20,6 +20,9 @@ sys.path.insert(0, str(ROOT / "convert"))
 
 THREADS = len(os.sched_getaffinity(0))
 
+# What flax_googlenet.training.keep_memory() sets, as an environment: for processes without JAX, too.
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1", "MALLOC_ARENA_MAX": "1"}
+
 
 class Worker:
     """A process that is one engine; a context that ends it.

@@ -2,7 +2,8 @@
 
 A stage computes in training, in float32, on random input of the shape that it gets from images of 224x224, with the
 gradients of its parameters and, but for the images, of its input. Each engine has a process of its own, PyTorch's in
-channels_last, and they take turns. Printed are medians, and how many times faster than PyTorch that is.
+channels_last, and both keep their memory as keep_memory() does; they take turns. Printed are medians, and how many
+times faster than PyTorch that is.
 
     pip install -e ".[benchmark]"
     python benchmarks/stages.py
@@ -18,7 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from side_by_side import THREADS, Worker, machine, parse_arguments, print_header, print_row, progress, serve
+from side_by_side import (
+    KEEP_MEMORY,
+    THREADS,
+    Worker,
+    machine,
+    parse_arguments,
+    print_header,
+    print_row,
+    progress,
+    serve,
+)
 
 from flax_googlenet.model import GoogLeNet, endpoints, variable_shapes
 from flax_googlenet.ops import max_pool
@@ -89,9 +100,8 @@ def flax(name: str, images: np.ndarray) -> Compute:
 
     @jit
     def output_and_gradients(params: Any, x: jax.Array, gradient: jax.Array) -> Any:
-        if name == "conv1":
-            x = jax.lax.stop_gradient(x)
-        output, backwards = jax.vjp(apply, params, x)
+        inputs = (params,) if name == "conv1" else (params, x)
+        output, backwards = jax.vjp(lambda params, x=x: apply(params, x), *inputs)
         return output, backwards(gradient)
 
     params, x = variables["params"], jnp.asarray(images)
@@ -153,7 +163,7 @@ def measure(engines: list[str], batch: int, rounds: int) -> None:
     print_header(f"milliseconds at batch {batch}", *engines)
     totals = dict.fromkeys(engines, 0.0)
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as processes:
-        workers = {name: processes.enter_context(Worker(name, Path(folder))) for name in engines}
+        workers = {name: processes.enter_context(Worker(name, Path(folder), KEEP_MEMORY)) for name in engines}
         for stage, shape in input_shapes(batch).items():
             progress(f"batch {batch}: {stage}")
             times: dict[str, list[float]] = {name: [] for name in engines}

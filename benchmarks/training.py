@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 from side_by_side import (
+    KEEP_MEMORY,
     THREADS,
     Worker,
     machine,
@@ -99,8 +100,6 @@ ENGINES: dict[str, Callable[[Path], Step]] = {
 }
 KEPT = ", memory kept"
 ENGINES |= {name + KEPT: ENGINES[name] for name in ("PyTorch channels_last", "train_step")}
-# What keep_memory() sets, for a process without JAX.
-KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1", "MALLOC_ARENA_MAX": "1"}
 
 
 def main() -> None:
