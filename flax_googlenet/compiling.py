@@ -30,20 +30,22 @@ def compiler_options() -> dict[str, str]:
 
 
 def jit(function: Callable[P, R], donate_argnums: int | tuple[int, ...] = ()) -> Callable[P, R]:
-    """``jax.jit`` that compiles with ``compiler_options()`` if the default device is a CPU.
+    """``jax.jit`` that compiles with ``compiler_options()`` if JAX's default backend is a CPU.
 
     Part of what another function's trace computes, it is ``jax.jit`` alone: JAX takes options from the outermost one.
+    For ``lower`` and the like, take ``jax.jit`` of what it returns.
     """
-    jitted = jax.jit(function, donate_argnums=donate_argnums)
 
     @functools.cache
-    def jitted_for_cpu() -> Callable[P, R]:
-        return jax.jit(function, donate_argnums=donate_argnums, compiler_options=compiler_options())
+    def jitted(with_options: bool) -> Callable[P, R]:
+        options = compiler_options() if with_options else None
+        return jax.jit(function, donate_argnums=donate_argnums, compiler_options=options)
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         # jax.jit traces all that is computed inside it, jax.grad and jax.vmap what depends on their arguments.
         traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((jnp.zeros(()), args, kwargs)))
-        return (jitted if traced or jax.default_backend() != "cpu" else jitted_for_cpu())(*args, **kwargs)
+        on_cpu = not traced and jax.default_backend() == "cpu"
+        return jitted(with_options=on_cpu)(*args, **kwargs)
 
     return call

@@ -2,13 +2,23 @@
 
 import jax
 import numpy as np
+import pytest
 from jax import numpy as jnp
 
+from flax_googlenet import compiling
 from flax_googlenet.compiling import compiler_options, jit
 
 
 def test_this_xla_takes_the_compiler_options() -> None:
     assert compiler_options()
+
+
+def test_xla_gets_the_options_and_inside_another_jit_it_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling, "compiler_options", lambda: {"xla_no_such_option": "1"})
+    double = jit(lambda x: x + x)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such_option"):
+        double(1.0)
+    assert jax.jit(double)(1.0) == 2
 
 
 def test_it_can_be_part_of_any_transformation() -> None:

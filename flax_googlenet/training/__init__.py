@@ -1,7 +1,7 @@
 """Training and fine-tuning with optax: what to do (recipe), the input (data), the pure step, and the run (loop)."""
 
+from flax_googlenet.memory import keep_memory
 from flax_googlenet.training.finetune import freeze, new_head, reestimate_batch_norm, scale_heads
-from flax_googlenet.training.memory import keep_memory
 from flax_googlenet.training.step import TrainState, create_train_state, cross_entropy, eval_step, train_step
 
 __all__ = [
