@@ -34,10 +34,7 @@ Step = Callable[[np.ndarray, np.ndarray], float]
 
 def pytorch(state_dict: dict[str, np.ndarray], dtype: type[np.floating]) -> Step:
     torch_dtype = {np.float32: torch.float32, np.float64: torch.float64}[dtype]
-    model = reference.build(state_dict, transform_input=False, dtype=torch_dtype).train()
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
+    model = reference.build_for_training(state_dict, torch_dtype)
     optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, MOMENTUM, weight_decay=WEIGHT_DECAY)
     return lambda images, labels: reference.train_step(model, optimizer, images.astype(dtype), labels)
 
@@ -91,7 +88,7 @@ def main() -> None:
         # A loss that is equal to the last bit has no place on a logarithmic axis: a gap.
         axes.semilogy(np.arange(1, len(drift) + 1), np.where(drift > 0, drift, np.nan), label=name)
     axes.set(
-        xlabel="step of SGD (learning rate 0.001, momentum 0.9)",
+        xlabel=f"step of SGD (learning rate {LEARNING_RATE}, momentum {MOMENTUM})",
         ylabel="relative difference of the loss",
         title="Training drifts apart: difference from PyTorch in float64",
     )

@@ -82,6 +82,15 @@ def stages(model: GoogLeNet, images: np.ndarray) -> dict[str, np.ndarray]:
     return {name: (x.permute(0, 2, 3, 1) if x.ndim == 4 else x).numpy() for name, x in outputs.items()}
 
 
+def build_for_training(state_dict: Mapping[str, np.ndarray], dtype: torch.dtype = torch.float64) -> GoogLeNet:
+    """The same in training mode, with dropout off: the course of a training that two libraries can share."""
+    model = build(state_dict, transform_input=False, dtype=dtype).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
+
+
 def train_step(
     model: GoogLeNet,
     optimizer: torch.optim.Optimizer,

@@ -67,10 +67,7 @@ def test_frozen_blocks_and_a_learning_rate_for_the_heads_are_torchs(
     state_dict: dict[str, np.ndarray], variables64: dict[str, Any]
 ) -> None:
     """In PyTorch: requires_grad False and eval() for the frozen blocks, and two parameter groups."""
-    torch_model = reference.build(state_dict, transform_input=False, dtype=torch.float64).train()
-    for module in torch_model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
+    torch_model = reference.build_for_training(state_dict)
     for name in FROZEN:
         torch_model.get_submodule(name).eval().requires_grad_(False)
     groups: dict[bool, list[torch.nn.Parameter]] = {True: [], False: []}

@@ -85,10 +85,7 @@ def test_float32_is_as_near_to_the_truth_as_pytorch(
 def training(state_dict: dict[str, np.ndarray], variables64: dict[str, Any], random_images: Images) -> dict[str, Any]:
     """One training pass of both in float64, dropout off: outputs, gradients of a loss on all heads, statistics."""
     images = random_images(3, 97, 131)
-    model = reference.build(state_dict, transform_input=False, dtype=torch.float64).train()
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
+    model = reference.build_for_training(state_dict)
     expected = model(torch.from_numpy(images).permute(0, 3, 1, 2))
     weights = [torch.linspace(-1, 1, head.numel(), dtype=torch.float64).reshape(head.shape).cos() for head in expected]
     sum((head * weight).sum() for head, weight in zip(expected, weights, strict=True)).backward()

@@ -38,10 +38,7 @@ def torch_sgd(model: TorchGoogLeNet) -> torch.optim.SGD:
 
 
 def torch_in_training(state_dict: dict[str, np.ndarray], frozen: Sequence[str] = ()) -> TorchGoogLeNet:
-    model = reference.build(state_dict, transform_input=False, dtype=torch.float64).train()
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
+    model = reference.build_for_training(state_dict)
     for name in frozen:
         model.get_submodule(name).eval().requires_grad_(False)
     return model
