@@ -82,7 +82,7 @@ def port_back(args: argparse.Namespace, screen: Console, progress: Console) -> t
     arguments = f"num_classes={model.num_classes}, aux_logits={model.aux_logits}, init_weights=False"
     if model.transform_input:
         arguments += ", transform_input=True"
-    next_step = f"torchvision.models.googlenet({arguments}).load_state_dict(torch.load({str(output)!r}))"
+    next_step = f"model = torchvision.models.googlenet({arguments}); model.load_state_dict(torch.load({str(output)!r}))"
     class_names = metadata.get("class_names")
     if not isinstance(class_names, list) or list(map(type, class_names)) != [str] * model.num_classes:
         class_names = None  # metadata is free: whatever else it has under this name are no names of classes

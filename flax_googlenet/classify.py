@@ -1,5 +1,6 @@
 """What ``flax-googlenet classify`` does: runs the network over images, and tells its answers."""
 
+import functools
 import itertools
 import json
 import sys
@@ -61,8 +62,7 @@ def classify(
     if first is None:
         return Status.NOT_DONE
     loaded = load_weights(weights or _default_weights(), dtype=jnp.float32)
-    if top > loaded.model.num_classes:
-        raise CommandError(Status.USAGE, f"--top {top}: these weights have {loaded.model.num_classes} classes")
+    top = min(top, loaded.model.num_classes)
     if loaded.metadata.get("source") == "random":
         notes.print("[bold yellow]warning:[/] these weights are random: the answers mean nothing")
 
@@ -81,7 +81,8 @@ def classify(
         with _progress(notes, hidden) as progress:
             task = progress.add_task("", total=None, rate=0.0)
             new = filter(is_new, itertools.chain([first], paths))
-            images = read_ahead(new, preprocess, 2 * batch_size, fail)
+            read = functools.partial(preprocess, size=loaded.image_size)
+            images = read_ahead(new, read, 2 * batch_size, fail)
             for rows in _answers(predict, images, batch_size, top, loaded.class_names):
                 if results:
                     results.append(rows)

@@ -23,7 +23,7 @@ from flax_googlenet.status import CommandError, Status, printable
 File = Annotated[Path, arg(metavar="FILE")]
 OptionalFile = Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")]
 Number = Annotated[int, arg(metavar="N")]
-Flag = Annotated[bool, arg(help_behavior_hint="")]
+Flag = Annotated[bool, arg(help_behavior_hint=""), tyro.conf.FlagCreatePairsOff]
 
 
 def classify(
@@ -38,6 +38,7 @@ def classify(
 ) -> int:
     """Name the likeliest classes of images.
 
+    The images are resized as for the training of the weights: to 224x224, unless a run has trained at another size.
     A folder stands for all images in it and in the folders below it, but not for hidden ones. An --output file grows
     batch by batch, and the same command goes on where an earlier one was stopped: images that have a row are skipped,
     and those that could not be read are tried again.
@@ -56,7 +57,7 @@ def classify(
             googlenet-imagenet.safetensors, or else googlenet-random.safetensors.
         json: Print one line of JSON for each image: {"image", "predictions": [{"index", "label", "probability"}]}.
         output: Write to this .csv, .jsonl or .parquet file instead of the standard output; not with --json.
-        top: How many classes to name, the likeliest first.
+        top: How many classes to name, the likeliest first; or all, where there are fewer.
         batch_size: How many images to compute at once.
     """
     from flax_googlenet import classify as command
@@ -166,7 +167,8 @@ def train(
       2    the command line is wrong
       3    nothing is done: no data, no weights or wrong ones, the folder is in use, or has a run of another recipe
       4    the run stopped itself: losses that are not finite, unreadable images, a full disk, or a lost process
-      130  Ctrl-C: the step was finished and a checkpoint saved; a second Ctrl-C ends at once
+      130  Ctrl-C: the step was finished and a checkpoint saved; a second Ctrl-C ends at once, as one before the
+           first step does
       143  SIGTERM: the same
 
     Args:
@@ -179,7 +181,7 @@ def train(
         distributed: Be one of several processes, as Slurm, Open MPI, Kubernetes or a TPU's host tell it, or the
             variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
         override: Go on in a folder although the recipe, the data or the weights are others than they were.
-        recipe: What to do, and in brackets what the preset says.
+        recipe: What to do, and in brackets what the preset says: --preset or --weights before --help shows theirs.
     """
     from flax_googlenet.training import keep_memory, loop
 
@@ -241,9 +243,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return tyro.extras.subcommand_cli_from_dict(
                 commands,
                 prog="flax-googlenet",
-                description="GoogLeNet in JAX and Flax. --version tells which; each subcommand has its own --help.",
+                description="GoogLeNet in JAX and Flax. Each subcommand has a --help; --version prints the version.",
                 args=arguments,
-                config=(tyro.conf.FlagCreatePairsOff,),
             )
     except CommandError as error:
         return _fail(error.status, str(error))

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flax_googlenet.checkpoint import CheckpointError, load_whole
-from flax_googlenet.model import Dtype, GoogLeNet
+from flax_googlenet.model import MIN_SIZE, Dtype, GoogLeNet
+from flax_googlenet.preprocessing import CROP
 from flax_googlenet.status import CommandError, Status
 
 
@@ -22,6 +23,13 @@ class Weights(NamedTuple):
         """A name for each class, if the metadata has them; whatever else it has in their place is no names."""
         names = self.metadata.get("class_names")
         return names if isinstance(names, list) and list(map(type, names)) == [str] * self.model.num_classes else None
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of the images of the training, in pixels; 224 unless the metadata has those of a run."""
+        recipe = self.metadata.get("recipe")
+        size = recipe.get("image_size") if isinstance(recipe, dict) else None
+        return size if type(size) is int and size >= MIN_SIZE else CROP
 
 
 def load_weights(path: Path, *, dtype: Dtype | None = None) -> Weights:

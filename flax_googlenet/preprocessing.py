@@ -35,34 +35,45 @@ class ImageError(ValueError):
     """Something that is no image, or none that can be read; the message names it and the way out."""
 
 
-def preprocess(image: ImageSource) -> Float32[np.ndarray, "224 224 3"]:
+def preprocess(image: ImageSource, size: int = CROP) -> Float32[np.ndarray, "size size 3"]:
     """Prepares one image for the network.
 
     Args:
         image: a file that Pillow reads, a Pillow image, or uint8 RGB [H, W, 3]. Files and Pillow images are turned as
             their EXIF orientation says and converted to RGB: alpha is dropped and what lies under it is seen, as in
             torchvision's loader; 16-bit greys are scaled to 8 bits; of an animation it is the first frame.
+        size: height and width of the result, in pixels: that of the training. At any size it is the same part of the
+            image, the middle 224 / 256 of the short side and as much of the long one.
 
     Returns:
-        float32 [224, 224, 3], normalised RGB.
+        float32 [size, size, 3], normalised RGB.
 
     Raises:
         ImageError: if there is no such file, if it is damaged or not an image, if it has more pixels than
             ``PIL.Image.MAX_IMAGE_PIXELS``, or if the array is of another dtype or shape.
     """
-    return normalise(_resize_and_crop(rgb(image)))
+    picture = rgb(image)
+    if size == CROP:
+        return normalise(_resize_and_crop(picture))
+    side = min(picture.size) * CROP / RESIZE
+    left, top = (picture.width - side) / 2, (picture.height - side) / 2
+    box = (left, top, left + side, top + side)
+    return normalise(picture.resize((size, size), Image.Resampling.BILINEAR, box=box))
 
 
-def preprocess_batch(images: Iterable[ImageSource], workers: int | None = None) -> Float32[np.ndarray, "n 224 224 3"]:
+def preprocess_batch(
+    images: Iterable[ImageSource], workers: int | None = None, size: int = CROP
+) -> Float32[np.ndarray, "n size size 3"]:
     """Prepares many images at once, as ``preprocess`` does one.
 
     Args:
         images: as for ``preprocess``. A Pillow image that is not loaded yet must not be among them twice: Pillow reads
             it in one thread alone.
         workers: number of threads, by default one for each core: Pillow works outside Python's lock.
+        size: as for ``preprocess``.
 
     Returns:
-        float32 [N, 224, 224, 3], in the order of ``images``.
+        float32 [N, size, size, 3], in the order of ``images``.
 
     Raises:
         ImageError: as ``preprocess``, for the first image that fails; the message tells its place.
@@ -72,13 +83,13 @@ def preprocess_batch(images: Iterable[ImageSource], workers: int | None = None) 
 
     def numbered(item: tuple[int, ImageSource]) -> np.ndarray:
         try:
-            return preprocess(item[1])
+            return preprocess(item[1], size)
         except ImageError as error:
             raise ImageError(f"images[{item[0]}]: {error}") from error
 
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         arrays = list(pool.map(numbered, enumerate(images)))
-    return np.stack(arrays) if arrays else np.empty((0, CROP, CROP, 3), np.float32)
+    return np.stack(arrays) if arrays else np.empty((0, size, size, 3), np.float32)
 
 
 def normalise(image: Image.Image) -> Float32[np.ndarray, "h w 3"]:

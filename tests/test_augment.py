@@ -14,7 +14,7 @@ from torchvision.transforms.functional import resized_crop
 
 from flax_googlenet import preprocess
 from flax_googlenet.model import IMAGENET_MEAN, IMAGENET_STD
-from flax_googlenet.training.augment import augment, centre, distort, random_crop
+from flax_googlenet.training.augment import augment, distort, random_crop
 from flax_googlenet.training.recipe import Recipe
 
 AREA, ASPECT = (0.08, 1.0), (3 / 4, 4 / 3)
@@ -127,17 +127,13 @@ def test_a_recipe_without_distortion_leaves_the_colours(photograph: Image.Image)
     assert (colours(augment(image, replace(PLAIN, distortion=True), rng)) != np.asarray(image)).any()
 
 
-def test_evaluation_at_224_is_inference(photograph: Image.Image) -> None:
-    np.testing.assert_array_equal(centre(photograph, 224), preprocess(photograph))
-
-
 @pytest.mark.parametrize("size", [32, 64, 192, 299])
-def test_evaluation_at_another_size_is_inference_at_that_size(size: int) -> None:
+def test_preprocess_takes_the_same_part_of_an_image_at_any_size(size: int) -> None:
     # A picture that is its own coordinates, so that a difference of colours is one of places, in source pixels.
     y, x = np.mgrid[:100, :150]
     picture = Image.fromarray(np.stack([x, y, x], axis=-1).astype(np.uint8))
     pixels = (np.arange(size) + 0.5) * (100 * 7 / 8 / size) - 0.5
-    ours = colours(centre(picture, size)).astype(float)
+    ours = colours(preprocess(picture, size)).astype(float)
     assert abs(ours[..., 0] - (pixels + (150 - 87.5) / 2)).max() < 0.75  # rounded to a whole colour
     assert abs(ours[..., 1] - (pixels + (100 - 87.5) / 2)[:, None]).max() < 0.75
 
@@ -147,5 +143,5 @@ def test_an_image_of_any_size_is_augmented_and_evaluated(size: tuple[int, int]) 
     image = Image.new("RGB", size, (10, 20, 30))
     rng = np.random.default_rng(0)
     recipe = Recipe(image_size=64, interpolation="random")
-    for result in (*(augment(image, recipe, rng) for _ in range(8)), centre(image, 64), centre(image, 224)):
+    for result in (*(augment(image, recipe, rng) for _ in range(8)), preprocess(image, 64), preprocess(image)):
         np.testing.assert_array_equal(colours(result), np.broadcast_to((10, 20, 30), result.shape))

@@ -203,7 +203,7 @@ def test_all_empty_classes_are_named_at_once(folder: Path) -> None:
 def test_train_without_val_is_refused(tmp_path: Path) -> None:
     write_image(tmp_path / "train" / "cats" / "1.png")
     write_image(tmp_path / "test" / "cats" / "1.png")
-    assert "and no folder val/; expected one of" in refusal(tmp_path)
+    assert "and no folder val/; expected a folder of train/ and val/" in refusal(tmp_path)
 
 
 def test_classes_that_differ_between_train_and_val_are_all_named(folder: Path, tmp_path: Path) -> None:
@@ -211,7 +211,7 @@ def test_classes_that_differ_between_train_and_val_are_all_named(folder: Path, t
     shutil.copytree(folder, tmp_path / "split" / "val")
     (tmp_path / "split" / "val" / "dogs").rename(tmp_path / "split" / "val" / "Dogs")
     message = refusal(tmp_path / "split")
-    assert "only in train/: ['dogs'], only in val/: ['Dogs']" in message
+    assert "only in train/: dogs; only in val/: Dogs" in message
 
 
 def test_a_folder_that_may_not_be_read_is_named() -> None:

@@ -49,7 +49,7 @@ def test_what_is_no_recipe_is_refused(text: str | bytes) -> None:
         ({"flip": 1}, "flip must be bool"),
         ({"frozen": "conv1"}, "frozen must be tuple[str, ...]"),
         ({"average_decay": 1.0}, "average_decay must be more than 0 and less than 1"),
-        ({"warmup_epochs": 90.0}, "warmup_epochs must be at least 0 and less than epochs"),
+        ({"warmup_epochs": -1.0}, "warmup_epochs must be at least 0"),
         ({"epochs": 0, "keep": 0}, "epochs must be at least 1; keep must be at least 1"),
     ],
 )
@@ -74,6 +74,11 @@ def test_the_papers_learning_rate_falls_by_4_percent_every_8_epochs() -> None:
 def test_imagenets_learning_rate_warms_up_and_falls_to_0_as_a_cosine() -> None:
     expected = [0, 0.05, 0.1, 0.05, 0]
     np.testing.assert_allclose(rates(PRESETS["imagenet"], 100, [0, 2.5, 5, 47.5, 90]), expected, rtol=1e-6, atol=1e-9)
+
+
+def test_a_short_run_warms_up_for_half_of_it() -> None:
+    recipe = dataclasses.replace(PRESETS["finetune"], epochs=1)
+    np.testing.assert_allclose(rates(recipe, 100, [0, 0.25, 0.5, 1]), [0, 0.0025, 0.005, 0], rtol=1e-6, atol=1e-9)
 
 
 def test_accumulation_makes_the_schedule_count_changes_of_the_weights() -> None:

@@ -50,6 +50,15 @@ def test_another_recipe_or_other_data_are_refused_unless_told(workdir: Path) -> 
     assert resume(workdir, STATE, identity("photos", label_smoothing=0.2), True, pytest.fail) is not None
 
 
+def test_a_recipe_that_makes_another_state_is_refused_even_when_told(workdir: Path) -> None:
+    state = {**STATE, "average": STATE["weights"]}
+    with pytest.raises(CommandError) as caught:
+        resume(workdir, state, identity(average_decay=0.9), True, pytest.fail)
+    assert str(caught.value) == f"{workdir} holds a run with average_decay None, now 0.9: choose another folder"
+    with pytest.raises(CheckpointError, match=r"missing: .*average"):  # whatever else has made another state
+        resume(workdir, state, identity(), True, pytest.fail)
+
+
 def test_a_damaged_recipe_is_named(workdir: Path) -> None:
     (workdir / "recipe.json").write_bytes(b"\xff\xfe")
     assert f"{workdir}/recipe.json: recipe: not as to_json writes it" in refusal(workdir, identity())

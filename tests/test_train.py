@@ -90,7 +90,7 @@ def refusal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[...,
 
 def test_data_that_are_not_there_are_refused(tmp_path: Path, refusal: Callable[..., str]) -> None:
     said = refusal(str(tmp_path / "photos"))
-    assert f"error: {tmp_path}/photos: no such folder; expected one of a folder of train/ and val/" in said
+    assert f"error: {tmp_path}/photos: no such folder; expected a folder of train/ and val/" in said
 
 
 def test_weights_that_are_none_are_refused(tmp_path: Path, refusal: Callable[..., str]) -> None:
@@ -112,7 +112,10 @@ def test_frozen_blocks_that_the_weights_have_not_are_refused(
 
 def test_more_batches_to_accumulate_than_there_are_are_refused(refusal: Callable[..., str]) -> None:
     said = refusal("digits", "--recipe.accumulate=10000")
-    assert "1438 images make 528 steps, and a change of the weights takes 10000: choose a smaller batch_size" in said
+    assert "1438 images make 528 steps, and a change of the weights takes 10000: choose a smaller --recipe.acc" in said
+    assert "1438 images are less than a batch of 2000: choose a smaller" in refusal(
+        "digits", "--recipe.batch-size=2000"
+    )
 
 
 def test_a_run_in_use_is_refused(tmp_path: Path, refusal: Callable[..., str]) -> None:

@@ -1,4 +1,4 @@
-"""An image to what the network trains on (random), and to what it is evaluated on (always the same)."""
+"""An image to what the network trains on; what it is evaluated on, always the same, is ``preprocess``."""
 
 import math
 
@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float32
 from PIL import Image, ImageEnhance, ImageOps
 
-from flax_googlenet.preprocessing import CROP, RESIZE, normalise, preprocess
+from flax_googlenet.preprocessing import normalise
 from flax_googlenet.training.recipe import Recipe
 
 Box = tuple[int, int, int, int]
@@ -80,21 +80,3 @@ def distort(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     for place in rng.permutation(len(_DISTORTIONS)):
         image = _DISTORTIONS[place](image).enhance(rng.uniform(0.5, 1.5))
     return image
-
-
-def centre(image: Image.Image, size: int) -> Float32[np.ndarray, "size size 3"]:
-    """The middle of an RGB image, as for inference: 224 / 256 of the short side, and as much of the long one.
-
-    Args:
-        image: RGB, of any size.
-        size: height and width of the result. At 224 it is equal to ``flax_googlenet.preprocess``.
-
-    Returns:
-        float32 [size, size, 3], normalised.
-    """
-    if size == CROP:
-        return preprocess(image)
-    side = min(image.size) * CROP / RESIZE
-    left, top = (image.width - side) / 2, (image.height - side) / 2
-    box = (left, top, left + side, top + side)
-    return normalise(image.resize((size, size), Image.Resampling.BILINEAR, box=box))

@@ -34,6 +34,10 @@ class CheckpointSaveError(RuntimeError):
     """A checkpoint that could not be saved; the earlier ones are as they were."""
 
 
+class OtherStateError(CheckpointError):
+    """A checkpoint that is whole, but of another network or optimizer."""
+
+
 class Restored(NamedTuple):
     """What ``save`` was given, the state with the shardings that ``restore`` was asked for."""
 
@@ -114,7 +118,7 @@ def restore(folder: str | os.PathLike[str], like: Any, fail: Callable[[str], Non
 
     Raises:
         CheckpointError: if there are checkpoints but none is whole, or if the newest whole one is of another state
-            than ``like``, by names, shapes and dtypes; the message lists all that differ.
+            than ``like``, by names, shapes and dtypes: an OtherStateError, which lists all that differ.
     """
     checkpoints = _checkpoints(Path(os.path.abspath(folder)))
     step = int(multihost_utils.broadcast_one_to_all(np.int32(_newest_whole(checkpoints, fail))))
@@ -203,7 +207,7 @@ def _check(path: Path, wanted: dict[str, Any], stored: dict[str, Any]) -> None:
     }
     if any(problems.values()):
         listing = "\n".join(f"{kind}: {names}" for kind, names in problems.items() if names)
-        raise CheckpointError(f"{path} is not of this run's state:\n{listing}")
+        raise OtherStateError(f"{path} is not of this run's state:\n{listing}")
 
 
 def _checkpoints(folder: Path) -> dict[int, Path]:

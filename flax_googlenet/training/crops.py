@@ -4,8 +4,7 @@ import numpy as np
 from jaxtyping import Float32
 from PIL import Image, ImageOps
 
-from flax_googlenet.preprocessing import CROP, RESIZE, ImageError, normalise
-from flax_googlenet.training.augment import centre
+from flax_googlenet.preprocessing import CROP, RESIZE, ImageError, normalise, preprocess
 
 PAPER_SCALES = (256, 288, 320, 352)
 """Short sides, in pixels, for crops of 224."""
@@ -32,7 +31,7 @@ def crops(image: Image.Image, count: int, size: int = CROP) -> Float32[np.ndarra
     Reference: Going Deeper with Convolutions, section 7.
     """
     if count == 1:
-        return centre(image, size)[None]
+        return preprocess(image, size)[None]
     if max(image.size) > _MAX_ASPECT * min(image.size):
         raise ImageError(f"{image.width}x{image.height} pixels are too long for {count} crops: take one")
     views = _ten(image, size) if count == 10 else _paper(image, size)

@@ -21,8 +21,8 @@ from absl import flags
 from PIL import Image
 
 from flax_googlenet.images import Fail
-from flax_googlenet.preprocessing import ImageError
-from flax_googlenet.training.augment import augment, centre
+from flax_googlenet.preprocessing import ImageError, preprocess
+from flax_googlenet.training.augment import augment
 from flax_googlenet.training.datasets import DataError, Dataset
 from flax_googlenet.training.recipe import Recipe
 
@@ -152,7 +152,7 @@ def _eval_batch(dataset: Dataset, image_size: int, index: np.ndarray) -> dict[st
     for row, i in enumerate(index):
         if i >= 0:
             try:
-                images[row] = centre(dataset.read(i), image_size)
+                images[row] = preprocess(dataset.read(i), image_size)
                 labels[row] = dataset.labels[i]
             except ImageError as error:
                 failures.append(str(error))

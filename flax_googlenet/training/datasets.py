@@ -20,11 +20,11 @@ from PIL import Image
 from flax_googlenet.images import find_images
 from flax_googlenet.preprocessing import rgb
 
-EXPECTED = """expected one of
-  a folder of train/ and val/, each of them a folder of class folders
-  a folder of class folders, at least two: cats/1.jpg dogs/1.jpg ...
-  a folder of IDX files: train-images-idx3-ubyte.gz and the three that belong to it
-  digits, for scikit-learn's 1,797 images of handwritten digits"""
+EXPECTED = (
+    "expected a folder of train/ and val/, each of them a folder of class folders; or one of class folders, at least "
+    "two (cats/1.jpg, dogs/1.jpg, ...); or one of IDX files (train-images-idx3-ubyte.gz and the three that belong to "
+    "it); or digits, for scikit-learn's 1,797 images of handwritten digits"
+)
 
 _IDX_NAMES = ("{}-images-idx3-ubyte.gz", "{}-labels-idx1-ubyte.gz")
 
@@ -106,11 +106,12 @@ def open_data(data: str, *, held_out: float, seed: int) -> tuple[Dataset, Datase
         return _hold_out(_class_folders(data), data, held_out, seed)
     val, train = _part(data, "val"), _part(data, "train")
     if train.class_names != val.class_names:
-        classes = [set(dataset.class_names) for dataset in (train, val)]
-        raise DataError(
-            f"{data}: train/ and val/ must have the same classes; only in train/: {sorted(classes[0] - classes[1])}, "
-            f"only in val/: {sorted(classes[1] - classes[0])}"
-        )
+        only = {
+            "train": sorted(set(train.class_names) - set(val.class_names)),
+            "val": sorted(set(val.class_names) - set(train.class_names)),
+        }
+        listing = "; ".join(f"only in {part}/: {', '.join(names)}" for part, names in only.items() if names)
+        raise DataError(f"{data}: train/ and val/ must have the same classes; {listing}")
     return train, val
 
 

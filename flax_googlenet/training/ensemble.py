@@ -13,7 +13,6 @@ from scipy.special import softmax
 from flax_googlenet.files import Weights
 from flax_googlenet.images import Fail, read_ahead
 from flax_googlenet.inference import Predictor, make_predictor
-from flax_googlenet.preprocessing import CROP
 from flax_googlenet.status import CommandError, Status
 from flax_googlenet.training.crops import crops
 from flax_googlenet.training.datasets import Dataset
@@ -114,8 +113,7 @@ def make_networks(ensemble: Mapping[str, Weights]) -> list[Network]:
 
 def image_size(ensemble: Mapping[str, Weights]) -> int:
     """The size that the networks were trained for; raises a CommandError unless it is one."""
-    recipes = {path: recipe_of(weights.metadata) for path, weights in ensemble.items()}
-    sizes = {path: CROP if recipe is None else recipe.image_size for path, recipe in recipes.items()}
+    sizes = {path: weights.image_size for path, weights in ensemble.items()}
     if len(set(sizes.values())) > 1:
         listing = ", ".join(f"{path}: {size}" for path, size in sizes.items())
         raise CommandError(Status.NOT_DONE, f"the weights are for images of different sizes: {listing}")

@@ -158,9 +158,10 @@ def draw_curves(workdir: Path) -> Path:
             else:
                 axes.plot(steps, values, color=color, marker="o", ms=4, label="held out")
         axes.set(xlabel="step", ylabel=name)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[1].set_ylim(top=1)
+    figure.axes[1].set_ylim(top=1.01)  # a line at 100 % is seen whole
     figure.axes[1].yaxis.set_major_formatter("{x:.0%}")
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
     picture = io.BytesIO()

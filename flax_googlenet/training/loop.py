@@ -94,9 +94,12 @@ def _begin(
     train_data, held_out = open_data(data, held_out=recipe.held_out, seed=recipe.seed)
     steps_per_epoch = recipe.steps_per_epoch(len(train_data))
     total = steps_per_epoch * recipe.epochs
+    if not total:
+        reason = f"{len(train_data)} images are less than a batch of {recipe.batch_size}"
+        raise CommandError(Status.NOT_DONE, f"{reason}: choose a smaller --recipe.batch-size")
     if total < recipe.accumulate:
         reason = f"{len(train_data)} images make {total} steps, and a change of the weights takes {recipe.accumulate}"
-        raise CommandError(Status.NOT_DONE, f"{reason}: choose a smaller batch_size or accumulate, or more epochs")
+        raise CommandError(Status.NOT_DONE, f"{reason}: choose a smaller --recipe.accumulate, or more epochs")
     identity = {
         "recipe": dataclasses.asdict(recipe),
         "data": [train_data.fingerprint, held_out.fingerprint],
@@ -160,7 +163,8 @@ class Run:
         """Trains to the end, or until a signal: then there is a checkpoint, and it returns the signal's status."""
         if measured := self.tally.step < self.total:
             upcoming = self._to_devices(next(batches))
-            # Compiled before signals are caught: one that comes meanwhile need not wait.
+            self.say("compiling the step")
+            # Before signals are caught: one that comes meanwhile need not wait.
             one_step = self.devices.jit(
                 _one_step(schedule(self.recipe, self.steps_per_epoch), self.recipe), donate=(0,)
             )
@@ -186,8 +190,8 @@ class Run:
     def finish(self, data: str) -> Status:
         """Writes what the run leaves; ``data`` is as the command line named it."""
         if self.tally.unreadable or self.tally.not_finite:
-            counts = f"{len(self.tally.unreadable)} images could not be read, and {self.tally.not_finite} steps"
-            self.say(f"{counts} were left out")
+            counts = f"unreadable images: {len(self.tally.unreadable)}, steps not finite: {self.tally.not_finite}"
+            self.say(f"left out of the training: {counts}")
         if self.log:
             metadata = {
                 "class_names": list(self.train_data.class_names),

@@ -46,7 +46,7 @@ class Recipe:
     schedule: Literal["constant", "step", "cosine"] = "cosine"
     """The learning rate after the warm-up: constant, 4 percent less every 8 epochs, or a cosine down to 0."""
     warmup_epochs: float = 5.0
-    """In which the learning rate rises from 0."""
+    """In which the learning rate rises from 0; at most half of all."""
     label_smoothing: float = 0.1
     """The share of a label that is spread evenly over all classes."""
     aux_weight: float = 0.3
@@ -58,11 +58,11 @@ class Recipe:
     average_decay: float | None = None
     """The decay of a moving average of the weights, which is then evaluated and saved. None keeps none.
 
-    It moves with every batch, also where ``accumulate`` batches make one change of the weights."""
+    It moves with every batch, also where accumulate is more than 1."""
     accumulate: int = 1
     """Batches whose gradients are averaged before the weights change. Those left over at the end change nothing.
 
-    BatchNorm and ``average_decay`` go by the batch, not by the change."""
+    BatchNorm and average_decay go by the batch, not by the change."""
     frozen: tuple[str, ...] = ()
     """Blocks that stay as they are, with their BatchNorm statistics: conv1 ... conv3, inception3a ... inception5b, fc,
     aux1, aux2."""
@@ -103,14 +103,21 @@ class Recipe:
     def _rules(self) -> dict[str, bool]:
         counts = ("epochs", "batch_size", "accumulate", "checkpoint_every", "keep")
         shares = ("label_smoothing", "dropout", "dropout_aux", "momentum", "held_out")
-        not_negative = ("learning_rate", "weight_decay", "aux_weight", "head_learning_rate", "max_corrupt", "workers")
+        not_negative = (
+            "learning_rate",
+            "weight_decay",
+            "warmup_epochs",
+            "aux_weight",
+            "head_learning_rate",
+            "max_corrupt",
+            "workers",
+        )
         return {
             **{f"{name} must be at least 1": getattr(self, name) >= 1 for name in counts},
             **{f"{name} must be at least 0 and less than 1": 0 <= getattr(self, name) < 1 for name in shares},
             **{f"{name} must be at least 0": getattr(self, name) >= 0 for name in not_negative},
             "seed must be at least 0 and less than 2**32": 0 <= self.seed < 2**32,
             f"image_size must be at least {MIN_SIZE}": self.image_size >= MIN_SIZE,
-            "warmup_epochs must be at least 0 and less than epochs": 0 <= self.warmup_epochs < self.epochs,
             "average_decay must be more than 0 and less than 1": 0 < (self.average_decay or 0.5) < 1,
             "crop_area must rise, above 0 and up to 1": 0 < self.crop_area[0] <= self.crop_area[1] <= 1,
             "crop_aspect must rise, above 0": 0 < self.crop_aspect[0] <= self.crop_aspect[1],
@@ -226,7 +233,7 @@ def schedule(recipe: Recipe, steps_per_epoch: int) -> optax.Schedule:
         steps_per_epoch: batches in an epoch, at least one.
     """
     per_epoch = steps_per_epoch / recipe.accumulate
-    warmup = round(recipe.warmup_epochs * per_epoch)
+    warmup = round(min(recipe.warmup_epochs, recipe.epochs / 2) * per_epoch)
     rest = max(1, round(recipe.epochs * per_epoch) - warmup)
     after: optax.Schedule
     if recipe.schedule == "cosine":

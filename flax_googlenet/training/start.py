@@ -91,17 +91,27 @@ def resume(
         CheckpointError: if no checkpoint is whole, or it is of another network or optimizer.
     """
     folder, recipe = workdir / CHECKPOINTS, workdir / RECIPE
-    if folder.is_dir() and recipe.is_file() and not override:  # first: another recipe may make another state
+    differing: list[str] = []
+    if folder.is_dir() and recipe.is_file():  # first: another recipe may make another state
         try:
             before = dataclasses.asdict(Recipe.from_json(recipe.read_bytes()))
+            differing = _differing(identity | {"recipe": before}, identity)
         except RecipeError as error:
-            raise CommandError(Status.NOT_DONE, f"{recipe}: {error}") from error
-        _check_same(workdir, identity | {"recipe": before}, identity)
-    restored = checkpoints.restore(folder, shapes, fail)
+            if not override:
+                raise CommandError(Status.NOT_DONE, f"{recipe}: {error}") from error
+        if differing and not override:
+            raise _of_another_run(workdir, differing)
+    try:
+        restored = checkpoints.restore(folder, shapes, fail)
+    except checkpoints.OtherStateError as error:
+        if not differing:
+            raise
+        raise _of_another_run(workdir, differing, hint="") from error
     if restored is None:
         return None
-    if not override:
-        _check_same(workdir, restored.extra["identity"], identity)
+    differing = _differing(restored.extra["identity"], identity)
+    if differing and not override:
+        raise _of_another_run(workdir, differing)
     return Tally(step=restored.step, **restored.extra["tally"]), restored.state
 
 
@@ -114,16 +124,18 @@ def save(workdir: Path, tally: Tally, state: TrainState, identity: dict[str, Any
     return path
 
 
-def _check_same(workdir: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+def _differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What a message says of two runs that are not the same."""
     before, now = json.loads(json.dumps([before, now]))  # tuples as lists
-    differing = [
+    fields = [
         f"{name} {before['recipe'].get(name)}, now {value}"
         for name, value in now["recipe"].items()
         if value != before["recipe"].get(name) and name not in _CHANGE_NO_BIT
     ]
-    differing += [f"other {name}" for name in ("data", "weights") if before[name] != now[name]]
-    if differing:
-        raise CommandError(
-            Status.NOT_DONE,
-            f"{workdir} holds a run with {'; '.join(differing)}: choose another folder, or add --override",
-        )
+    return fields + [f"other {name}" for name in ("data", "weights") if before[name] != now[name]]
+
+
+def _of_another_run(workdir: Path, differing: list[str], hint: str = ", or add --override") -> CommandError:
+    return CommandError(
+        Status.NOT_DONE, f"{workdir} holds a run with {'; '.join(differing)}: choose another folder{hint}"
+    )

@@ -50,7 +50,8 @@ class Tally:
         if len(self.unreadable) > max_corrupt * len(dataset):
             raise TooMuchError(
                 f"{len(self.unreadable)} of {len(dataset)} images cannot be read, more than max_corrupt "
-                f"({max_corrupt:.2%}) allows: {', '.join(self.unreadable[:10])}"
+                f"({max_corrupt:.2%}) allows: {', '.join(self.unreadable[:10])}; remove them, or raise "
+                "--recipe.max-corrupt"
             )
 
 
