@@ -20,27 +20,23 @@ sys.path.insert(0, str(ROOT / "convert"))
 
 THREADS = len(os.sched_getaffinity(0))
 
-# What flax_googlenet.training.keep_memory() sets, as an environment: for processes without JAX, too.
-KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1", "MALLOC_ARENA_MAX": "1"}
-
 
 class Worker:
     """A process that is one engine; a context that ends it.
 
     Args:
         name: the engine's.
-        folder: for inputs and compilation caches; passed on as ``--work``.
-        environment: of the process, beside what it inherits.
+        folder: for inputs, and for what each engine compiles and finds again; passed on as ``--work``.
     """
 
-    def __init__(self, name: str, folder: Path, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(self, name: str, folder: Path) -> None:
         self.name = name
-        caches = {
-            "JAX_COMPILATION_CACHE_DIR": str(folder / "jax"),
+        caches = folder / "caches" / name
+        environment = os.environ | {
+            "JAX_COMPILATION_CACHE_DIR": str(caches / "jax"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
+            "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
         }
-        environment = {**os.environ, **caches, **(environment or {})}
         command = [sys.executable, sys.argv[0], "--engines", name, "--work", str(folder)]
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115  # closed with the process
         pipe = subprocess.PIPE

@@ -1,9 +1,10 @@
 """What bounds a step of training on a CPU: each stage alone, forwards and backwards, side by side with PyTorch.
 
 A stage computes in training, in float32, on random input of the shape that it gets from images of 224x224, with the
-gradients of its parameters and, but for the images, of its input. Each engine has a process of its own, PyTorch's in
-channels_last, and both keep their memory as keep_memory() does; they take turns. Printed are medians, and how many
-times faster than PyTorch that is.
+gradients of its parameters and, but for the images, of its input. What is left out takes little: the average pool, the
+last layer, the loss and the optimizer. Each engine has a process of its own, PyTorch's in channels_last, and both keep
+their memory as keep_memory() does; they take turns. Printed are medians, and how many times faster than the first
+engine that is.
 
     pip install -e ".[benchmark]"
     python benchmarks/stages.py
@@ -19,23 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from side_by_side import (
-    KEEP_MEMORY,
-    THREADS,
-    Worker,
-    machine,
-    parse_arguments,
-    print_header,
-    print_row,
-    progress,
-    serve,
-)
+from side_by_side import THREADS, Worker, machine, parse_arguments, print_header, print_row, progress, serve
 
-from flax_googlenet.model import GoogLeNet, endpoints, variable_shapes
-from flax_googlenet.ops import max_pool
+from flax_googlenet.memory import keep_memory  # imports no JAX
 
 SIZE = 224
-AUX_INPUTS = {"aux1": "inception4a", "aux2": "inception4d"}
 
 Compute = Callable[[], None]
 """Computes one stage, forwards and backwards."""
@@ -44,6 +33,9 @@ Compute = Callable[[], None]
 def input_shapes(batch: int) -> dict[str, list[int]]:
     """The shape of each stage's input, NHWC, in the order of computation and the auxiliary heads last."""
     import jax
+    import reference
+
+    from flax_googlenet.model import GoogLeNet, endpoints, variable_shapes
 
     model, order = GoogLeNet(), []
 
@@ -55,17 +47,17 @@ def input_shapes(batch: int) -> dict[str, list[int]]:
     images = jax.ShapeDtypeStruct((batch, SIZE, SIZE, 3), np.float32)
     shapes = jax.eval_shape(outputs, variable_shapes(model), images) | {"images": images}
     body = order[: order.index("avgpool")]
-    before = dict(zip(body, ["images", *body], strict=False)) | AUX_INPUTS
+    before = dict(zip(body, ["images", *body], strict=False)) | reference.AUX_INPUTS
     return {name: list(shapes[previous].shape) for name, previous in before.items()}
 
 
-def pytorch(name: str, images: np.ndarray) -> Compute:
+def pytorch(name: str, features: np.ndarray) -> Compute:
     import torch
     from torchvision.models import GoogLeNet as TorchGoogLeNet
 
     torch.set_num_threads(THREADS)
     stage = TorchGoogLeNet(init_weights=False).train().get_submodule(name).to(memory_format=torch.channels_last)
-    x = torch.from_numpy(images).permute(0, 3, 1, 2).requires_grad_(name != "conv1")  # NHWC in memory: channels_last
+    x = torch.from_numpy(features).permute(0, 3, 1, 2).requires_grad_(name != "conv1")  # NHWC in memory: channels_last
     gradient = torch.ones_like(stage(x))
 
     def compute() -> None:
@@ -76,42 +68,45 @@ def pytorch(name: str, images: np.ndarray) -> Compute:
     return compute
 
 
-def flax(name: str, images: np.ndarray) -> Compute:
+def flax(name: str, features: np.ndarray) -> Compute:
     import jax
     from jax import numpy as jnp
 
     from flax_googlenet.compiling import jit
+    from flax_googlenet.ops import max_pool
 
     variables: Any = {"params": {}}
-    rngs = {name: jax.random.key(0) for name in ("params", "dropout")}
+    rngs = dict.fromkeys(("params", "dropout"), jax.random.key(0))
     if name.startswith("maxpool"):
         window = 2 if name == "maxpool4" else 3
 
-        def apply(_: Any, x: jax.Array) -> jax.Array:
-            return max_pool(x, window, stride=2)
+        def apply(_: Any, x: jax.Array) -> Any:
+            return max_pool(x, window, stride=2), {}
     else:
         stage = submodules()[name]
         variables = jax.tree.map(
-            lambda x: jnp.full(x.shape, 0.01, x.dtype), jax.eval_shape(lambda: stage.init(rngs, images, True))
+            lambda x: jnp.full(x.shape, 0.01, x.dtype), jax.eval_shape(lambda: stage.init(rngs, features, True))
         )
 
-        def apply(params: Any, x: jax.Array) -> jax.Array:
-            return stage.apply({**variables, "params": params}, x, True, rngs=rngs, mutable=["batch_stats"])[0]
+        def apply(params: Any, x: jax.Array) -> Any:
+            return stage.apply({**variables, "params": params}, x, True, rngs=rngs, mutable=["batch_stats"])
 
     @jit
     def output_and_gradients(params: Any, x: jax.Array, gradient: jax.Array) -> Any:
         inputs = (params,) if name == "conv1" else (params, x)
-        output, backwards = jax.vjp(lambda params, x=x: apply(params, x), *inputs)
-        return output, backwards(gradient)
+        output, backwards, statistics = jax.vjp(lambda params, x=x: apply(params, x), *inputs, has_aux=True)
+        return output, backwards(gradient), statistics
 
-    params, x = variables["params"], jnp.asarray(images)
-    gradient = jnp.ones_like(jax.jit(apply)(params, x))
+    params, x = variables["params"], jnp.asarray(features)
+    gradient = jnp.ones_like(jax.jit(apply)(params, x)[0])
     return lambda: jax.block_until_ready(output_and_gradients(params, x, gradient))
 
 
 def submodules() -> dict[str, Any]:
     """The network's blocks, by name, each a module of its own."""
     from flax import linen as nn
+
+    from flax_googlenet.model import GoogLeNet, variable_shapes
 
     found = {}
 
@@ -141,11 +136,12 @@ def main() -> None:
 
 def load(name: str) -> Callable[..., dict[str, Any]]:
     """The engine as a function that answers how many seconds a stage took."""
+    keep_memory()
 
     @functools.lru_cache(maxsize=1)
     def warm(stage: str, shape: tuple[int, ...]) -> Compute:
-        images = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-        compute = ENGINES[name](stage, images)
+        features = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+        compute = ENGINES[name](stage, features)
         compute()
         return compute
 
@@ -163,7 +159,7 @@ def measure(engines: list[str], batch: int, rounds: int) -> None:
     print_header(f"milliseconds at batch {batch}", *engines)
     totals = dict.fromkeys(engines, 0.0)
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as processes:
-        workers = {name: processes.enter_context(Worker(name, Path(folder), KEEP_MEMORY)) for name in engines}
+        workers = {name: processes.enter_context(Worker(name, Path(folder))) for name in engines}
         for stage, shape in input_shapes(batch).items():
             progress(f"batch {batch}: {stage}")
             times: dict[str, list[float]] = {name: [] for name in engines}
@@ -173,7 +169,7 @@ def measure(engines: list[str], batch: int, rounds: int) -> None:
             medians = {name: statistics.median(x) for name, x in times.items()}
             print_times(stage, medians)
             totals = {name: totals[name] + medians[name] for name in engines}
-    print_times("all", totals)
+    print_times("sum of these", totals)
 
 
 def print_times(stage: str, seconds: dict[str, float]) -> None:

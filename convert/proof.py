@@ -1,5 +1,6 @@
 """The proof of a port: torchvision's network and ours on the same images, stage by stage, in float64 and float32."""
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -108,19 +109,18 @@ def flax_stages(model: GoogLeNet, variables: Variables, images: np.ndarray) -> d
     """``endpoints`` and the auxiliary heads at inference, as ``reference.stages``, computed in the images' dtype."""
     dtype = images.dtype.type
     model = model.clone(dtype=dtype, param_dtype=dtype, precision="highest")
-    head = InceptionAux(model.num_classes, batch_norm=model.batch_norm, dtype=dtype, precision="highest")
-
-    @jax.jit
-    def run(variables: Variables, images: jax.Array) -> dict[str, jax.Array]:
-        outputs = endpoints(model, variables, images)
-        heads = reference.AUX_INPUTS if model.aux_logits else {}
-        for aux, stage in heads.items():
-            head_variables = {collection: tree[aux] for collection, tree in variables.items()}
-            outputs[aux] = jnp.asarray(head.apply(head_variables, outputs[stage], False))
-        return outputs
-
     variables = jax.tree.map(lambda x: jnp.asarray(x, dtype), variables)
-    return {name: np.asarray(x) for name, x in run(variables, images).items()}
+    return {name: np.asarray(x) for name, x in _stages(model, variables, images).items()}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _stages(model: GoogLeNet, variables: Variables, images: jax.Array) -> dict[str, jax.Array]:
+    outputs = endpoints(model, variables, images)
+    head = InceptionAux(model.num_classes, batch_norm=model.batch_norm, dtype=model.dtype, precision=model.precision)
+    for aux, stage in reference.AUX_INPUTS.items() if model.aux_logits else ():
+        head_variables = {collection: tree[aux] for collection, tree in variables.items()}
+        outputs[aux] = jnp.asarray(head.apply(head_variables, outputs[stage], False))
+    return outputs
 
 
 def relative_error(actual: np.ndarray, truth: np.ndarray) -> float:

@@ -19,6 +19,11 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")  # the library must not
 StateDict = Mapping[str, np.ndarray]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest file first: by its name it would come late, and one worker of pytest-xdist would wait for it."""
+    items.sort(key=lambda item: item.path.name != "test_step.py")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _compilation_cache(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> None:
     """Many tests compile the same network: what one has compiled serves the others, in all workers of pytest-xdist.

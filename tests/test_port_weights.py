@@ -331,10 +331,18 @@ def floor_max_pool(x: jax.Array, window: int, stride: int, padding: int = 0) -> 
     return nn.max_pool(x, (window, window), (stride, stride), ((padding, padding), (padding, padding)))
 
 
+@pytest.fixture
+def changed_code(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """For other code of the network: JAX forgets what it has traced before and meanwhile."""
+    jax.clear_caches()
+    yield monkeypatch
+    jax.clear_caches()
+
+
 def test_a_port_that_is_off_is_not_written(
-    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    here: Path, capsys: pytest.CaptureFixture[str], changed_code: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(flax_googlenet.model, "max_pool", floor_max_pool)
+    changed_code.setattr(flax_googlenet.model, "max_pool", floor_max_pool)
     assert port_weights.main(["random", "--report", "report.html"]) == 5
     out, err = capsys.readouterr()
     assert err == "error: random: not proven: maxpool1 is off, and nothing was written; --diagnose tells more\n"
@@ -419,15 +427,15 @@ def test_diagnose_names_a_low_precision(here: Path, variables: Any, capsys: pyte
 
 
 def test_diagnose_names_floor_mode_pooling(
-    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    here: Path, capsys: pytest.CaptureFixture[str], changed_code: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(flax_googlenet.model, "max_pool", floor_max_pool)
+    changed_code.setattr(flax_googlenet.model, "max_pool", floor_max_pool)
     found = diagnosis(["random"], capsys)
     assert (found["stage"], found["cause"], found["error"]) == ("maxpool1", "padding", None)
 
 
 def test_diagnose_names_same_padding(
-    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    here: Path, capsys: pytest.CaptureFixture[str], changed_code: pytest.MonkeyPatch
 ) -> None:
     class SameConv(nn.Conv):
         padding: Any = "SAME"
@@ -436,7 +444,7 @@ def test_diagnose_names_same_padding(
             self.padding = "SAME"
             super().__post_init__()
 
-    monkeypatch.setattr(flax_googlenet.model.nn, "Conv", SameConv)
+    changed_code.setattr(flax_googlenet.model.nn, "Conv", SameConv)
     found = diagnosis(["random"], capsys)
     assert (found["stage"], found["cause"]) == ("conv1", "padding")
     assert '"SAME"' in found["explanation"]
