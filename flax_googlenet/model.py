@@ -16,7 +16,7 @@ from flax.typing import Dtype
 from jax import numpy as jnp
 from jaxtyping import Array, Float
 
-from flax_googlenet.ops import adaptive_avg_pool, batch_norm, max_pool
+from flax_googlenet.ops import adaptive_avg_pool, max_pool
 
 Variables = Mapping[str, Any]
 """Nested dict ``{"params": ..., "batch_stats": ...}`` of arrays; ``batch_stats`` is absent without BatchNorm."""
@@ -70,8 +70,9 @@ class BatchNorm(nn.Module):
     """Batch normalisation over all axes but the last, with PyTorch's statistics.
 
     In training the input is normalised with the batch's biased variance, while the running variance takes in the
-    unbiased one (n / (n - 1)); ``flax.linen.BatchNorm`` takes in the biased one. Statistics are computed and kept in
-    float32 at least.
+    unbiased one (n / (n - 1)); ``flax.linen.BatchNorm`` takes in the biased one. The variance is the mean of squared
+    deviations, never E[x^2] - E[x]^2, which cancels and can turn negative (google/flax#1491). Statistics are computed
+    and kept in float32 at least.
 
     Reference: https://docs.pytorch.org/docs/stable/generated/torch.nn.BatchNorm2d.html
     """
@@ -90,28 +91,31 @@ class BatchNorm(nn.Module):
         """
         channels = (x.shape[-1],)
         stats_dtype = at_least_float32(self.param_dtype)
-        compute_dtype = at_least_float32(self.dtype)
-        scale = self.param("scale", nn.initializers.ones, channels, self.param_dtype).astype(compute_dtype)
-        bias = self.param("bias", nn.initializers.zeros, channels, self.param_dtype).astype(compute_dtype)
+        scale = self.param("scale", nn.initializers.ones, channels, self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, channels, self.param_dtype)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels, stats_dtype)
         running_var = self.variable("batch_stats", "var", jnp.ones, channels, stats_dtype)
 
+        compute_dtype = at_least_float32(self.dtype)
         x = x.astype(compute_dtype)
-        if not train:
-            mean, var = (x.astype(compute_dtype) for x in (running_mean.value, running_var.value))
-            return ((x - mean) * (jax.lax.rsqrt(var + self.epsilon) * scale) + bias).astype(self.dtype)
-
-        count = math.prod(x.shape[:-1])
-        if count < 2:
-            raise ValueError(
-                f"BatchNorm needs more than 1 value a channel in training, got an input of shape {x.shape}: "
-                "use a larger batch or larger images"
-            )
-        x, mean, var = batch_norm(x, scale, bias, self.epsilon)
-        if not self.is_initializing():
-            running_mean.value = self._update(running_mean.value, mean)
-            running_var.value = self._update(running_var.value, var * (count / (count - 1)))
-        return x.astype(self.dtype)
+        if train:
+            batch_axes = tuple(range(x.ndim - 1))
+            count = math.prod(x.shape[:-1])
+            if count < 2:
+                raise ValueError(
+                    f"BatchNorm needs more than 1 value a channel in training, got an input of shape {x.shape}: "
+                    "use a larger batch or larger images"
+                )
+            mean = x.mean(batch_axes)
+            var = jnp.square(x - mean).mean(batch_axes)
+            if not self.is_initializing():
+                running_mean.value = self._update(running_mean.value, mean)
+                running_var.value = self._update(running_var.value, var * (count / (count - 1)))
+        else:
+            mean = running_mean.value.astype(compute_dtype)
+            var = running_var.value.astype(compute_dtype)
+        multiplier = jax.lax.rsqrt(var + self.epsilon) * scale.astype(compute_dtype)
+        return ((x - mean) * multiplier + bias.astype(compute_dtype)).astype(self.dtype)
 
     def _update(self, running: jax.Array, batch: jax.Array) -> jax.Array:
         return self.momentum * running + (1 - self.momentum) * batch.astype(running.dtype)

@@ -1,7 +1,4 @@
-"""Pooling against torch, over every geometry that torch accepts, and batch normalisation against JAX's derivatives."""
-
-import functools
-from typing import Any
+"""Pooling against torch, over every geometry that torch accepts."""
 
 import jax
 import numpy as np
@@ -9,9 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax import numpy as jnp
 
-from flax_googlenet.ops import adaptive_avg_pool, batch_norm, max_pool
+from flax_googlenet.ops import adaptive_avg_pool, max_pool
 
 
 def nhwc(tensor: torch.Tensor) -> np.ndarray:
@@ -121,31 +117,3 @@ def test_adaptive_windows_from_14_to_4_start_at_0_3_7_and_10() -> None:
     x[0, (0, 3, 7, 10), 0, 0] = (1, 20, 300, 4000)
     column = np.asarray(adaptive_avg_pool(x, 4))[0, :, 0, 0] * 16
     np.testing.assert_allclose(column, [1 + 20, 20, 300 + 4000, 4000], rtol=1e-15)
-
-
-def test_the_derivatives_of_batch_norm_are_those_that_jax_finds_by_itself() -> None:
-    """The first, backwards and forwards, and the second; what BatchNorm gives is held against torch with the model."""
-    rng = np.random.default_rng(0)
-    arguments = [jnp.asarray(rng.normal(1, 2, shape)) for shape in ((2, 3, 4, 5), (5,), (5,))]
-    tangents = [jnp.asarray(rng.normal(size=x.shape)) for x in arguments]
-
-    def by_itself(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> tuple[jax.Array, ...]:
-        mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2))
-        return (x - mean) / jnp.sqrt(var + epsilon) * scale + bias, mean, var
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def derivatives(function: Any) -> Any:
-        def total(*arguments: jax.Array) -> jax.Array:
-            return sum((jnp.sin(output).sum() for output in function(*arguments, 1e-3)), start=jnp.zeros(()))
-
-        everything = (0, 1, 2)
-        return (
-            jax.jvp(total, arguments, tangents),
-            jax.grad(total, everything)(*arguments),
-            jax.hessian(total, everything)(*arguments),
-        )
-
-    def check(actual: jax.Array, expected: jax.Array) -> None:
-        np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-14)
-
-    jax.tree.map(check, derivatives(batch_norm), derivatives(by_itself))
