@@ -17,8 +17,6 @@ def keep_memory() -> None:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(
-            _M_MMAP_MAX, 0
-        )  # large arrays come from the heap, too: what is mapped for one array is unmapped with it
-        mallopt(_M_TRIM_THRESHOLD, -1)  # the heap never shrinks
-        mallopt(_M_ARENA_MAX, 1)  # the heaps of other threads would
+        mallopt(_M_MMAP_MAX, 0)  # large arrays lie in the heap, too: a mapping of their own would end with them
+        mallopt(_M_TRIM_THRESHOLD, -1)  # that heap never shrinks
+        mallopt(_M_ARENA_MAX, 1)  # it serves all threads: what one has freed, another takes
