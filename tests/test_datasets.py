@@ -187,7 +187,7 @@ def test_a_folder_that_is_not_there_or_holds_no_classes_is_refused_with_what_was
     for name in ("missing", "flat", "nested", "file"):
         message = refusal(tmp_path / name)
         assert message.startswith(str(tmp_path / name))
-        assert "a folder of class folders, at least two" in message
+        assert "one of class folders, at least two" in message
 
 
 def test_all_empty_classes_are_named_at_once(folder: Path) -> None:
