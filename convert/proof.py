@@ -113,7 +113,7 @@ def flax_stages(model: GoogLeNet, variables: Variables, images: np.ndarray) -> d
     return {name: np.asarray(x) for name, x in _stages(model, variables, images).items()}
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)  # here, and not anew in each call: a model is traced once for a shape
 def _stages(model: GoogLeNet, variables: Variables, images: jax.Array) -> dict[str, jax.Array]:
     outputs = endpoints(model, variables, images)
     head = InceptionAux(model.num_classes, batch_norm=model.batch_norm, dtype=model.dtype, precision=model.precision)

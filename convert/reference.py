@@ -83,7 +83,10 @@ def stages(model: GoogLeNet, images: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def build_for_training(state_dict: Mapping[str, np.ndarray], dtype: torch.dtype = torch.float64) -> GoogLeNet:
-    """The same in training mode, with dropout off: the course of a training that two libraries can share."""
+    """torchvision's GoogLeNet with the weights of a checked state dict, in training mode but for dropout, which is off.
+
+    So another library can train in step with it.
+    """
     model = build(state_dict, transform_input=False, dtype=dtype).train()
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):

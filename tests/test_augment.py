@@ -127,17 +127,6 @@ def test_a_recipe_without_distortion_leaves_the_colours(photograph: Image.Image)
     assert (colours(augment(image, replace(PLAIN, distortion=True), rng)) != np.asarray(image)).any()
 
 
-@pytest.mark.parametrize("size", [32, 64, 192, 299])
-def test_preprocess_takes_the_same_part_of_an_image_at_any_size(size: int) -> None:
-    # A picture that is its own coordinates, so that a difference of colours is one of places, in source pixels.
-    y, x = np.mgrid[:100, :150]
-    picture = Image.fromarray(np.stack([x, y, x], axis=-1).astype(np.uint8))
-    pixels = (np.arange(size) + 0.5) * (100 * 7 / 8 / size) - 0.5
-    ours = colours(preprocess(picture, size)).astype(float)
-    assert abs(ours[..., 0] - (pixels + (150 - 87.5) / 2)).max() < 0.75  # rounded to a whole colour
-    assert abs(ours[..., 1] - (pixels + (100 - 87.5) / 2)[:, None]).max() < 0.75
-
-
 @pytest.mark.parametrize("size", [(1, 1), (1, 20000), (20000, 1), (2, 777)])
 def test_an_image_of_any_size_is_augmented_and_evaluated(size: tuple[int, int]) -> None:
     image = Image.new("RGB", size, (10, 20, 30))

@@ -361,9 +361,9 @@ def test_50_kills_of_them_20_during_saves_change_no_bit(train: Training, tmp_pat
     recipe = ["epochs=40", "checkpoint-every=1"]
     start = time.monotonic()
     status, said = train(tmp_path / "whole", recipe=recipe)
+    assert status == 0, said
     whole = time.monotonic() - start
     one_step = whole / last_step(tmp_path / "whole")  # mostly its checkpoint
-    assert status == 0, said
     workdir, rng = tmp_path / "killed", random.Random(0)
 
     def half_written() -> set[Path]:

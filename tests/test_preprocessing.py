@@ -32,7 +32,7 @@ def assert_equal_to_torchvision(source: Any, image: Image.Image) -> None:
 
 
 def colours(array: np.ndarray) -> np.ndarray:
-    """The uint8 [224, 224, 3] from which ``preprocess`` made ``array``."""
+    """The uint8 [h, w, 3] from which ``preprocess`` made ``array``."""
     return np.rint((array * IMAGENET_STD + IMAGENET_MEAN) * 255).astype(np.uint8)
 
 
@@ -314,3 +314,14 @@ def test_a_batch_names_the_image_that_fails(photograph: Image.Image, tmp_path: P
 def test_one_path_is_no_batch() -> None:
     with pytest.raises(ImageError, match=r"photo\.jpg: pass a list"):
         preprocess_batch("photo.jpg")
+
+
+@pytest.mark.parametrize("size", [32, 64, 192, 299])
+def test_preprocess_takes_the_same_part_of_an_image_at_any_size(size: int) -> None:
+    # A picture that is its own coordinates, so that a difference of colours is one of places, in source pixels.
+    y, x = np.mgrid[:100, :150]
+    picture = Image.fromarray(np.stack([x, y, x], axis=-1).astype(np.uint8))
+    pixels = (np.arange(size) + 0.5) * (100 * 7 / 8 / size) - 0.5
+    ours = colours(preprocess(picture, size)).astype(float)
+    assert abs(ours[..., 0] - (pixels + (150 - 87.5) / 2)).max() < 0.75  # rounded to a whole colour
+    assert abs(ours[..., 1] - (pixels + (100 - 87.5) / 2)[:, None]).max() < 0.75

@@ -86,7 +86,7 @@ def eval_batches(
     Args:
         dataset: what ``open_data`` found.
         batch_size: images in a batch, over all processes.
-        image_size: 224 gives the pixels of ``flax_googlenet.preprocess``.
+        image_size: height and width, as for ``flax_googlenet.preprocess``.
         fail: takes the message about an image of this process that cannot be read.
         workers: processes that read images, or 0 for threads.
         process_index, process_count: this process gets the rows of each batch that are its own. All processes get the
