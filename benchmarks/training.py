@@ -31,7 +31,7 @@ from side_by_side import (
     write_weights,
 )
 
-from flax_googlenet.memory import keep_memory  # imports no JAX
+from flax_googlenet.memory import keep_freed, keep_memory  # imports no JAX
 
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.001, 0.9, 1e-4
 AUX_WEIGHT = 0.3
@@ -119,7 +119,7 @@ def main() -> None:
 def load(name: str, folder: Path) -> Callable[..., dict[str, Any]]:
     """The engine as a function that answers how many seconds a step took, its loss, and the peak memory in MB."""
     if name.endswith(KEPT):
-        keep_memory()
+        (keep_memory if ENGINES[name] is flax else keep_freed)()
     step = ENGINES[name](folder)
 
     def answer(batch: int) -> dict[str, Any]:
