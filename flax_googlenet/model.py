@@ -16,6 +16,7 @@ from flax.typing import Dtype
 from jax import numpy as jnp
 from jaxtyping import Array, Float
 
+from flax_googlenet import winograd
 from flax_googlenet.ops import adaptive_avg_pool, max_pool
 
 Variables = Mapping[str, Any]
@@ -143,6 +144,7 @@ class ConvBN(nn.Module):
             padding=((self.padding, self.padding), (self.padding, self.padding)),
             use_bias=not self.batch_norm,
             kernel_init=_kernel_init,
+            conv_general_dilated=winograd.convolution if train and self.kernel_size == 3 else None,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             precision=self.precision,  # type: ignore[arg-type]  # Flax's annotation is narrower than JAX's

@@ -106,6 +106,12 @@ def _to_winners(
     return whole[:, top : top + size[0], left : left + size[1]]
 
 
+def strided_slices(x: jax.Array, window: int, stride: int, axis: int) -> list[jax.Array]:
+    """By place in the window: what all windows along ``axis`` have there."""
+    last = (x.shape[axis] - window) // stride * stride
+    return [lax.slice_in_dim(x, i, i + last + 1, stride, axis) for i in range(window)]
+
+
 def ceil_mode_padding(size: int, window: int, stride: int, padding: int) -> tuple[int, int]:
     length = -((window - size - 2 * padding) // stride) + 1
     if (length - 1) * stride >= size + padding:  # the last window would see only padding: torch drops it
