@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from side_by_side import THREADS, Worker, machine, parse_arguments, print_header, print_row, progress, serve
 
-from flax_googlenet.memory import keep_memory  # imports no JAX
+from flax_googlenet.memory import keep_memory, tune_malloc  # imports no JAX
 
 SIZE = 224
 
@@ -136,7 +136,7 @@ def main() -> None:
 
 def load(name: str) -> Callable[..., dict[str, Any]]:
     """The engine as a function that answers how many seconds a stage took."""
-    keep_memory()
+    (keep_memory if ENGINES[name] is flax else tune_malloc)()
 
     @functools.lru_cache(maxsize=1)
     def warm(stage: str, shape: tuple[int, ...]) -> Compute:

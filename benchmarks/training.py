@@ -1,8 +1,9 @@
 """A step of training on a CPU, side by side: this library and PyTorch.
 
 A step is all of it: three heads, backward, SGD with momentum and weight decay, float32, 224x224. Each engine has a
-process of its own, and they take turns, the others idle. "Memory kept" is after keep_memory(): the C library keeps what
-a step frees for the next one. Printed are medians over all rounds, ratios, the first step and memory.
+process of its own, and they take turns, the others idle. "Memory kept" is after keep_memory(), in PyTorch's process
+after the part of it that is not about JAX: the C library keeps what a step frees for the next one. Printed are medians
+over all rounds, ratios, the first step and memory.
 
     pip install -e ".[benchmark]"
     python benchmarks/training.py
@@ -31,7 +32,7 @@ from side_by_side import (
     write_weights,
 )
 
-from flax_googlenet.memory import keep_freed, keep_memory  # imports no JAX
+from flax_googlenet.memory import keep_memory, tune_malloc  # imports no JAX
 
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.001, 0.9, 1e-4
 AUX_WEIGHT = 0.3
@@ -119,7 +120,7 @@ def main() -> None:
 def load(name: str, folder: Path) -> Callable[..., dict[str, Any]]:
     """The engine as a function that answers how many seconds a step took, its loss, and the peak memory in MB."""
     if name.endswith(KEPT):
-        (keep_memory if ENGINES[name] is flax else keep_freed)()
+        (keep_memory if ENGINES[name] is flax else tune_malloc)()
     step = ENGINES[name](folder)
 
     def answer(batch: int) -> dict[str, Any]:

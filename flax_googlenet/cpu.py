@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from flax_googlenet import winograd
 from flax_googlenet.model import WIDTHS
-from flax_googlenet.ops import ceil_mode_padding, strided_slices
+from flax_googlenet.ops import ceil_mode_padding
 
 Weights = Mapping[str, Any]
 """What ``prepare`` makes of the parameters: nested dicts of arrays."""
@@ -142,7 +142,7 @@ def _max_pool(x: jax.Array, window: int, stride: int, padding: int = 0) -> jax.A
     for axis in (1, 2):
         pads = ceil_mode_padding(x.shape[axis], window, stride, padding)
         x = jnp.pad(x, [pads if i == axis else (0, 0) for i in range(4)], constant_values=-jnp.inf)
-        x = functools.reduce(jnp.maximum, strided_slices(x, window, stride, axis))
+        x = functools.reduce(jnp.maximum, winograd.strided_slices(x, window, stride, axis))
     return x
 
 

@@ -5,10 +5,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax import numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from flax_googlenet import compiling, cpu
+from flax_googlenet import compiling, cpu, winograd
 from flax_googlenet.model import BatchNorm, GoogLeNet, Variables, check_images, transform_input
 
 Predictor = Callable[[Any], jax.Array]
@@ -125,8 +124,7 @@ def _inference_graph(
         images = transform_input(images) if model.transform_input else images
         return cpu.logits(weights, images.astype(model.dtype))
 
-    # Winograd would lose the few digits of bfloat16.
-    tuned = on_cpu and jnp.finfo(model.dtype).bits >= 32
+    tuned = on_cpu and winograd.is_precise(model.dtype)
     weights = cpu.prepare(folded_variables["params"]) if tuned else folded_variables
     rounded = jax.tree.map(lambda x: x.astype(model.dtype), weights)
     return (cpu_graph, rounded, compiling.compiler_options()) if tuned else (plain_graph, rounded, {})

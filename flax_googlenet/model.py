@@ -144,7 +144,8 @@ class ConvBN(nn.Module):
             padding=((self.padding, self.padding), (self.padding, self.padding)),
             use_bias=not self.batch_norm,
             kernel_init=_kernel_init,
-            conv_general_dilated=winograd.convolution if train and self.kernel_size == 3 else None,
+            # At inference the plain one, by which ports are proven; make_predictor has its own.
+            conv_general_dilated=winograd.convolution if train else None,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             precision=self.precision,  # type: ignore[arg-type]  # Flax's annotation is narrower than JAX's
@@ -206,6 +207,8 @@ class InceptionAux(nn.Module):
 
 class GoogLeNet(nn.Module):
     """GoogLeNet with BatchNorm, layer by layer the network of ``torchvision.models.googlenet``.
+
+    In training on a CPU, large 3x3 convolutions are computed by Winograd's algorithm: ``winograd.convolution``.
 
     The variables mirror torchvision's module names: ``inception3a.branch2.0.conv.weight`` is
     ``params/inception3a/branch2_0/conv/kernel`` and ``conv1.bn.running_var`` is ``batch_stats/conv1/bn/var``.

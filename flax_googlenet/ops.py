@@ -96,7 +96,9 @@ def _to_winners(
         return total
 
     cells = jnp.stack([jnp.stack([pixel(i, j) for j in range(stride)], 3) for i in range(stride)], 2)
-    whole = cells.reshape(n, (rows + reach) * stride, (columns + reach) * stride, c)
+    # One axis at a time: for arrays that are explicitly sharded, JAX knows no other way.
+    whole = cells.reshape(n, (rows + reach) * stride, columns + reach, stride, c)
+    whole = whole.reshape(n, (rows + reach) * stride, (columns + reach) * stride, c)
     (top, _), (left, _) = pads
     missing = [
         max(0, before + length - there)
@@ -104,12 +106,6 @@ def _to_winners(
     ]
     whole = jnp.pad(whole, ((0, 0), (0, missing[0]), (0, missing[1]), (0, 0)))  # pixels between the windows
     return whole[:, top : top + size[0], left : left + size[1]]
-
-
-def strided_slices(x: jax.Array, window: int, stride: int, axis: int) -> list[jax.Array]:
-    """By place in the window: what all windows along ``axis`` have there."""
-    last = (x.shape[axis] - window) // stride * stride
-    return [lax.slice_in_dim(x, i, i + last + 1, stride, axis) for i in range(window)]
 
 
 def ceil_mode_padding(size: int, window: int, stride: int, padding: int) -> tuple[int, int]:

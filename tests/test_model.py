@@ -84,7 +84,7 @@ def test_float32_is_as_near_to_the_truth_as_pytorch(
 @pytest.fixture(scope="module")
 def training(state_dict: dict[str, np.ndarray], variables64: dict[str, Any], random_images: Images) -> dict[str, Any]:
     """One training pass of both in float64, dropout off: outputs, gradients of a loss on all heads, statistics."""
-    images = random_images(3, 97, 131)
+    images = random_images(3, 113, 131)  # inception3b has 15x17 pixels: on a CPU, Winograd's
     model = reference.build_for_training(state_dict)
     expected = model(torch.from_numpy(images).permute(0, 3, 1, 2))
     weights = [torch.linspace(-1, 1, head.numel(), dtype=torch.float64).reshape(head.shape).cos() for head in expected]
@@ -355,7 +355,8 @@ def test_precision_reaches_every_convolution_and_matrix_product() -> None:
         return model.apply(variables, images, train=True, rngs={"dropout": jax.random.key(0)}, mutable=["batch_stats"])
 
     found = products(jax.make_jaxpr(train)(shapes, images).jaxpr)
-    assert len(found) == 59 + 5
+    # On a CPU one more: Winograd's transform of conv3's kernel.
+    assert len(found) == 59 + 5 + (jax.default_backend() == "cpu")
     highest = jax.lax.Precision.HIGHEST
     assert {eqn.params["precision"] for eqn in found} == {(highest, highest)}
 
