@@ -262,11 +262,20 @@ def test_what_cannot_be_evaluated_is_said_in_one_line(
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [[], ["photos"], ["weights.safetensors", "photos", "--batch-size", "0"], ["a", "b", "--confusion", "x.txt"]],
+    ("arguments", "message"),
+    [
+        ([], "error: name the weights and then the data"),
+        (["photos"], "error: name the weights and then the data"),
+        (["photos", "weights.safetensors"], "error: photos is a folder: name the weights and then the data"),
+        (["weights.safetensors", "photos", "--batch-size", "0"], "--batch-size must be at least 1"),
+        (["a", "b", "--confusion", "x.txt"], "x.txt: --confusion must end in .png"),
+    ],
 )
-def test_a_wrong_command_line_has_its_own_status(here: Path, arguments: list[str]) -> None:
+def test_a_wrong_command_line_has_its_own_status(
+    here: Path, capfd: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
     assert main(["evaluate", *arguments]) == 2
+    assert message in capfd.readouterr().err
 
 
 # Data.

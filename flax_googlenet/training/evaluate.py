@@ -31,15 +31,19 @@ def evaluate(
         CommandError: if the arguments are wrong, or nothing can be done at all.
         OSError: if the output cannot be written.
     """
+    usage = "name the weights and then the data: evaluate WEIGHTS DATA"
     if len(inputs) < 2:
-        raise CommandError(Status.USAGE, "name the weights and then the data: evaluate WEIGHTS DATA")
+        raise CommandError(Status.USAGE, usage)
+    *paths, data = inputs
+    for path in paths:
+        if Path(path).is_dir():
+            raise CommandError(Status.USAGE, f"{path} is a folder: {usage}")
     if batch_size < 1:
         raise CommandError(Status.USAGE, "--batch-size must be at least 1")
     if confusion:
         if confusion.suffix.lower() != ".png":
             raise CommandError(Status.USAGE, f"{confusion}: --confusion must end in .png")
         require_folder_of(confusion)
-    *paths, data = inputs
     notes = Console(stderr=True, soft_wrap=True, highlight=False)
     failed = 0
 
