@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from flax_googlenet import winograd
 from flax_googlenet.model import WIDTHS
-from flax_googlenet.ops import ceil_mode_padding
+from flax_googlenet.ops import ceil_mode_padding, strided_slices
 
 Weights = Mapping[str, Any]
 """What ``prepare`` makes of the parameters: nested dicts of arrays."""
@@ -35,7 +35,7 @@ def prepare(params: Mapping[str, Any]) -> Weights:
     weights: dict[str, Any] = {
         "conv1": {"kernel": _pair_columns(convolution["conv1"]["kernel"]), "bias": convolution["conv1"]["bias"]},
         "conv2": _matrix(convolution["conv2"]),
-        "conv3": _winograd(convolution["conv3"], m=4),
+        "conv3": _winograd_kernel(convolution["conv3"], m=4),
         "fc": params["fc"],
     }
     for name in WIDTHS:
@@ -43,7 +43,7 @@ def prepare(params: Mapping[str, Any]) -> Weights:
         first = [_matrix(branches[branch]) for branch in ("branch1", "branch2_0", "branch3_0")]
         weights[name] = {
             "first": {key: np.concatenate([layer[key] for layer in first], axis=-1) for key in ("kernel", "bias")},
-            "branch2": _winograd(branches["branch2_1"], m=2),
+            "branch2": _winograd_kernel(branches["branch2_1"], m=2),
             "branch3": branches["branch3_1"],
             "branch4": _matrix(branches["branch4_1"]),
         }
@@ -142,11 +142,11 @@ def _max_pool(x: jax.Array, window: int, stride: int, padding: int = 0) -> jax.A
     for axis in (1, 2):
         pads = ceil_mode_padding(x.shape[axis], window, stride, padding)
         x = jnp.pad(x, [pads if i == axis else (0, 0) for i in range(4)], constant_values=-jnp.inf)
-        x = functools.reduce(jnp.maximum, winograd.strided_slices(x, window, stride, axis))
+        x = functools.reduce(jnp.maximum, strided_slices(x, window, stride, axis))
     return x
 
 
-def _winograd(convolution: Mapping[str, Any], m: int) -> dict[str, Any]:
+def _winograd_kernel(convolution: Mapping[str, Any], m: int) -> dict[str, Any]:
     """The weights of a 3x3 convolution for F(m x m, 3x3), which is 1.4x as fast."""
     kernel = np.asarray(convolution["kernel"])
     transformed = winograd.transform_kernel(kernel.astype(np.float64), m)

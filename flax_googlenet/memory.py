@@ -64,7 +64,7 @@ def _retire_holes() -> None:
 
     libc.malloc_trim(0)
     end = libc.sbrk(0)
-    for size in (2**i for i in range(20, 12, -1)):  # 1 MiB to 8 KiB: below, 16 and 32 KiB gained 2 % less
+    for size in (2**i for i in range(20, 12, -1)):  # to 8 KiB: with those below 32 KiB a step takes 2 % less
         # No more than glibc has free: another library may have replaced its malloc.
         for _ in range(libc.mallinfo2().free_bytes // size):
             block = libc.malloc(size)  # never written: only its header takes memory

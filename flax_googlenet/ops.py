@@ -59,13 +59,12 @@ def _max_pool_jvp(
 def _argmax(x: jax.Array, window: int, stride: int, pads: Sequence[tuple[int, int]]) -> tuple[jax.Array, jax.Array]:
     """The maximum of each window and its place there: of a tie the first, row by row; the last NaN, as in PyTorch."""
     x = jnp.pad(x, ((0, 0), *pads, (0, 0)), constant_values=-jnp.inf)
-    n, h, w, c = x.shape
-    rows, columns = ((size - window) // stride * stride + 1 for size in (h, w))
     best, place = jnp.full((), -jnp.inf, x.dtype), jnp.zeros((), jnp.int16)
-    for i, j in itertools.product(range(window), repeat=2):
-        here = lax.slice(x, (0, i, j, 0), (n, i + rows, j + columns, c), (1, stride, stride, 1))
-        wins = (here > best) | jnp.isnan(here)
-        best, place = jnp.where(wins, here, best), jnp.where(wins, jnp.int16(i * window + j), place)
+    rows = strided_slices(x, window, stride, axis=1)
+    pixels = [pixel for row in rows for pixel in strided_slices(row, window, stride, axis=2)]
+    for i, pixel in enumerate(pixels):
+        wins = (pixel > best) | jnp.isnan(pixel)
+        best, place = jnp.where(wins, pixel, best), jnp.where(wins, jnp.int16(i), place)
     return best, place
 
 
@@ -106,6 +105,12 @@ def _to_winners(
     ]
     whole = jnp.pad(whole, ((0, 0), (0, missing[0]), (0, missing[1]), (0, 0)))  # pixels between the windows
     return whole[:, top : top + size[0], left : left + size[1]]
+
+
+def strided_slices(x: jax.Array, window: int, stride: int, axis: int) -> list[jax.Array]:
+    """By place in the window: what all windows along ``axis`` have there."""
+    last = (x.shape[axis] - window) // stride * stride
+    return [lax.slice_in_dim(x, i, i + last + 1, stride, axis) for i in range(window)]
 
 
 def ceil_mode_padding(size: int, window: int, stride: int, padding: int) -> tuple[int, int]:

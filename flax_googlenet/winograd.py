@@ -23,6 +23,8 @@ from jax import lax
 from jax import numpy as jnp
 from jaxtyping import Array, Float
 
+from flax_googlenet.ops import strided_slices
+
 _Array = TypeVar("_Array", np.ndarray, jax.Array)
 
 # Where the polynomials are evaluated that are multiplied, by m; infinity is one more. Those of m = 4 are c, -c, 1 / c
@@ -96,12 +98,6 @@ def conv3x3(
     x = _transform(matrices.output, [x[:, i] for i in range(m + 2)], axis=1)
     x = x.transpose(2, 3, 0, 4, 1, 5).reshape(n, rows * m, columns, m, -1)
     return x.reshape(n, rows * m, columns * m, -1)[:, :h, :w]
-
-
-def strided_slices(x: jax.Array, window: int, stride: int, axis: int) -> list[jax.Array]:
-    """By place in the window: what all windows along ``axis`` have there."""
-    last = (x.shape[axis] - window) // stride * stride
-    return [lax.slice_in_dim(x, i, i + last + 1, stride, axis) for i in range(window)]
 
 
 def _transform(matrix: np.ndarray, slices: Sequence[jax.Array], axis: int) -> jax.Array:

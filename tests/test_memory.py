@@ -71,13 +71,12 @@ import jax
 from flax_googlenet.training import keep_memory
 
 keep_memory()
-keep_memory()  # which changes nothing
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
 
 
-def allocate(count, size):
-    blocks = [libc.malloc(size) for _ in range(count)]
+def allocate(count):
+    blocks = [libc.malloc(2**16) for _ in range(count)]
     assert None not in blocks
     return blocks
 
@@ -87,8 +86,8 @@ def free(blocks):
         libc.free(block)
 
 
-def reused(blocks, size):
-    again = allocate(len(blocks), size)
+def reused(blocks):
+    again = allocate(len(blocks))
     free(again)
     return len({*blocks} & {*again}) / len(blocks)
 
@@ -99,12 +98,12 @@ jax.jit(lambda x: x + 1)(1)
 (event, seconds), = [x for x in compiled if "backend_compile" in x[0]]
 assert 0 < seconds < 1, "or this machine is too slow for the test"
 
-blocks = allocate(8000, 2**16)
+blocks = allocate(8000)
 holes = blocks[::2]  # neighbours would become one
 free(holes)
 for seconds in (0.9, 1.1):
     jax.monitoring.record_event_duration_secs(event, seconds)
-    print(reused(holes, 2**16))
+    print(reused(holes))
 """
 
 
