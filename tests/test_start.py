@@ -1,6 +1,7 @@
 """Where a run goes on, and what must be as it was."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,15 @@ def test_another_recipe_or_other_data_are_refused_unless_told(workdir: Path) -> 
     assert "holds a run with other data: choose another folder" in refusal(workdir, identity("photos"))
     assert resume(workdir, STATE, identity(keep=7), False, pytest.fail) is not None  # which changes no bit
     assert resume(workdir, STATE, identity("photos", label_smoothing=0.2), True, pytest.fail) is not None
+
+
+def test_a_run_of_an_earlier_version_goes_on_with_the_defaults_of_the_fields_that_came_later(tmp_path: Path) -> None:
+    earlier = identity(epochs=3)
+    del earlier["recipe"]["nesterov"]
+    (tmp_path / "recipe.json").write_text(json.dumps(earlier["recipe"]))
+    save(tmp_path, TALLY, STATE, earlier, keep=1)
+    assert resume(tmp_path, STATE, identity(epochs=3), False, pytest.fail) is not None
+    assert "a run with nesterov True, now False" in refusal(tmp_path, identity(epochs=3, nesterov=False))
 
 
 def test_a_recipe_that_makes_another_state_is_refused_even_when_told(workdir: Path) -> None:

@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 import json
-import math
+import sys
 import types
 import typing
 from typing import Any, Literal
@@ -116,6 +116,11 @@ class Recipe:
             **{f"{name} must be at least 1": getattr(self, name) >= 1 for name in counts},
             **{f"{name} must be at least 0 and less than 1": 0 <= getattr(self, name) < 1 for name in shares},
             **{f"{name} must be at least 0": getattr(self, name) >= 0 for name in not_negative},
+            **{
+                f"{name} must be less than 2**31": value < 2**31  # the steps of a run are counted in 32 bits
+                for name, value in vars(self).items()
+                if type(value) is int and name != "seed"
+            },
             "seed must be at least 0 and less than 2**32": 0 <= self.seed < 2**32,
             f"image_size must be at least {MIN_SIZE}": self.image_size >= MIN_SIZE,
             "average_decay must be more than 0 and less than 1": 0 < (self.average_decay or 0.5) < 1,
@@ -134,23 +139,24 @@ class Recipe:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> "Recipe":
-        """Reads what ``to_json`` wrote.
+        """Reads what ``to_json`` of this version or an earlier one wrote.
+
+        A field that the text does not have gets its default: an earlier version, which did not know the field yet, has
+        trained so.
 
         Raises:
-            RecipeError: if a field is missing or unknown, or its value makes no sense; the message names it.
+            RecipeError: if a field is unknown, or its value makes no sense; the message names it.
         """
         try:
             values = json.loads(text)
-            names = {field.name for field in dataclasses.fields(cls)}
-            problems = {"missing": names - values.keys(), "unknown": values.keys() - names}
-            if any(problems.values()):
-                listing = "; ".join(f"{kind}: {', '.join(sorted(found))}" for kind, found in problems.items() if found)
-                raise RecipeError(f"recipe: {listing}")
+            if unknown := values.keys() - {field.name for field in dataclasses.fields(cls)}:
+                raise RecipeError(f"recipe: unknown: {', '.join(sorted(unknown))}")
             fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
             return cls(**fields)
         except RecipeError:
             raise
-        except (ValueError, TypeError, AttributeError) as error:  # no JSON, no object, or a value of another type
+        # Not JSON, not an object, or nested thousands deep.
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise RecipeError(f"recipe: not as to_json writes it: {error}") from error
 
 
@@ -167,7 +173,8 @@ def _is(value: object, kind: Any) -> bool:
         kinds = args[:1] * len(value) if args[-1] is ... else args
         return len(value) == len(kinds) and all(map(_is, value, kinds))
     if kind is float:
-        return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+        # A comparison, because math.isfinite raises for an int that no float can hold. NaN compares as False.
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max  # type: ignore[arg-type]
     return type(value) is kind
 
 

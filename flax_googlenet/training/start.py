@@ -126,6 +126,8 @@ def save(workdir: Path, tally: Tally, state: TrainState, identity: dict[str, Any
 
 def _differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What a message says of two runs that are not the same."""
+    # A checkpoint of an earlier version lacks the fields that came later: their defaults are what it has trained with.
+    before = before | {"recipe": dataclasses.asdict(Recipe()) | before["recipe"]}
     before, now = json.loads(json.dumps([before, now]))  # tuples as lists
     fields = [
         f"{name} {before['recipe'].get(name)}, now {value}"
