@@ -158,8 +158,12 @@ def _load(path: Path) -> tuple[GoogLeNet, Variables, dict[str, Any]]:
 def _prove(state_dict: dict[str, np.ndarray], model: GoogLeNet, variables: Variables, progress: Console) -> Proof:
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed} of {task.total} runs"))
     with Progress(*columns, console=progress, transient=True, disable=not progress.is_terminal) as bar:
-        task = bar.add_task("proving the port", total=None)
-        return prove(state_dict, model, variables, lambda done, total: bar.update(task, completed=done, total=total))
+        task = bar.add_task("proving the port", visible=False)  # until the first run, when their number is known
+
+        def show(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total, visible=True)
+
+        return prove(state_dict, model, variables, show)
 
 
 def _facts(source: str, source_sha256: str | None, model: GoogLeNet, proof: Proof) -> dict[str, Any]:

@@ -48,6 +48,7 @@ def test_ctrl_c_ends_the_command_at_any_moment(moment: float, tmp_path: Path) ->
     assert status == 130
     assert screen.endswith("\x1b[?25h" + MESSAGE)  # with the cursor back that the spinner hid
     assert "Traceback" not in screen
+    assert "None" not in screen  # as the number of runs, before it is known
     assert list(tmp_path.iterdir()) == []
 
 

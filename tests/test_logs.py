@@ -1,5 +1,6 @@
 """The log of a run: what is in its files, at any moment and after a resume, and what a person sees."""
 
+import itertools
 import json
 import os
 import pty
@@ -19,6 +20,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import masked_crc32c
 
 from flax_googlenet.training.logs import RunLog, draw_curves
+from flax_googlenet.training.speed import Speed
 
 METRICS = {"loss": 0.5, "accuracy": 0.25, "learning_rate": 0.1, "images_per_second": 40.0}
 
@@ -142,7 +144,7 @@ def test_without_a_terminal_there_are_plain_lines(tmp_path: Path, capfd: pytest.
     captured = capfd.readouterr()
     assert captured.out == ""
     lines = captured.err.splitlines()
-    assert lines[0].startswith("step 1/1000: loss 0.5000, accuracy 25.00%, rate 0.1, 40.0 images/s, ")
+    assert lines[0] == "step 1/1000: loss 0.5000, accuracy 25.00%, rate 0.1, 40.0 images/s"  # no time left as yet
     assert lines[-3:] == [
         "step 1000/1000: loss 0.5000, accuracy 25.00%, rate 0.1, 40.0 images/s",
         "step 1000: held out: loss 0.1000, accuracy 98.00%, top-5 100.00%",
@@ -201,7 +203,28 @@ def test_the_curves_are_drawn_from_the_file(tmp_path: Path) -> None:
         assert drawn[half:].any()  # accuracy
 
 
+def test_a_first_loss_of_70_leaves_the_others_room(tmp_path: Path) -> None:
+    with RunLog(tmp_path, 40) as log:
+        for step in range(1, 41):
+            log.train(step, {"loss": 70.0 if step == 1 else 3 * 0.9**step, "accuracy": 0.5})
+            log.evaluated(step, {"loss": 3 * 0.9**step, "accuracy": 0.5})
+    picture = np.asarray(Image.open(draw_curves(tmp_path)).convert("RGB"), np.int32)
+    rows = np.flatnonzero((abs(picture[:, : picture.shape[1] // 2] - (0xD5, 0x5E, 0x00)).max(-1) < 8).any(1))
+    rows = rows[rows > 100]  # below the legend
+    assert np.ptp(rows) > 0.3 * len(picture)
+
+
 def test_curves_of_a_run_without_evaluations_or_finite_losses_are_drawn_too(tmp_path: Path) -> None:
     with RunLog(tmp_path, 2) as log:
         log.train(1, {"loss": float("nan"), "accuracy": 0.5})
     assert draw_curves(tmp_path).exists()
+
+
+# The speed.
+
+
+def test_the_first_step_counts_in_no_speed() -> None:
+    speed = Speed(batch_size=8)
+    assert speed.add(seconds=30.0, starved=False) is None
+    assert [speed.add(seconds=0.5, starved=False) for _ in range(4)] == [16.0] * 4
+    assert "16 by the steps alone" in speed.compare(itertools.repeat({}), ahead=1)  # type: ignore[arg-type]

@@ -75,14 +75,30 @@ def test_the_papers_learning_rate_falls_by_4_percent_every_8_epochs() -> None:
     np.testing.assert_allclose(rates(PRESETS["paper"], 100, [0, 7.99, 8, 23.99, 249]), expected, rtol=1e-6)
 
 
-def test_imagenets_learning_rate_warms_up_and_falls_to_0_as_a_cosine() -> None:
-    expected = [0, 0.05, 0.1, 0.05, 0]
-    np.testing.assert_allclose(rates(PRESETS["imagenet"], 100, [0, 2.5, 5, 47.5, 90]), expected, rtol=1e-6, atol=1e-9)
-
-
-def test_a_short_run_warms_up_for_half_of_it() -> None:
-    recipe = dataclasses.replace(PRESETS["finetune"], epochs=1)
-    np.testing.assert_allclose(rates(recipe, 100, [0, 0.25, 0.5, 1]), [0, 0.0025, 0.005, 0], rtol=1e-6, atol=1e-9)
+@pytest.mark.parametrize(
+    ("recipe", "warmup", "rest"),
+    [
+        (PRESETS["imagenet"], 50, 850),
+        (dataclasses.replace(PRESETS["finetune"], epochs=1), 5, 5),  # a short run warms up for half of it
+        (dataclasses.replace(PRESETS["digits"], epochs=1, warmup_epochs=0.1), 1, 9),
+    ],
+)
+def test_the_learning_rate_is_pytorchs_linear_warm_up_from_one_step_and_then_a_cosine_to_0(
+    recipe: Recipe, warmup: int, rest: int
+) -> None:
+    sgd = torch.optim.SGD([torch.zeros(1)], lr=recipe.learning_rate)
+    linear = torch.optim.lr_scheduler.LinearLR(sgd, start_factor=1 / warmup, total_iters=warmup)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(sgd, T_max=rest)
+    scheduler = torch.optim.lr_scheduler.SequentialLR(sgd, [linear, cosine], milestones=[warmup])
+    expected = []
+    for _ in range(warmup + rest):
+        expected.append(sgd.param_groups[0]["lr"])
+        sgd.step()
+        scheduler.step()
+    with jax.numpy_dtype_promotion("standard"):
+        rate = schedule(recipe, steps_per_epoch=10)(jnp.arange(warmup + rest))
+    assert rate[0] == pytest.approx(recipe.learning_rate / warmup, rel=1e-6)  # the first step changes the weights
+    np.testing.assert_allclose(rate, expected, rtol=1e-5, atol=1e-9)
 
 
 def test_accumulation_makes_the_schedule_count_changes_of_the_weights() -> None:

@@ -102,8 +102,9 @@ class RunLog:
         total = self._progress.tasks[0].total
         if not self._console.is_terminal and (time.monotonic() >= self._next_line or step == total):
             self._next_line = time.monotonic() + _SECONDS_BETWEEN_LINES
-            left = TimeRemainingColumn().render(self._progress.tasks[0])
-            self._console.print(f"step {step}/{total}: {text}" + ("" if step == total else f", {left} left"))
+            task = self._progress.tasks[0]  # its time left is None before the second step, and 0 after the last
+            left = f", {TimeRemainingColumn().render(task)} left" if task.time_remaining else ""
+            self._console.print(f"step {step}/{total}: {text}{left}")
 
     def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
         """Records what the parameters of ``step`` do on the held-out data."""
@@ -145,6 +146,7 @@ def draw_curves(workdir: Path) -> Path:
         OSError: if there are no metrics, or the picture cannot be written.
     """
     from matplotlib.figure import Figure  # not pyplot, which would choose a backend and keep figures alive
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     records = [record for _, record in _records(workdir / METRICS)]
     figure = Figure(figsize=(11, 4.2), layout="constrained")
@@ -161,7 +163,11 @@ def draw_curves(workdir: Path) -> Path:
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[1].set_ylim(top=1.01)  # a line at 100 % is seen whole
+    figure.axes[0].set_yscale("log")  # a first loss of 70 would flatten what follows
+    figure.axes[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    figure.axes[0].yaxis.set_major_formatter("{x:g}")
+    figure.axes[0].yaxis.set_minor_formatter(NullFormatter())
+    figure.axes[1].set_ylim(-0.01, 1.01)  # lines at 0 and at 100 % are seen in full width
     figure.axes[1].yaxis.set_major_formatter("{x:.0%}")
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
     picture = io.BytesIO()

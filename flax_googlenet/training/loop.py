@@ -213,11 +213,11 @@ class Run:
         seconds = time.perf_counter() - start
 
         self.tally.step += 1
-        self.speed.add(seconds, starved)
+        images_per_second = self.speed.add(seconds, starved)
         skipped, finite, stopped = metrics.pop("skipped"), metrics.pop("finite"), metrics.pop("stop")
         if self.log:
-            times = {"images_per_second": self.recipe.batch_size / seconds, "input_seconds": input_seconds}
-            self.log.train(self.tally.step, metrics | times)
+            rate = {} if images_per_second is None else {"images_per_second": images_per_second}
+            self.log.train(self.tally.step, metrics | rate | {"input_seconds": input_seconds})
         unreadable = skipped[skipped >= 0].tolist()
         self.tally.add_unreadable(self.train_data, unreadable, self.recipe.max_corrupt, self.say)
         self.tally.add_finite(bool(finite), self.say)

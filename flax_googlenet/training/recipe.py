@@ -46,7 +46,7 @@ class Recipe:
     schedule: Literal["constant", "step", "cosine"] = "cosine"
     """The learning rate after the warm-up: constant, 4 percent less every 8 epochs, or a cosine down to 0."""
     warmup_epochs: float = 5.0
-    """In which the learning rate rises from 0; at most half of all."""
+    """Epochs in which the learning rate rises, from 1/n of it in the first of n steps; at most half of all epochs."""
     label_smoothing: float = 0.1
     """The share of a label that is spread evenly over all classes."""
     aux_weight: float = 0.3
@@ -251,7 +251,10 @@ def schedule(recipe: Recipe, steps_per_epoch: int) -> optax.Schedule:
         after = optax.constant_schedule(recipe.learning_rate)
     if not warmup:
         return after
-    return optax.join_schedules([optax.linear_schedule(0.0, recipe.learning_rate, warmup), after], [warmup])
+    # As torch.optim.lr_scheduler.LinearLR(start_factor=1 / warmup, total_iters=warmup): from 0, the first step of a run
+    # would change nothing.
+    rising = optax.linear_schedule(recipe.learning_rate / warmup, recipe.learning_rate, warmup)
+    return optax.join_schedules([rising, after], [warmup])
 
 
 def make_optimizer(recipe: Recipe, steps_per_epoch: int) -> optax.GradientTransformation:

@@ -14,13 +14,27 @@ class Speed:
     def __init__(self, batch_size: int) -> None:
         self._batch_size = batch_size
         self._steps, self._seconds, self._starved = 0, 0.0, 0
+        self._is_first = True
 
-    def add(self, seconds: float, starved: bool) -> None:
-        """Counts a step, and whether the devices were done before the next batch was there."""
+    def add(self, seconds: float, starved: bool) -> float | None:
+        """Counts a step.
+
+        Args:
+            seconds: How long the step took.
+            starved: Whether the devices were done before the next batch was there.
+
+        Returns:
+            Images per second; None for the first step, whose time has the start of the input and of the devices in it,
+            and which counts nowhere.
+        """
+        if self._is_first:
+            self._is_first = False
+            return None
         if starved:
             self._starved += 1
         else:
             self._steps, self._seconds = self._steps + 1, self._seconds + seconds
+        return self._batch_size / seconds
 
     def compare(self, batches: Iterator[Batch], ahead: int) -> str:
         """A line for the person, for which it takes more batches: when no step is to come.
