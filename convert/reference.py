@@ -101,6 +101,7 @@ def train_step(
     labels: np.ndarray,
     *,
     label_smoothing: float = 0.0,
+    class_weights: np.ndarray | None = None,
 ) -> float:
     """One step of training on the loss of the paper: the main head, and 0.3 of each auxiliary one.
 
@@ -110,11 +111,13 @@ def train_step(
         images: [N, H, W, 3] of the model's dtype.
         labels: int64 [N].
         label_smoothing: as in ``torch.nn.CrossEntropyLoss``.
+        class_weights: ``weight`` of ``torch.nn.CrossEntropyLoss``, of the model's dtype.
 
     Returns:
         The loss before the step.
     """
-    cross_entropy = torch.nn.CrossEntropyLoss(label_smoothing=label_smoothing)
+    weight = None if class_weights is None else torch.from_numpy(class_weights)
+    cross_entropy = torch.nn.CrossEntropyLoss(weight=weight, label_smoothing=label_smoothing)
     output = model(torch.from_numpy(images).permute(0, 3, 1, 2))
     main, aux2, aux1 = (cross_entropy(logits, torch.from_numpy(labels)) for logits in output)
     loss = main + 0.3 * (aux2 + aux1)

@@ -52,6 +52,7 @@ def make_state(seed: int = 0) -> TrainState:
         opt_state=opt_state,
         step=jnp.asarray(seed, jnp.int32),
         average=None,
+        class_weights=None,
         model=GoogLeNet(),
         optimizer=OPTIMIZER,
         label_smoothing=0.0,

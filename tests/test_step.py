@@ -222,7 +222,7 @@ def dropout_masks(variables: dict[str, Any], images: np.ndarray, key: jax.Array)
     return masks
 
 
-def test_with_dropout_and_smooth_labels_the_steps_are_torchs_once_it_has_the_masks(
+def test_with_dropout_smooth_labels_and_class_weights_the_steps_are_torchs_once_it_has_the_masks(
     state_dict: dict[str, np.ndarray], variables64: dict[str, Any]
 ) -> None:
     batches = random_batches(6, 8, 64)
@@ -231,7 +231,8 @@ def test_with_dropout_and_smooth_labels_the_steps_are_torchs_once_it_has_the_mas
     model = torch_in_training(state_dict, model64.frozen)
     model.dropout, model.aux1.dropout, model.aux2.dropout = Masks(), Masks(), Masks()
     optimizer = torch_sgd(model)
-    state = create_train_state(model64, variables64, sgd(), label_smoothing=0.1)
+    loss = {"label_smoothing": 0.1, "class_weights": np.random.default_rng(0).uniform(0, 2, 1000)}
+    state = create_train_state(model64, variables64, sgd(), **loss)
     masks_of = jax.jit(dropout_masks)  # of the network, it computes the masks alone
     seen, errors = [], []
     for step, batch in enumerate(batches):
@@ -239,7 +240,7 @@ def test_with_dropout_and_smooth_labels_the_steps_are_torchs_once_it_has_the_mas
         for name, mask in masks.items():
             model.get_submodule(name).queue.append(np.array(mask))
         seen.append(np.asarray(masks["aux1.dropout"]))
-        expected = reference.train_step(model, optimizer, batch["image"], batch["label"], label_smoothing=0.1)
+        expected = reference.train_step(model, optimizer, batch["image"], batch["label"], **loss)
         state, metrics = train_step(state, batch, KEY)
         errors.append(abs(float(metrics["loss"]) / expected - 1))
     final = largest_error(tensors(state), torch_tensors(model))
@@ -323,19 +324,32 @@ def test_accumulated_gradients_with_batch_norm_are_those_of_torch(
         assert largest_error(tensors(state), torch_tensors(model)) < 1e-13, step  # 5e-15 measured
 
 
-def test_cross_entropy_is_torchs_with_smooth_labels() -> None:
+@pytest.mark.parametrize("class_weights", [None, np.arange(17) / 5.0])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 1.0])
+def test_cross_entropy_is_torchs(label_smoothing: float, class_weights: np.ndarray | None) -> None:
     rng = np.random.default_rng(0)
     logits, labels = 10 * rng.standard_normal((64, 17)), rng.integers(0, 17, 64)
-    for label_smoothing in (0.0, 0.1, 1.0):
-        loss = torch.nn.CrossEntropyLoss(label_smoothing=label_smoothing, reduction="none")
-        expected = loss(torch.from_numpy(logits), torch.from_numpy(labels)).numpy()
-        np.testing.assert_allclose(cross_entropy(logits, labels, label_smoothing), expected, atol=1e-14, rtol=1e-14)
+    weight = None if class_weights is None else torch.from_numpy(class_weights)
+    loss = torch.nn.CrossEntropyLoss(weight, label_smoothing=label_smoothing, reduction="none")
+    expected = loss(torch.from_numpy(logits), torch.from_numpy(labels)).numpy()
+    actual = cross_entropy(logits, labels, label_smoothing, class_weights)
+    np.testing.assert_allclose(actual, expected, atol=1e-14, rtol=1e-14)
+
+
+def test_the_loss_is_float32_at_least_and_not_a_number_for_a_label_that_is_no_class() -> None:
+    rng = np.random.default_rng(0)
+    logits, labels = 10 * rng.standard_normal((64, 17)), rng.integers(0, 17, 64)
     assert cross_entropy(logits.astype(jnp.bfloat16), labels).dtype == jnp.float32
     assert np.isnan(cross_entropy(logits[:2], np.array([-1, 17]))).all()
     many = rng.standard_normal((64, 300))  # classes, more than labels of eight bits can tell apart
     np.testing.assert_array_equal(
         cross_entropy(many, labels.astype(np.uint8)), cross_entropy(many, labels), strict=True
     )
+
+
+def test_class_weights_of_another_number_of_classes_are_refused(variables: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"one weight for each of 1000 classes, got shape \(999,\)"):
+        create_train_state(GoogLeNet(), variables, sgd(), class_weights=np.ones(999))
 
 
 def test_evaluation_is_torchs_by_the_average_and_leaves_out_the_rows_that_fill_the_batch(

@@ -8,7 +8,7 @@ import jax
 import optax
 from flax import struct
 from jax import numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, ArrayLike, Float, Int
 
 from flax_googlenet.compiling import jit
 from flax_googlenet.model import GoogLeNet, GoogLeNetOutput, Variables, at_least_float32
@@ -30,6 +30,7 @@ class TrainState(struct.PyTreeNode):
         opt_state: the optimizer's state.
         step: int32, the number of steps done; one that was not finite is not done.
         average: the moving average of ``{"params": ..., "batch_stats": ...}``, or None.
+        class_weights: [num_classes], the weight of each class in the loss, or None.
         model: the network; ``model.frozen`` names the blocks that stay as they are.
         optimizer: the gradient transformation, with the frozen blocks left out.
         label_smoothing: the share of a label that is spread evenly over all classes.
@@ -42,6 +43,7 @@ class TrainState(struct.PyTreeNode):
     opt_state: optax.OptState
     step: jax.Array
     average: dict[str, Any] | None
+    class_weights: jax.Array | None
     model: GoogLeNet = struct.field(pytree_node=False)
     optimizer: optax.GradientTransformation = struct.field(pytree_node=False)
     label_smoothing: float = struct.field(pytree_node=False)
@@ -61,6 +63,7 @@ def create_train_state(
     optimizer: optax.GradientTransformation,
     *,
     label_smoothing: float = 0.0,
+    class_weights: Float[ArrayLike, " num_classes"] | None = None,
     aux_weight: float = 0.3,
     average_decay: float | None = None,
 ) -> TrainState:
@@ -73,14 +76,22 @@ def create_train_state(
         optimizer: any of optax's, ``optax.MultiSteps(...).gradient_transformation()`` included: a step is then one of
             the small ones.
         label_smoothing: as in ``torch.nn.CrossEntropyLoss``.
+        class_weights: the weight of each class in the loss of every head, as ``weight`` of
+            ``torch.nn.CrossEntropyLoss``: the loss is the weighted mean over the batch. None weighs all classes alike.
         aux_weight: the weight of the loss of each auxiliary head; 0.3 is the paper's.
         average_decay: the decay of an exponential moving average of parameters and BatchNorm statistics, which
             ``eval_step`` then uses. It starts as ``(1 + step) / (10 + step)`` if that is less, so that the initial
             parameters are soon forgotten. None keeps no average.
 
     Raises:
-        ValueError: if ``model.frozen`` has names that the parameters have not.
+        ValueError: if ``model.frozen`` has names that the parameters have not, or if ``class_weights`` is not of shape
+            [num_classes].
     """
+    if class_weights is not None and jnp.shape(class_weights) != (model.num_classes,):
+        shape = jnp.shape(class_weights)
+        raise ValueError(
+            f"class_weights: expected one weight for each of {model.num_classes} classes, got shape {shape}"
+        )
     params, batch_stats = dict(variables["params"]), dict(variables.get("batch_stats", {}))
     optimizer = freeze(optimizer, model.frozen)
     state = TrainState(
@@ -89,6 +100,7 @@ def create_train_state(
         opt_state=jax.jit(optimizer.init)(params),  # otherwise each shape of a parameter is compiled for: 8 s
         step=jnp.asarray(0, jnp.int32),
         average=None if average_decay is None else {"params": params, "batch_stats": batch_stats},
+        class_weights=None if class_weights is None else jnp.asarray(class_weights, float),
         model=model,
         optimizer=optimizer,
         label_smoothing=label_smoothing,
@@ -185,21 +197,40 @@ def eval_step(state: TrainState, batch: Batch) -> Metrics:
 
 
 def cross_entropy(
-    logits: Float[Array, "n classes"], labels: Int[Array, " n"], label_smoothing: float = 0.0
+    logits: Float[Array, "n classes"],
+    labels: Int[Array, " n"],
+    label_smoothing: float = 0.0,
+    class_weights: Float[Array, " classes"] | None = None,
 ) -> Float[Array, " n"]:
-    """The cross entropy of each row, as ``torch.nn.CrossEntropyLoss(label_smoothing=..., reduction="none")``.
+    """Return the cross entropy of each row, in float32 at least.
 
-    In float32 at least. A label that is no class gives NaN, where indexing alone would take -1 for the last class.
+    It is ``torch.nn.CrossEntropyLoss(weight=class_weights, label_smoothing=..., reduction="none")``. A label that is no
+    class gives NaN, where indexing alone would take -1 for the last class.
     """
-    logits, labels = _float32(logits), labels.astype(jnp.int32)  # 8 bits would not hold the number of classes
-    of_label = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(labels < 0, logits.shape[-1], labels))
-    of_all = jax.nn.logsumexp(logits, axis=-1) - logits.mean(-1)  # against the even distribution
-    return (1 - label_smoothing) * of_label + label_smoothing * of_all
+    costs = -jax.nn.log_softmax(_float32(logits))  # [n, classes]
+    if class_weights is not None:
+        costs *= class_weights.astype(costs.dtype)[None]
+    targets = _one_hot(labels, costs)
+    return (((1 - label_smoothing) * targets + label_smoothing / costs.shape[-1]) * costs).sum(-1)
 
 
 def _loss(state: TrainState, output: GoogLeNetOutput, labels: jax.Array) -> jax.Array:
-    heads = [cross_entropy(x, labels, state.label_smoothing).mean() for x in output if x is not None]
+    def mean(logits: jax.Array) -> jax.Array:
+        rows = cross_entropy(logits, labels, state.label_smoothing, state.class_weights)
+        if state.class_weights is None:
+            return rows.mean()
+        return rows.sum() / (_one_hot(labels, _float32(logits)) * state.class_weights.astype(rows.dtype)[None]).sum()
+
+    heads = [mean(logits) for logits in output if logits is not None]
     return heads[0] + state.aux_weight * sum(heads[1:])
+
+
+def _one_hot(labels: jax.Array, logits: jax.Array) -> jax.Array:
+    """Return the labels one-hot, as the logits are in shape and in dtype; a label that is no class gives a row of NaN."""
+    num_classes = logits.shape[-1]
+    labels = labels.astype(jnp.int32)  # 8 bits would not hold the number of classes
+    is_class = (labels >= 0) & (labels < num_classes)
+    return jnp.where(is_class[:, None], jax.nn.one_hot(labels, num_classes, dtype=logits.dtype), jnp.nan)
 
 
 def _hits(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
