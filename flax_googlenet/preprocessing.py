@@ -7,13 +7,14 @@ The preset is ``torchvision.models.GoogLeNet_Weights.IMAGENET1K_V1.transforms()`
 import errno
 import os
 import stat
+import struct
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import numpy as np
-from jaxtyping import Float32
-from PIL import Image, ImageOps, UnidentifiedImageError
+from jaxtyping import Float32, UInt8
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from flax_googlenet.model import IMAGENET_MEAN, IMAGENET_STD
 
@@ -31,6 +32,22 @@ _LONGEST = 32 * RESIZE
 _BITS = 22  # after the point, in the fixed-point numbers of Pillow's resampling
 
 
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What turns an image upright, by its orientation in EXIF."""
+
+_NOT_OPENED = {"EPS", "IPTC", "BUFR", "GRIB", "HDF5", "WMF"}
+"""The formats that Pillow does not decode itself. EPS is a program, and Ghostscript runs it; IPTC can hold an EPS file
+inside; the others go to whatever handler another package has registered."""
+
+
 class ImageError(ValueError):
     """Something that is no image, or none that can be read; the message names it and the way out."""
 
@@ -41,7 +58,9 @@ def preprocess(image: ImageSource, size: int = CROP) -> Float32[np.ndarray, "siz
     Args:
         image: a file that Pillow reads, a Pillow image, or uint8 RGB [H, W, 3]. Files and Pillow images are turned as
             their EXIF orientation says and converted to RGB: alpha is dropped and what lies under it is seen, as in
-            torchvision's loader; 16-bit greys are scaled to 8 bits; of an animation it is the first frame.
+            torchvision's loader; 16-bit greys are scaled to 8 bits, and 32-bit integers, too, unless all of them are
+            below 256; of an animation it is the first frame. Files that only another program can decode, such as EPS,
+            are refused: a caller who trusts one opens it with Pillow and passes the image.
         size: height and width of the result, in pixels: that of the training. At any size it is the same part of the
             image, the middle 224 / 256 of the short side and as much of the long one.
 
@@ -113,14 +132,15 @@ def rgb(source: ImageSource) -> Image.Image:
         )
     try:
         if isinstance(source, Image.Image):
-            return _to_rgb(source, name)
+            return _to_rgb(source, name, from_file=False)
         # Opening a pipe would wait for its writer.
         if not stat.S_ISREG((status := os.stat(source)).st_mode):
             raise ImageError(f"{name} is {'a folder' if stat.S_ISDIR(status.st_mode) else 'no file'}: name an image")
         if status.st_size == 0:
             raise ImageError(f"{name} is empty: get a new copy")
-        with Image.open(source) as image:
-            return _to_rgb(image, name)
+        Image.init()  # so that all formats are in Image.ID
+        with Image.open(source, formats=[name for name in Image.ID if name not in _NOT_OPENED]) as image:
+            return _to_rgb(image, name, from_file=True)
     except ImageError:
         raise
     except UnidentifiedImageError as error:
@@ -134,23 +154,70 @@ def rgb(source: ImageSource) -> Image.Image:
         raise ImageError(f"{name} is damaged or cut off ({error}): get a new copy") from error
 
 
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+def _to_rgb(image: Image.Image, name: str, *, from_file: bool) -> Image.Image:
     # Before the pixels are decoded. Pillow itself only warns up to twice this size.
     if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
         raise _too_large(name)
     image.load()
-    with suppress(SyntaxError):  # EXIF that Pillow cannot read: the pixels are sound
-        image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # I;16 and its variants, and I, as which Pillow opens some files of 16 bits
-        grey = np.asarray(image).astype(np.int32)
-        if grey.min() < 0 or grey.max() > 65535:
-            raise ImageError(f"{name} has values outside of 0 to 65535: scale it to 8 bits first")
-        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")  # Pillow would clip at 255
+    turn = _TURNS.get(_orientation(image, from_file=from_file))
+    if image.mode.startswith("I"):
+        image = Image.fromarray(_to_8_bits(image, name))
     if image.mode == "F":
         raise ImageError(f"{name} is in floating point, of unknown range: scale it to 8 bits first")
     if image.mode in ("P", "PA"):
         image = image.convert("RGBA")  # the same colours; Pillow warns of transparency that goes straight to RGB
-    return image.convert("RGB")
+    image = image.convert("RGB")
+    return image if turn is None else image.transpose(turn)
+
+
+def _orientation(image: Image.Image, *, from_file: bool) -> int:
+    """Returns EXIF's tag 274 of a loaded image: 1 to 8, or anything where the tag or the block makes no sense.
+
+    A file is asked for this one tag alone. Pillow reads all tags up to the first one that is damaged, and fails to
+    write many that it can read, which ``ImageOps.exif_transpose`` does. An image of the caller's is asked through
+    Pillow, because the caller may have changed its tags.
+    """
+    block = image.info.get("exif")
+    if from_file and isinstance(block, bytes) and (orientation := _tag_274(block)) is not None:
+        return orientation
+    with suppress(Exception):  # Pillow's readers raise anything on a damaged block, and the pixels are sound
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    return 1
+
+
+def _tag_274(block: bytes) -> int | None:
+    """Returns the orientation in an EXIF block, or None where it has none that can be read.
+
+    A block is a small TIFF file. Bytes 4 to 8 say where its directory starts: two bytes for the number of tags, and
+    then 12 bytes for each: its number, its type (3 is uint16), the count of its values, and the values.
+    """
+    block = block.removeprefix(b"Exif\0\0")
+    order = "<" if block.startswith(b"II") else ">"
+    with suppress(struct.error):  # it ends too early
+        (start,) = struct.unpack_from(f"{order}L", block, 4)
+        (count,) = struct.unpack_from(f"{order}H", block, start)
+        for place in range(start + 2, start + 2 + 12 * count, 12):
+            tag, kind, _, value = struct.unpack_from(f"{order}HHLH", block, place)
+            if (tag, kind) == (ExifTags.Base.Orientation, 3):
+                return value
+    return None
+
+
+def _to_8_bits(image: Image.Image, name: str) -> UInt8[np.ndarray, "h w"]:
+    """Scales the greys of a loaded image of mode I;16, one of its variants, or I; Pillow's ``convert`` clips at 255.
+
+    Pillow opens files of 16 and of 32 bits as mode I. Those of 16 bits are scaled by their full range. 32 bits are far
+    more than any picture uses, so there the values tell: up to 255 they are 8-bit values in a wide file, and
+    torchvision's loader takes them as such, too.
+    """
+    grey = np.asarray(image).astype(np.int32)
+    if grey.min() < 0 or grey.max() > 65535:
+        raise ImageError(f"{name} has values outside of 0 to 65535: scale it to 8 bits first")
+    bits = getattr(image, "tag_v2", {}).get(ExifTags.Base.BitsPerSample, ())  # of a TIFF file
+    is_16_bits = image.mode != "I" or image.format in ("PNG", "PPM") or 16 in bits
+    if not is_16_bits and grey.max() <= 255:
+        return grey.astype(np.uint8)
+    return ((grey + 128) // 257).astype(np.uint8)
 
 
 def _too_large(name: str) -> ImageError:

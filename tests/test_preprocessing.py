@@ -1,7 +1,9 @@
 """Preprocessing is torchvision's, pixel for pixel; every kind of image keeps its colours, or is refused by name."""
 
+import io
 import os
 import re
+import struct
 import subprocess
 import sys
 import warnings
@@ -12,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import reference
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from torchvision.datasets.folder import default_loader
 
 from flax_googlenet import ImageError, preprocess, preprocess_batch
@@ -156,9 +158,44 @@ def test_exif_orientation_is_obeyed(tmp_path: Path, name: str, orientation: int)
     assert abs(difference).mean() < 3  # chroma subsampling along the borders; any other turn differs by more than 60
 
 
-def test_exif_that_cannot_be_read_does_not_spoil_the_pixels(photograph: Image.Image, tmp_path: Path) -> None:
-    photograph.save(tmp_path / "exif.png", exif=b"Exif\0\0not a TIFF header")
-    assert_equal_to_torchvision(tmp_path / "exif.png", photograph)
+def exif(*tags: tuple[int, int, int, bytes]) -> bytes:
+    """An EXIF block of tags: number, type, count and 4 bytes of value."""
+    directory = b"".join(struct.pack("<HHL", *tag[:3]) + tag[3] for tag in sorted(tags))
+    return b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + directory + bytes(4)
+
+
+TURNED = (274, 3, 1, b"\6\0\0\0")
+FAR = struct.pack("<L", 60000)  # where nothing is
+
+
+# OpenCV reads the same orientations from all of these.
+@pytest.mark.parametrize(
+    ("block", "is_turned"),
+    [
+        (exif(TURNED), True),
+        (exif(TURNED, (256, 2, 3, b"64\0\0")), True),  # the width as text
+        (exif(TURNED, (282, 2, 3, b"72\0\0")), True),  # the resolution as text
+        (exif(TURNED, (256, 9, 1, struct.pack("<l", -5))), True),
+        (exif(TURNED, (259, 11, 1, struct.pack("<f", np.nan))), True),
+        (exif(TURNED, (271, 2, 99, FAR)), True),  # the maker's name lies outside, and Pillow reads no further
+        (exif(TURNED, (0x8769, 9, 1, struct.pack("<l", -1))), True),  # the next directory is at -1
+        (exif(TURNED, (0x8825, 4, 1, b"\x08\0\0\0")), True),  # a directory that contains itself
+        (exif(TURNED)[:-16], False),  # cut off in the tag
+        (exif((274, 3, 2, b"\6\0\6\0")), True),
+        (exif((274, 2, 2, b"6\0\0\0")), False),
+        (exif((274, 3, 1, b"\x63\0\0\0")), False),
+        (b"Exif\0\0II*\0", False),
+        (b"Exif\0\0not a TIFF header", False),
+    ],
+)
+@pytest.mark.parametrize("name", ["exif.jpg", "exif.png", "exif.webp"])
+@pytest.mark.filterwarnings("ignore")  # Pillow's, of what it cannot read
+def test_of_exif_the_orientation_alone_counts_and_no_damage_costs_an_image(
+    photograph: Image.Image, tmp_path: Path, name: str, block: bytes, is_turned: bool
+) -> None:
+    photograph.crop((0, 0, 300, 260)).save(tmp_path / name, exif=block)
+    stored = default_loader(str(tmp_path / name))
+    assert_equal_to_torchvision(tmp_path / name, stored.transpose(Image.Transpose.ROTATE_270) if is_turned else stored)
 
 
 @pytest.mark.parametrize("name", ["grey.png", "grey.tif", "grey.jp2", "grey.pgm"])
@@ -197,7 +234,64 @@ def test_the_image_of_the_caller_is_left_as_it_was(photograph: Image.Image) -> N
     assert image.tobytes() == photograph.tobytes()
 
 
+@pytest.mark.parametrize("dtype", ["i4", "u4"])
+def test_8_bit_values_in_a_file_of_32_bits_are_not_taken_for_16_bits(tmp_path: Path, dtype: str) -> None:
+    greys = np.arange(65536, dtype=dtype).reshape(256, 256) % 256
+    save_tiff(tmp_path / "wide.tif", greys)
+    assert_equal_to_torchvision(tmp_path / "wide.tif", default_loader(str(tmp_path / "wide.tif")))
+    assert np.array_equal(colours(preprocess(tmp_path / "wide.tif"))[..., 0], greys[16:240, 16:240])
+    greys[0, 0] = 256  # and now they are 16-bit values
+    save_tiff(tmp_path / "wide.tif", greys)
+    assert colours(preprocess(tmp_path / "wide.tif")).max() == 1
+
+
+@pytest.mark.parametrize("name", ["dark.png", "dark.pgm", "dark.tif", "signed.tif"])
+def test_a_dark_picture_of_16_bits_stays_dark(tmp_path: Path, name: str) -> None:
+    greys = np.full((256, 256), 255, "i2" if name == "signed.tif" else "u2")
+    if name == "signed.tif":
+        save_tiff(tmp_path / name, greys)
+    else:
+        Image.fromarray(greys).save(tmp_path / name)
+    assert np.unique(colours(preprocess(tmp_path / name))).tolist() == [1]
+
+
+def save_tiff(path: Path, greys: np.ndarray) -> None:
+    """Greys of any integer dtype as one strip; Pillow writes only some of these dtypes."""
+    height, width = greys.shape
+    values = {256: width, 257: height, 258: 8 * greys.dtype.itemsize, 259: 1, 262: 1, 273: 8, 277: 1, 278: height}
+    values |= {279: greys.nbytes, 339: 2 if greys.dtype.kind == "i" else 1}
+    directory = b"".join(struct.pack("<HHLL", tag, 4, 1, value) for tag, value in values.items())
+    header = b"II*\0" + struct.pack("<L", 8 + greys.nbytes)
+    pixels = greys.astype(greys.dtype.newbyteorder("<")).tobytes()
+    path.write_bytes(header + pixels + struct.pack("<H", len(values)) + directory + bytes(4))
+
+
 # What is refused: one error that names the image and the way out.
+
+
+def test_no_file_starts_another_program(
+    photograph: Image.Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ghostscript = tmp_path / "gs"  # the first one on the path
+    ghostscript.write_text(f"#!/bin/sh\necho started >> {tmp_path}/log\n")
+    ghostscript.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # Pillow looks for it once
+    eps = io.BytesIO()
+    photograph.crop((0, 0, 9, 9)).save(eps, "EPS")
+    (tmp_path / "picture.eps").write_bytes(eps.getvalue())
+    # IPTC: fields of a marker, two numbers and a size; the picture in the last one may be of any format.
+    fields = [(3, 60, b"\1\0"), (3, 20, b"\0\x09"), (3, 30, b"\0\x09"), (3, 120, b"\0\5"), (8, 10, eps.getvalue())]
+    iptc = b"".join(struct.pack(">BBBH", 0x1C, *field[:2], len(field[2])) + field[2] for field in fields)
+    (tmp_path / "picture.jpg").write_bytes(iptc + b"\x1c\x03\x3c\0\0")
+    for name in ("picture.eps", "picture.jpg"):
+        with pytest.raises(ImageError, match=f"{name} is not an image that Pillow can read: convert it to PNG"):
+            preprocess(tmp_path / name)
+        assert not (tmp_path / "log").exists()
+        with Image.open(tmp_path / name) as image, pytest.raises(ImageError):  # this one the caller has asked for
+            preprocess(image)
+        assert (tmp_path / "log").exists()
+        (tmp_path / "log").unlink()
 
 
 def cut_off(path: Path) -> None:
