@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import re
 import shutil
+import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,12 +20,13 @@ from torchvision.transforms import functional, v2
 
 import flax_googlenet
 from flax_googlenet.cli import main
-from flax_googlenet.files import load_weights
+from flax_googlenet.files import Weights, load_weights
 from flax_googlenet.preprocessing import ImageError, normalise
+from flax_googlenet.training.classes import find_classes
 from flax_googlenet.training.confusion import Score, draw_confusion
 from flax_googlenet.training.crops import crops
-from flax_googlenet.training.datasets import find_data, open_data
-from flax_googlenet.training.ensemble import answers, find_classes, make_networks
+from flax_googlenet.training.datasets import DataError, find_data, open_data
+from flax_googlenet.training.ensemble import answers, make_networks
 from flax_googlenet.training.recipe import PRESETS
 
 NAMES = ["flower", "goat", "temple", "zebra"]
@@ -122,8 +125,9 @@ def test_with_one_crop_every_answer_is_torchvisions(
 ) -> None:
     preset = reference.IMAGENET.transforms()
     expected = [torch_probabilities(torch_model, [preset(Image.open(path).convert("RGB"))]) for path in images()]
-    networks = make_networks({"weights": load_weights(Path("weights.safetensors"), dtype=jnp.float32)})
     photos, _ = find_data("photos", held_out=0.2, seed=0, trained_on=None)
+    weights = {"weights": load_weights(Path("weights.safetensors"), dtype=jnp.float32)}
+    networks, _ = make_networks(weights, photos.class_names, "photos")
     found = list(answers(networks, photos, 1, 224, 4, pytest.fail))
     assert [index for indices, _ in found for index in indices] == list(range(11))
     # Probabilities, of logits in float32 and of magnitude 3. Measured: 1.1e-6.
@@ -207,7 +211,8 @@ def test_an_ensemble_is_the_mean_of_its_networks(
 
 
 def test_top5_and_the_confusion_matrix_are_counted_by_hand() -> None:
-    tally = Score(places=np.array([6, 2]), num_classes=8)  # the data has two of the network's eight classes
+    wanted = np.array([-1, -1, 1, -1, -1, -1, 0, -1])  # the data has two of the network's eight classes
+    tally = Score(wanted, num_classes=2)
     #                 0    1    2    3    4    5    6    7
     likely_2 = [0.0, 0.0, 0.6, 0.0, 0.0, 0.1, 0.3, 0.0]
     likely_1 = [0.1, 0.3, 0.0, 0.1, 0.1, 0.1, 0.1, 0.2]  # class 6 is the sixth: of equals the first ones come first
@@ -220,26 +225,114 @@ def test_top5_and_the_confusion_matrix_are_counted_by_hand() -> None:
 # Classes.
 
 
+IMAGENET = list(reference.IMAGENET.meta["categories"])
+WORDNET = [f"n{1440764 + 37 * i:08}" for i in range(1000)]  # in ImageNet's order
+ACCENTED = [unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD")]
+
+
+def named(class_names: Sequence[str] | None, num_classes: int | None = None) -> Weights:
+    model = flax_googlenet.GoogLeNet(num_classes=num_classes or len(class_names or []))
+    return Weights(model, {}, {"class_names": class_names}, "")
+
+
 @pytest.mark.parametrize(
-    ("weights", "wanted", "places"),
+    ("names", "classes", "wanted"),
     [
-        ("weights", ["zebra", "flower"], [3, 0]),  # by name
-        ("nameless", ["a", "b", "c", "d"], [0, 1, 2, 3]),  # by their order
-        ("weights", ["n01440764", "n01443537", "n01484850", "n01491361"], [0, 1, 2, 3]),  # WordNet's: ImageNet's order
+        (NAMES, ["zebra", "flower"], [1, -1, -1, 0]),
+        (["n01440764", "n02102040", "n02979186"], ["n01440764", "n02979186"], [0, -1, 1]),  # WordNet's are names, too
+        (WORDNET, WORDNET[::-1], [*range(999, -1, -1)]),
+        (ACCENTED[:1], ACCENTED[1:], [0]),
+        (ACCENTED[1:], ACCENTED[:1], [0]),
+        (IMAGENET, ["zebra", "tench"], [1 if name == "tench" else 0 if name == "zebra" else -1 for name in IMAGENET]),
     ],
 )
-def test_where_the_classes_of_the_data_are_found(
-    here: Path, weights: str, wanted: list[str], places: list[int]
+def test_classes_are_found_by_name(names: list[str], classes: list[str], wanted: list[int]) -> None:
+    match = find_classes(classes, "data", named(names), "weights")
+    assert match.wanted.tolist() == wanted
+    assert match.notes == ()
+    assert match.is_one_to_one == (len(names) == len(classes))
+
+
+@pytest.mark.parametrize(
+    ("weights", "classes", "wanted", "note"),
+    [
+        (
+            named(None, 3),
+            ["b", "a", "c"],
+            [0, 1, 2],
+            "has no class names: its 3 classes are taken in the order of",
+        ),
+        (named(IMAGENET), WORDNET, [*range(1000)], "identifiers of data are matched with ImageNet's class names"),
+        (named(IMAGENET), WORDNET[::-1], [*range(999, -1, -1)], "identifiers of data are matched with ImageNet's"),
+        (named(WORDNET[1:] + WORDNET[:1]), IMAGENET, [*range(1, 1000), 0], "identifiers of weights are matched with"),
+    ],
+)
+def test_classes_are_found_by_their_order_where_they_have_no_names_or_are_imagenets(
+    weights: Weights, classes: list[str], wanted: list[int], note: str
 ) -> None:
-    loaded = load_weights(Path(f"{weights}.safetensors"))
-    assert find_classes(wanted, "data", loaded, weights).tolist() == places
+    match = find_classes(classes, "data", weights, "weights")
+    assert match.wanted.tolist() == wanted
+    assert match.is_one_to_one
+    (said,) = match.notes
+    assert note in said
+
+
+def test_a_name_that_two_classes_share_stands_for_both() -> None:
+    match = find_classes(["crane", "goat"], "data", named(["crane", "goat", "crane", "maillot"]), "weights")
+    assert match.wanted.tolist() == [0, 1, 0, -1]
+    assert match.notes == ("weights has 2 classes of the name 'crane': each of them counts as right",)
+    assert not match.is_one_to_one
+    tally = Score(match.wanted, 2)
+    tally.add(np.array([0, 0, 0, 1]), np.eye(4)[[0, 2, 3, 2]])
+    assert tally.matrix.tolist() == [[2, 0, 1], [1, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("weights", "classes", "message"),
+    [
+        (named(["daisy", "rose", "tulip"]), WORDNET[:3], "3 of the 3 classes of data are not among the 3 of weights"),
+        (
+            named(WORDNET[:3]),
+            WORDNET[1:4],
+            f"not among the 3 of weights: '{WORDNET[3]}'; use the names in weights: '{WORDNET[0]}', ",
+        ),
+        (named(WORDNET), [*WORDNET[1:], "n09999999"], "1 of the 1000 classes of data are not among"),
+        (named([f"class {i}" for i in range(1000)]), WORDNET, "1000 of the 1000 classes of data are not among"),
+        (named(IMAGENET), WORDNET[:999], "999 of the 999 classes of data are not among the 1000 of weights"),
+        (named(None, 4), WORDNET[:3], "weights has no class names and 4 classes, but data has 3 classes"),
+        (named(["a", "b", "c"]), ["a", "a", "b"], "data has several classes of one name: 'a'"),
+    ],
+)
+def test_classes_that_cannot_be_found_are_named(weights: Weights, classes: list[str], message: str) -> None:
+    with pytest.raises(DataError, match=re.escape(message)):
+        find_classes(classes, "data", weights, "weights")
+
+
+@pytest.mark.parametrize("turn", [1, -1])
+def test_the_order_of_an_ensemble_changes_nothing(here: Path, turn: int) -> None:
+    thousand = load_weights(Path("thousand.safetensors"))
+    kinds = {"nameless": None, "names": IMAGENET, "ids": WORDNET[::-1]}
+    ensemble = {kind: thousand._replace(metadata={"class_names": kinds[kind]}) for kind in [*kinds][::turn]}
+    in_imagenet = {"names": np.arange(1000), "ids": np.arange(1000)[::-1]}
+    for classes, whose in ((WORDNET[5:7], "ids"), (IMAGENET[5:7], "names")):
+        networks, match = make_networks(ensemble, classes, "data")
+        places = in_imagenet[whose]
+        assert match.wanted[np.argsort(places)].tolist() == [-1] * 5 + [0, 1] + [-1] * 993
+        assert sorted(note.partition(" ")[0] for note in match.notes) == ["nameless", "the"]
+        for kind, network in zip(ensemble, networks, strict=True):
+            assert (in_imagenet.get(kind, places)[network.order] == places).all()
+    with pytest.raises(DataError, match="2 of the 2 classes of data are not among the 1000 of"):
+        make_networks(ensemble, ["a", "b"], "data")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nameless.safetensors", "photos"], "photos has 2 classes and nameless.safetensors has 4"),
-        (["thousand.safetensors", "photos"], "photos has 2 classes and thousand.safetensors has 1000"),
+        (["nameless.safetensors", "photos"], "nameless.safetensors has no class names and 4 classes, but photos has 2"),
+        (
+            ["thousand.safetensors", "photos"],
+            "thousand.safetensors has no class names and 1000 classes, but photos has 2",
+        ),
         (
             ["weights.safetensors", "digits"],
             "10 of the 10 classes of digits are not among the 4 of weights.safetensors",

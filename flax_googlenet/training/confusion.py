@@ -23,27 +23,26 @@ class Score:
     """Counts right and wrong answers.
 
     Args:
-        places: int [n], where the classes of the data stand among those of the network.
-        num_classes: of the network.
+        wanted: for each class of the network, the class of the data that it stands for, or -1 for none.
+        num_classes: how many classes the data has.
     """
 
-    def __init__(self, places: np.ndarray, num_classes: int) -> None:
-        self._places, self._n = places, len(places)
-        self._column = np.full(num_classes, self._n)
-        self._column[places] = np.arange(self._n)
-        self._matrix = np.zeros((self._n, self._n + 1), np.int64)
+    def __init__(self, wanted: Int[np.ndarray, "m"], num_classes: int) -> None:
+        self._column = np.where(wanted < 0, num_classes, wanted)
+        self._matrix = np.zeros((num_classes, num_classes + 1), np.int64)
         self._in_top5 = 0
 
-    def add(self, labels: np.ndarray, probabilities: Float64[np.ndarray, "n num_classes"]) -> None:
-        """labels: int [n], classes of the data. Of equally likely classes the first counts as the likelier one."""
-        top5 = np.argsort(-probabilities, axis=1, kind="stable")[:, :5]
-        np.add.at(self._matrix, (labels, self._column[top5[:, 0]]), 1)
-        self._in_top5 += int((top5 == self._places[labels][:, None]).any(1).sum())
+    def add(self, labels: Int[np.ndarray, "n"], probabilities: Float64[np.ndarray, "n m"]) -> None:
+        """Counts answers; labels are classes of the data. Of equally likely classes the first one is the answer."""
+        top5 = self._column[np.argsort(-probabilities, axis=1, kind="stable")[:, :5]]
+        np.add.at(self._matrix, (labels, top5[:, 0]), 1)
+        self._in_top5 += int((top5 == labels[:, None]).any(1).sum())
 
     @property
     def matrix(self) -> np.ndarray:
         """int [n, n]: images of the row's class, answered as the column's; with one column more for other answers."""
-        return self._matrix if len(self._column) > self._n else self._matrix[:, :-1]
+        has_others = self._column.max() == len(self._matrix)
+        return self._matrix if has_others else self._matrix[:, :-1]
 
     @property
     def count(self) -> int:

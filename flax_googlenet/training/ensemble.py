@@ -2,32 +2,29 @@
 
 import itertools
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float64
+from jaxtyping import Float64, Int
 from scipy.special import softmax
 
 from flax_googlenet.files import Weights
 from flax_googlenet.images import Fail, read_ahead
 from flax_googlenet.inference import Predictor, make_predictor
 from flax_googlenet.status import CommandError, Status
+from flax_googlenet.training.classes import ClassMatch, find_classes
 from flax_googlenet.training.crops import crops
-from flax_googlenet.training.datasets import Dataset
+from flax_googlenet.training.datasets import DataError, Dataset
 from flax_googlenet.training.recipe import Recipe, RecipeError
-
-_WORDNET_ID = re.compile(r"n\d{8}")
-_LISTED = 5  # classes that an error lists
 
 
 class Network(NamedTuple):
     """One of an ensemble."""
 
     predict: Predictor
-    order: np.ndarray
-    """int [num_classes]: where the classes of the first network of the ensemble stand among this one's."""
+    order: Int[np.ndarray, "num_classes"]
+    """Where the classes of the ensemble's answers stand among this network's."""
 
 
 def answers(
@@ -67,48 +64,46 @@ def answers(
         yield [index for index, _ in batch], np.mean(np.split(total / len(networks), len(batch)), axis=1)
 
 
-def find_classes(wanted: Sequence[str], data: str, weights: Weights, path: str) -> np.ndarray:
-    """Where the wanted classes stand among those of the weights: int [len(wanted)].
+def make_networks(
+    ensemble: Mapping[str, Weights], class_names: Sequence[str], data: str
+) -> tuple[list[Network], ClassMatch]:
+    """Prepares weights for ``answers``, and finds the classes of the data among theirs.
 
-    They go by name. Where the weights have no names, or the wanted names are WordNet's identifiers (n01440764), whose
-    order is that of ImageNet's classes, they go by their order, if they are as many.
+    The weights must have the same classes, in whatever order; those without class names take the order of the others.
 
     Args:
-        wanted: names of classes.
-        data, path: what to call the data and the weights in a message.
-        weights: the weights.
+        ensemble: weights by path.
+        class_names: the classes of the data.
+        data: what to call the data in messages.
+
+    Returns:
+        The networks, and the match of the data with the classes of their answers.
 
     Raises:
-        CommandError: if a class cannot be found.
+        DataError: if the weights have not the same classes, or a class of the data is not among them.
     """
-    names, count = weights.class_names, weights.model.num_classes
-    if names is None or names == list(wanted) or all(map(_WORDNET_ID.fullmatch, wanted)):
-        if len(wanted) != count:
-            reason = f"{data} has {len(wanted)} classes and {path} has {count}, which cannot be matched by name"
-            raise CommandError(Status.NOT_DONE, reason)
-        return np.arange(count)
-    if problems := [repr(name) for name in wanted if names.count(name) != 1]:
-        listing = ", ".join(problems[:_LISTED]) + (", ..." if len(problems) > _LISTED else "")
-        raise CommandError(
-            Status.NOT_DONE,
-            f"{len(problems)} of the {len(wanted)} classes of {data} are not among the {count} of {path}, or not once: "
-            f"{listing}; name the folders as the weights do: {names[0]!r}, ...",
-        )
-    return np.array([names.index(name) for name in wanted])
-
-
-def make_networks(ensemble: Mapping[str, Weights]) -> list[Network]:
-    """Weights by path -> networks for ``answers``; raises a CommandError unless all have the same classes."""
-    networks = []
     first_path, first = next(iter(ensemble.items()))
     for path, weights in ensemble.items():
         if weights.model.num_classes != first.model.num_classes:
             counts = f"{first_path} has {first.model.num_classes} classes and {path} has {weights.model.num_classes}"
-            raise CommandError(Status.NOT_DONE, f"{counts}: they are no ensemble")
-        names = first.class_names or weights.class_names
-        order = find_classes(names, first_path, weights, path) if names else np.arange(weights.model.num_classes)
-        networks.append(Network(make_predictor(weights.model, weights.variables), order))
-    return networks
+            raise DataError(f"{counts}: they are no ensemble")
+    # One file may have ImageNet's class names and another WordNet's identifiers: the data need only agree with one.
+    matches, errors = {}, []
+    for path in [path for path, weights in ensemble.items() if weights.class_names] or [first_path]:
+        try:
+            matches[path] = find_classes(class_names, data, ensemble[path], path)
+        except DataError as error:
+            errors.append(error)
+    if not matches:
+        raise errors[0]
+    reference, match = next(iter(matches.items()))
+    names = ensemble[reference].class_names
+    networks, notes = [], [*match.notes]
+    for path, weights in ensemble.items():
+        found = find_classes(names or class_names, reference if names else data, weights, path)
+        notes += found.notes
+        networks.append(Network(make_predictor(weights.model, weights.variables), np.argsort(found.wanted)))
+    return networks, match._replace(notes=tuple(dict.fromkeys(notes)))
 
 
 def image_size(ensemble: Mapping[str, Weights]) -> int:

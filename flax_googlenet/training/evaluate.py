@@ -18,7 +18,7 @@ from flax_googlenet.images import display_name
 from flax_googlenet.status import CommandError, Status, printable
 from flax_googlenet.training.confusion import Score, draw_confusion
 from flax_googlenet.training.datasets import DataError, Dataset, find_data
-from flax_googlenet.training.ensemble import answers, find_classes, image_size, make_networks, recipe_of
+from flax_googlenet.training.ensemble import answers, image_size, make_networks, recipe_of
 from flax_googlenet.training.recipe import PRESETS
 
 
@@ -55,18 +55,19 @@ def evaluate(
     ensemble = {path: load_weights(Path(path), dtype=jnp.float32) for path in paths}
     if any(weights.metadata.get("source") == "random" for weights in ensemble.values()):
         notes.print("[bold yellow]warning:[/] these weights are random: the figures mean nothing")
-    size, networks, first = image_size(ensemble), make_networks(ensemble), ensemble[paths[0]]
+    size, first = image_size(ensemble), ensemble[paths[0]]
     recipe = recipe_of(first.metadata) or PRESETS["digits"]
     try:
         dataset, which = find_data(
             data, held_out=recipe.held_out, seed=recipe.seed, trained_on=first.metadata.get("trained_on")
         )
+        networks, match = make_networks(ensemble, dataset.class_names, data)
     except DataError as error:
         raise CommandError(Status.NOT_DONE, error) from error
-    places = find_classes(dataset.class_names, data, first, paths[0])
-    notes.print(escape(printable(which)))
+    for note in (*match.notes, which):
+        notes.print(escape(printable(note)))
 
-    tally, start = Score(places, first.model.num_classes), time.perf_counter()
+    tally, start = Score(match.wanted, len(dataset.class_names)), time.perf_counter()
     with _progress(notes) as progress:
         task = progress.add_task("", total=len(dataset))
         for indices, probabilities in answers(networks, dataset, num_crops, size, batch_size, fail):
