@@ -15,6 +15,7 @@ class Status(IntEnum):
     REFUSED = 4
     NOT_PROVEN = 5
     NOT_WRITTEN = 6
+    CRASHED = 70
     INTERRUPTED = 130
 
 

@@ -5,7 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-from exit_status import PortFailureError
+from exit_status import PortFailureError, Status
 from interrupt import ends_the_process
 
 DESCRIPTION = """\
@@ -32,10 +32,12 @@ examples
 exit status
   0    proven and written; with --diagnose, the port agrees
   2    the command line is wrong
-  3    the checkpoint cannot be had: no such file, no network, a wrong hash
+  3    the checkpoint cannot be had: no such file, no network, a wrong hash; or JAX_PLATFORMS names no
+       device of this machine
   4    the checkpoint is refused: damaged, unsafe, or not a GoogLeNet of torchvision's
   5    not proven: a stage differs, and nothing is written
   6    the output cannot be written
+  70   an unexpected error; its traceback is in the file that the message names
   130  interrupted; no output is half-written, and a broken download goes on the next time
 """
 
@@ -83,19 +85,34 @@ def main(argv: list[str] | None = None) -> int:
         from rich.console import Console  # here, where Ctrl-C is already seen to
         from rich.markup import escape
 
+        from flax_googlenet.status import describe_crash
+
         progress = Console(stderr=True, soft_wrap=True, highlight=False)
         try:
             with progress.status("starting PyTorch and JAX"):
+                _require_backend()
                 import command  # here, so that --help and a wrong option need not wait for them
 
             run = command.diagnose_port if args.diagnose else command.port_back if args.to_torchvision else command.port
             status, facts = run(args, Console(quiet=args.json, highlight=False), progress)
         except PortFailureError as failure:
             status, facts = failure.status, {**failure.facts, "error": str(failure)}
-            progress.print(f"[bold red]error:[/] {escape(str(failure))}")
+        except Exception as error:  # last: what no code expected
+            status, facts = Status.CRASHED, {"error": describe_crash(error)}
+        if "error" in facts:
+            progress.print(f"[bold red]error:[/] {escape(facts['error'])}")
         if args.json:
             sys.stdout.write(json.dumps({"status": status, **facts}) + "\n")
     return status
+
+
+def _require_backend() -> None:
+    from flax_googlenet.compiling import BackendError, require_backend
+
+    try:
+        require_backend()
+    except BackendError as error:
+        raise PortFailureError(Status.UNAVAILABLE, str(error)) from error
 
 
 if __name__ == "__main__":

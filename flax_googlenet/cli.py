@@ -18,7 +18,7 @@ import tyro
 from tyro.conf import arg
 
 import flax_googlenet
-from flax_googlenet.status import CommandError, Status, printable
+from flax_googlenet.status import CommandError, Status, describe_crash, printable
 
 File = Annotated[Path, arg(metavar="FILE")]
 OptionalFile = Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")]
@@ -47,7 +47,9 @@ def classify(
       0    all images are done
       1    some images could not be read; they are named on standard error, and the others are done
       2    the command line is wrong
-      3    nothing is done: no such file, no image, no weights or wrong ones, or no place for the output
+      3    nothing is done: no such file, no image, no weights or wrong ones, no place for the output, or no
+           device such as JAX_PLATFORMS names
+      70   an unexpected error; its traceback is in the file that the message names
       130  interrupted
       141  nobody reads the standard output any more
 
@@ -63,6 +65,7 @@ def classify(
     from flax_googlenet import classify as command
 
     _use_compilation_cache()
+    _require_backend()
     return command.classify(images, weights=weights, as_json=json, output=output, top=top, batch_size=batch_size)
 
 
@@ -86,7 +89,9 @@ def evaluate(
       0    all images are evaluated
       1    some images could not be read; they are named on standard error, and the others are evaluated
       2    the command line is wrong
-      3    nothing is done: no data, no weights or wrong ones, other classes, or no place for the output
+      3    nothing is done: no data, no weights or wrong ones, other classes, no place for the output,
+           or no device such as JAX_PLATFORMS names
+      70   an unexpected error; its traceback is in the file that the message names
       130  interrupted
       141  nobody reads the standard output any more
 
@@ -105,6 +110,7 @@ def evaluate(
     from flax_googlenet.training import evaluate as command
 
     _use_compilation_cache()
+    _require_backend()
     return command.evaluate(inputs, num_crops=crops, as_json=json, confusion=confusion, batch_size=batch_size)
 
 
@@ -127,7 +133,9 @@ def export(
     Exit status:
       0    the file is written
       2    the command line is wrong
-      3    nothing is written: no weights or wrong ones, or no place for the output
+      3    nothing is written: no weights or wrong ones, no place for the output, or no
+           device such as JAX_PLATFORMS names
+      70   an unexpected error; its traceback is in the file that the message names
       130  interrupted
       141  nobody reads the standard output any more
 
@@ -142,6 +150,7 @@ def export(
     """
     from flax_googlenet.exporting import export_file
 
+    _require_backend()
     told = export_file(weights, output, platforms, size=size, uint8=uint8, top=top, gradient=gradient)
     sys.stdout.write(told)
     sys.stdout.flush()
@@ -167,8 +176,10 @@ def train(
     Exit status:
       0    the run came to its end
       2    the command line is wrong
-      3    nothing is done: no data, no weights or wrong ones, the folder is in use, or has a run of another recipe
+      3    nothing is done: no data, no weights or wrong ones, the folder is in use, or has a run of another recipe,
+           no device such as JAX_PLATFORMS names, or --distributed does not find the other processes
       4    the run stopped itself: losses that are not finite, unreadable images, a full disk, or a lost process
+      70   an unexpected error; its traceback is in the file in FOLDER that the message names
       130  Ctrl-C: the step was finished and a checkpoint saved; a second Ctrl-C ends at once, as one before the
            first step does
       143  SIGTERM: the same
@@ -189,7 +200,12 @@ def train(
 
     keep_memory()
     _use_compilation_cache()
-    return loop.train(data, workdir, recipe, weights=weights, distributed=distributed, override=override)
+    try:
+        return loop.train(data, workdir, recipe, weights=weights, distributed=distributed, override=override)
+    except (CommandError, OSError):
+        raise
+    except Exception as error:
+        raise CommandError(Status.CRASHED, describe_crash(error, workdir if workdir.is_dir() else None)) from error
 
 
 def _train_by_preset(arguments: Sequence[str]) -> Callable[..., int]:
@@ -259,6 +275,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, BrokenPipeError):
             return Status.CLOSED_PIPE
         return _fail(Status.NOT_DONE, f"cannot write standard output: {error.strerror}")
+    except Exception as error:  # last: what no code expected
+        return _fail(Status.CRASHED, describe_crash(error))
 
 
 def _fail(status: Status, message: str) -> Status:
@@ -275,6 +293,15 @@ def _require_training() -> None:
     if missing:
         message = f'{", ".join(missing)} is not installed: pip install "flax-googlenet[train]"'
         raise CommandError(Status.NOT_DONE, message)
+
+
+def _require_backend() -> None:
+    from flax_googlenet.compiling import BackendError, require_backend
+
+    try:
+        require_backend()
+    except BackendError as error:
+        raise CommandError(Status.NOT_DONE, error) from error
 
 
 def _use_compilation_cache() -> None:

@@ -1,4 +1,4 @@
-"""How XLA is to compile this network for a CPU."""
+"""What JAX computes on, and how XLA is to compile this network for a CPU."""
 
 import functools
 import operator
@@ -14,6 +14,25 @@ R = TypeVar("R")
 # Eigen's convolutions instead of those of YNNPACK. On two cores of Zen 3 (AVX2) with jaxlib 0.10.2 that is 1.4x for
 # inference and more than 2x for a training step.
 _EIGEN_CONVOLUTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
+
+
+class BackendError(RuntimeError):
+    """JAX cannot start the platform that it is asked for; the message says what to do."""
+
+
+def require_backend() -> None:
+    """Start the platform that JAX computes on, before anything else is done.
+
+    Raises:
+        BackendError: If it cannot start, as ``JAX_PLATFORMS=cuda`` cannot on a machine without a GPU.
+    """
+    try:
+        jax.default_backend()
+    except (AssertionError, RuntimeError) as error:  # a bare assertion where the machine has no NVIDIA GPU
+        reason = str(error).partition(" (")[0] or "this machine has no such device"
+        advice = "unset it to compute on what this machine has, or set it to cpu"
+        asked = jax.config.values["jax_platforms"] or ""
+        raise BackendError(f"JAX cannot start with JAX_PLATFORMS={asked}: {reason}; {advice}") from error
 
 
 @functools.cache

@@ -77,7 +77,7 @@ def joined() -> Iterator[None]:
         yield
     except BaseException as error:
         # At the end of a process JAX waits for the others; one that failed must not, for they wait for it.
-        atexit.register(os._exit, error.status if isinstance(error, CommandError) else 1)
+        atexit.register(os._exit, error.status if isinstance(error, CommandError) else Status.CRASHED)
         raise
 
 

@@ -14,6 +14,7 @@ import optax
 from jax import numpy as jnp
 
 from flax_googlenet.checkpoint import CheckpointError, write_atomically
+from flax_googlenet.compiling import BackendError, require_backend
 from flax_googlenet.files import load_weights
 from flax_googlenet.status import CommandError, Status, printable
 from flax_googlenet.training.checkpoints import CheckpointSaveError
@@ -64,10 +65,11 @@ def train(
         if distributed:
             stack.enter_context(joined())
         try:
+            require_backend()
             if jax.process_index() == 0:
                 stack.enter_context(claim(workdir))
             run, batches = _begin(data, workdir, recipe, weights, override, stack)
-        except (DataError, CheckpointError, WorkdirInUseError) as error:
+        except (BackendError, DataError, CheckpointError, WorkdirInUseError) as error:
             raise CommandError(Status.NOT_DONE, error) from error
         except OSError as error:
             raise CommandError(Status.NOT_DONE, _unwritten(error, workdir)) from error

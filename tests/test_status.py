@@ -1,0 +1,79 @@
+"""How commands end when something happens that nobody expected, or when JAX cannot start."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import port_weights
+import pytest
+
+from flax_googlenet import cli
+from flax_googlenet.status import describe_crash
+from flax_googlenet.training import loop
+
+CLASSIFY = ("-m", "flax_googlenet", "classify", "photo.jpg")
+EXPORT = ("-m", "flax_googlenet", "export", "--weights", "weights.safetensors", "--output", "out")
+TRAIN = ("-m", "flax_googlenet", "train", "digits", "--workdir", "run")
+PORT = (port_weights.__file__, "random")
+
+
+def run(cwd: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"TMPDIR": str(cwd)} | variables
+    return subprocess.run([sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("command", [CLASSIFY, PORT])
+def test_an_unexpected_error_ends_with_status_70_and_one_line_that_names_the_file_of_its_traceback(
+    command: tuple[str, ...], tmp_path: Path
+) -> None:
+    process = run(tmp_path, *command, JAX_ENABLE_X64="perhaps")  # which no code of ours expects
+    assert (process.returncode, process.stdout) == (70, "")
+    (path,) = tmp_path.iterdir()
+    message = r"error: unexpected ValueError: invalid truth value 'perhaps' .*; the traceback is in (.*), please report"
+    found = re.match(message, process.stderr)
+    assert found
+    assert (found[1], process.stderr.count("\n")) == (str(path), 1)
+    report = path.read_text()
+    assert "Traceback (most recent call last)" in report
+    assert "perhaps" in report.splitlines()[-1]
+
+
+def test_a_crash_of_a_run_leaves_its_traceback_in_the_folder_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delattr(loop, "resume")  # a defect
+    assert cli.main(["train", "digits", "--workdir", str(tmp_path)]) == 70
+    (path,) = tmp_path.glob("*crash*")
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "unexpected NameError: name 'resume' is not defined" in said
+    assert f"the traceback is in {path}" in said
+
+
+def test_a_traceback_that_cannot_be_written_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = describe_crash(ValueError("two\nlines"), tmp_path / "missing")
+    assert said == "unexpected ValueError: two; please report it with the traceback above"
+    assert "ValueError: two\nlines\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["classify", "evaluate", "export", "train", "port_weights.py"])
+def test_the_help_of_each_command_documents_the_status_of_a_crash(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        port_weights.main(["--help"]) if command == "port_weights.py" else cli.main([command, "--help"])
+    assert re.search(r"70 +an unexpected error", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(("command", "platform"), [(CLASSIFY, "cuda"), (EXPORT, "cuad"), (TRAIN, "tpu"), (PORT, "gpu")])
+@pytest.mark.skipif(bool(list(Path("/dev").glob("nvidia[0-9]*"))), reason="this machine has a GPU")
+def test_a_platform_that_is_not_there_is_refused_by_name_with_status_3(
+    command: tuple[str, ...], platform: str, tmp_path: Path
+) -> None:
+    process = run(tmp_path, *command, JAX_PLATFORMS=platform)
+    assert (process.returncode, process.stdout) == (3, ""), process.stderr
+    error = process.stderr.splitlines()[-1]
+    assert error.startswith(f"error: JAX cannot start with JAX_PLATFORMS={platform}: ")
+    assert error.endswith("; unset it to compute on what this machine has, or set it to cpu")
+    assert list(tmp_path.iterdir()) == []
