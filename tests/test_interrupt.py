@@ -19,7 +19,8 @@ SCRIPT = port_weights.__file__
 
 
 def run(code: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(Path(interrupt.__file__).parent)}
+    folders = (str(Path(interrupt.__file__).parent), os.environ.get("PYTHONPATH", ""))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
     return subprocess.run([sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True)
 
 
@@ -115,16 +116,30 @@ def test_ctrl_c_in_a_download_without_a_hash_leaves_nothing(tmp_path: Path) -> N
     assert list(scratch.iterdir()) == []
 
 
-def test_a_job_that_is_to_ignore_ctrl_c_goes_on_ignoring_it(tmp_path: Path) -> None:
-    code = """
-import signal
-signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell script starts its jobs in the background
+PORTING = """
 from interrupt import cleans_up, ends_the_process
 with ends_the_process(as_json=False):
     signal.raise_signal(signal.SIGINT)
     with cleans_up():
         signal.raise_signal(signal.SIGINT)
-print("done")
 """
-    process = run(code, tmp_path)
-    assert (process.returncode, process.stdout, process.stderr) == (0, "done\n", "")
+TRAINING = """
+import sys
+from flax_googlenet.__main__ import main
+from flax_googlenet.training.stopping import StopSignals
+sys.argv = ["flax-googlenet", "--version"]
+main()
+signal.raise_signal(signal.SIGINT)
+with StopSignals() as signals:
+    signal.raise_signal(signal.SIGINT)
+assert signals.status is None
+"""
+
+
+@pytest.mark.parametrize("code", [PORTING, TRAINING])
+def test_a_job_that_is_to_ignore_ctrl_c_goes_on_ignoring_it(code: str, tmp_path: Path) -> None:
+    # As a shell script starts its jobs in the background.
+    ignoring = "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+    process = run(f"{ignoring}{code}print('done')", tmp_path)
+    assert (process.returncode, process.stderr) == (0, "")
+    assert process.stdout.splitlines()[-1] == "done"
