@@ -5,6 +5,7 @@ import itertools
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,7 +21,7 @@ from rich.text import Text
 from scipy.special import softmax
 
 from flax_googlenet.files import load_weights, require_folder_of
-from flax_googlenet.images import display_name, find_images, read_ahead
+from flax_googlenet.images import describe_unreadable, display_name, find_images, read_ahead
 from flax_googlenet.inference import Predictor, make_predictor
 from flax_googlenet.preprocessing import preprocess
 from flax_googlenet.results import SUFFIXES, Row, open_results
@@ -57,7 +58,8 @@ def classify(
         failed += 1
         notes.print(f"[bold red]error:[/] {escape(printable(message))}")
 
-    paths = find_images(arguments, fail)
+    unreadable = Counter[str]()
+    paths = find_images(arguments, fail, unreadable)
     first = next(paths, None)
     if first is None:
         return Status.NOT_DONE
@@ -95,6 +97,9 @@ def classify(
                 done += len(rows)
                 progress.update(task, completed=done, rate=done / (time.perf_counter() - start))
         seconds = time.perf_counter() - start
+    if unreadable:
+        fail(describe_unreadable(unreadable))
+        failed += unreadable.total() - 1  # that message stands for all of them
 
     summary = f"{done} image{'' if done == 1 else 's'} in {seconds:.1f} s, {done / seconds:.1f} images/s"
     if skipped:

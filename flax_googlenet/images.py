@@ -4,36 +4,51 @@ import glob
 import itertools
 import os
 import re
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 import numpy as np
 
-from flax_googlenet.preprocessing import ImageError
+from flax_googlenet.preprocessing import INSTALL_HEIF, ImageError, reads_heif
 
-IMAGE_NAME = re.compile(
+_IMAGE_NAME = re.compile(
     r"\.(apng|avif|bmp|gif|j2k|jfif|jp2|jpe|jpeg|jpg|pbm|pgm|png|pnm|ppm|tga|tif|tiff|webp)\Z", re.IGNORECASE
 )
-"""The names that count as images in a folder."""
+_HEIF_NAME = re.compile(r"\.(heic|heics|heif|heifs|hif)\Z", re.IGNORECASE)
+# Pictures that Pillow cannot read: cameras' raw formats, and others in which people keep photographs and drawings.
+_OTHER_NAME = re.compile(
+    r"\.(3fr|arw|cr2|cr3|crw|dcr|dng|erf|fff|gpr|iiq|kdc|mef|mos|mrw|nef|nrw|orf|pef|raf|raw|rw2|rwl|sr2|srf|srw|x3f"
+    r"|dcm|exr|hdr|jxl|jxr|psd|svg|xcf)\Z",
+    re.IGNORECASE,
+)
+# What operating systems and network storage leave beside a person's own folders: macOS, Synology, QNAP, Windows, Linux.
+_SYSTEM_FOLDERS = {
+    *("__macosx", "@eadir", "#recycle", "#snapshot", "@__thumb", "@recycle", "@recently-snapshot"),
+    *("$recycle.bin", "system volume information", "lost+found", "__pycache__"),
+}
+_LISTED = 5  # groups of files that a message lists
 
 Source = TypeVar("Source")
 Fail = Callable[[str], None]
 """Takes the message about something that cannot be read; the work goes on."""
 
 
-def find_images(arguments: Sequence[str], fail: Fail) -> Iterator[str]:
-    """The images that the arguments name, one by one: no list of all of them is made.
+def find_images(arguments: Sequence[str], fail: Fail, unreadable: Counter[str]) -> Iterator[str]:
+    """Yields the images that the arguments name, one by one: no list of all of them is made.
 
     Args:
         arguments: files; folders, all of whose images count, sorted, those in folders below them included, but not
-            hidden ones, nor folders behind links; globs, ``**`` included, which stand for files.
-        fail: takes what is not there.
+            those that ``is_hidden``, nor folders behind links; globs, ``**`` included, which stand for files.
+        fail: takes the message about an argument without any image.
+        unreadable: counts the pictures of other formats that the folders have beside their images, for
+            ``describe_unreadable``.
     """
     for argument in arguments:
+        pictures = Counter[str]()
         if os.path.isdir(argument):
-            found, nothing = _walk(argument, fail), "there is no image in this folder"
+            found, nothing = _walk(argument, fail, pictures), "there is no image in this folder"
         elif os.path.lexists(argument):
             found, nothing = iter([argument]), ""
         elif glob.has_magic(argument):
@@ -43,13 +58,44 @@ def find_images(arguments: Sequence[str], fail: Fail) -> Iterator[str]:
             found, nothing = iter([]), "no such file"
         first = next(found, None)
         if first is None:
-            fail(f"{argument}: {nothing}")
+            fail(f"{argument}: {nothing}" + (f", but {describe_unreadable(pictures)}" if pictures else ""))
         else:
             yield first
             yield from found
+            unreadable.update(pictures)
 
 
-def _walk(folder: str, fail: Fail) -> Iterator[str]:
+def is_image(name: str) -> bool:
+    """Whether a file of this name counts as an image in a folder."""
+    return bool(_IMAGE_NAME.search(name)) or (bool(_HEIF_NAME.search(name)) and reads_heif())
+
+
+def is_picture(name: str) -> bool:
+    """Whether a file of this name shows something, be it in a format that can be read or not."""
+    return any(pattern.search(name) for pattern in (_IMAGE_NAME, _HEIF_NAME, _OTHER_NAME))
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is not a person's own: it begins with a dot, or a system has made it."""
+    return name.startswith(".") or name.lower() in _SYSTEM_FOLDERS
+
+
+def describe_unreadable(pictures: Counter[str]) -> str:
+    """Describe pictures in formats that cannot be read, and say what to do about them.
+
+    Args:
+        pictures: how many there are, by glob: ``{"photos/*.HEIC": 20}``.
+    """
+    counted = f"{pictures.total()} pictures are in formats" if pictures.total() > 1 else "1 picture is in a format"
+    listing = ", ".join(pictures) if len(pictures) <= _LISTED else f"{', '.join(list(pictures)[:_LISTED])}, ..."
+    in_heif = [bool(_HEIF_NAME.search(name)) for name in pictures]
+    way_out = "convert to JPEG or PNG first"
+    if any(in_heif):
+        way_out = INSTALL_HEIF if all(in_heif) else f"{INSTALL_HEIF} for HEIC, and convert the others to JPEG or PNG"
+    return f"{counted} that cannot be read here ({listing}): {way_out}"
+
+
+def _walk(folder: str, fail: Fail, unreadable: Counter[str]) -> Iterator[str]:
     stack = [(folder, True)]  # (path, whether it is a folder), the next one last
     while stack:
         path, is_folder = stack.pop()
@@ -58,11 +104,15 @@ def _walk(folder: str, fail: Fail) -> Iterator[str]:
             continue
         try:
             with os.scandir(path) as entries:
-                below = [(entry.path, entry.is_dir(follow_symlinks=False)) for entry in entries if entry.name[0] != "."]
+                below = [
+                    (entry.path, entry.is_dir(follow_symlinks=False)) for entry in entries if not is_hidden(entry.name)
+                ]
         except OSError as error:
             fail(f"{path}: {error.strerror}")
             continue
-        stack += sorted((item for item in below if item[1] or IMAGE_NAME.search(item[0])), reverse=True)
+        stack += sorted((item for item in below if item[1] or is_image(item[0])), reverse=True)
+        others = (name for name, is_folder in below if not is_folder and is_picture(name) and not is_image(name))
+        unreadable.update(os.path.join(path, "*" + os.path.splitext(name)[1]) for name in others)
 
 
 def read_ahead(

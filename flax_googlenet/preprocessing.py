@@ -11,6 +11,7 @@ import struct
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from importlib.util import find_spec
 
 import numpy as np
 from jaxtyping import Float32, UInt8
@@ -23,6 +24,8 @@ RESIZE = 256
 
 CROP = 224
 """Height and width of the result, in pixels."""
+
+INSTALL_HEIF = "pip install pillow-heif"
 
 ImageSource = str | os.PathLike[str] | Image.Image | np.ndarray
 
@@ -46,6 +49,17 @@ _TURNS = {
 _NOT_OPENED = {"EPS", "IPTC", "BUFR", "GRIB", "HDF5", "WMF"}
 """The formats that Pillow does not decode itself. EPS is a program, and Ghostscript runs it; IPTC can hold an EPS file
 inside; the others go to whatever handler another package has registered."""
+
+
+def reads_heif() -> bool:
+    """Whether photographs in HEIF can be read: whether pillow-heif is installed."""
+    return find_spec("pillow_heif") is not None
+
+
+if reads_heif():
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
 
 
 class ImageError(ValueError):
@@ -144,6 +158,8 @@ def rgb(source: ImageSource) -> Image.Image:
     except ImageError:
         raise
     except UnidentifiedImageError as error:
+        if _is_heif(name) and not reads_heif():
+            raise ImageError(f"{name} is in HEIC, which Pillow cannot read alone: {INSTALL_HEIF}") from error
         raise ImageError(f"{name} is not an image that Pillow can read: convert it to PNG or JPEG") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _too_large(name) from error
@@ -218,6 +234,14 @@ def _to_8_bits(image: Image.Image, name: str) -> UInt8[np.ndarray, "h w"]:
     if not is_16_bits and grey.max() <= 255:
         return grey.astype(np.uint8)
     return ((grey + 128) // 257).astype(np.uint8)
+
+
+def _is_heif(path: str) -> bool:
+    """Whether a file begins as HEIF does, whatever its name: phones send HEIC as .jpg, too."""
+    with suppress(OSError), open(path, "rb") as file:
+        start = file.read(12)
+        return start[4:8] == b"ftyp" and start[8:] in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
+    return False
 
 
 def _too_large(name: str) -> ImageError:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from collections import Counter
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -179,7 +180,7 @@ def test_a_folder_stands_for_its_images_in_order(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     (tmp_path / "b" / "loop").symlink_to(tmp_path)
     problems: list[str] = []
-    found = [os.path.relpath(path, tmp_path) for path in find_images([str(tmp_path)], problems.append)]
+    found = [os.path.relpath(path, tmp_path) for path in find_images([str(tmp_path)], problems.append, Counter())]
     assert found == ["a.png", "b/10.JPEG", "b/2.jpg", "b-1.webp", "d.jpg/e.gif"]
     assert problems == []
 
@@ -190,11 +191,20 @@ def test_globs_are_expanded_unless_a_file_is_called_so(tmp_path: Path, monkeypat
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).touch()
     problems: list[str] = []
-    assert list(find_images(["**/*.jpg"], problems.append)) == ["a.jpg", "b/c.jpg", "b/d/e.jpg", "x1.jpg", "x[1].jpg"]
-    assert list(find_images(["b/?.*"], problems.append)) == ["b/c.jpg", "b/f.png"]
-    assert list(find_images(["x[1].jpg"], problems.append)) == ["x[1].jpg"]
+    assert list(find_images(["**/*.jpg"], problems.append, Counter())) == [
+        "a.jpg",
+        "b/c.jpg",
+        "b/d/e.jpg",
+        "x1.jpg",
+        "x[1].jpg",
+    ]
+    assert list(find_images(["b/?.*"], problems.append, Counter())) == ["b/c.jpg", "b/f.png"]
+    assert list(find_images(["x[1].jpg"], problems.append, Counter())) == ["x[1].jpg"]
     assert problems == []
-    assert list(find_images(["*.gif", "a.gif", "b/d", "b/d/e.jpg", "folder.jpg"], problems.append)) == ["b/d/e.jpg"] * 2
+    assert (
+        list(find_images(["*.gif", "a.gif", "b/d", "b/d/e.jpg", "folder.jpg"], problems.append, Counter()))
+        == ["b/d/e.jpg"] * 2
+    )
     assert problems == [
         "*.gif: no file matches",
         "a.gif: no such file",
@@ -206,7 +216,7 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path) -> None:
     problems: list[str] = []
     (tmp_path / "a").mkdir()
     (tmp_path / "b.jpg").touch()
-    paths = find_images([str(tmp_path), str(tmp_path / "b.jpg")], problems.append)
+    paths = find_images([str(tmp_path), str(tmp_path / "b.jpg")], problems.append, Counter())
     (tmp_path / "c").mkdir()
     first = next(paths)
     (tmp_path / "c").rmdir()  # root may list any folder, but not one that is gone
@@ -220,7 +230,7 @@ def test_folders_of_any_size_are_walked_in_little_memory(tmp_path: Path) -> None
         for j in range(100):
             (tmp_path / f"{i:03}" / f"a-rather-long-name-of-a-photograph-{j}.jpg").touch()
     tracemalloc.start()
-    assert sum(1 for _ in find_images([str(tmp_path)], pytest.fail)) == 10_000
+    assert sum(1 for _ in find_images([str(tmp_path)], pytest.fail, Counter())) == 10_000
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 200_000  # bytes; a list of the paths is 1.6 MB. Measured: 60 kB
@@ -248,18 +258,26 @@ def test_an_image_that_cannot_be_read_is_named_and_the_others_are_done(
     Path("bad.jpg").write_text("no image")
     evil = "evil\x1b[31m\nname.jpg"
     Path(evil).touch()
-    arguments = ["photos/01.jpg", "bad.jpg", "missing.jpg", evil, "photos/02.PNG"]
+    Path("camera").mkdir()
+    for name in ("1.CR2", "2.CR2", "3.jpg"):
+        Path("camera", name).symlink_to(Path("photos/01.jpg").resolve())
+    arguments = ["photos/01.jpg", "bad.jpg", "missing.jpg", evil, "camera", "photos/02.PNG"]
     assert classify(*arguments, "--weights", "weights.safetensors", "--json") == 1
     out, err = capsys.readouterr()
-    assert [json.loads(line)["image"] for line in out.splitlines()] == ["photos/01.jpg", "photos/02.PNG"]
+    assert [json.loads(line)["image"] for line in out.splitlines()] == [
+        "photos/01.jpg",
+        "camera/3.jpg",
+        "photos/02.PNG",
+    ]
     errors = [line for line in err.splitlines() if line.startswith("error:")]
     assert sorted(errors) == [
+        "error: 2 pictures are in formats that cannot be read here (camera/*.CR2): convert to JPEG or PNG first",
         "error: bad.jpg is not an image that Pillow can read: convert it to PNG or JPEG",
         "error: evil?[31m?name.jpg is empty: get a new copy",
         "error: missing.jpg: no such file",
     ]
-    assert "2 images in" in err
-    assert "3 could not be read" in err
+    assert "3 images in" in err
+    assert "5 could not be read" in err
 
 
 def test_a_name_that_is_no_utf8_is_written_as_text() -> None:

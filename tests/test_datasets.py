@@ -3,16 +3,18 @@
 import gzip
 import os
 import shutil
+import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 from sklearn.datasets import load_digits
 
 from flax_googlenet import ImageError
-from flax_googlenet.training.datasets import DataError, Dataset, open_data
+from flax_googlenet.preprocessing import rgb
+from flax_googlenet.training.datasets import DataError, Dataset, find_data, open_data
 
 IDX = {
     "train-images-idx3-ubyte.gz": np.arange(6 * 2 * 3, dtype=np.uint8).reshape(6, 2, 3),
@@ -113,10 +115,156 @@ def test_only_images_that_are_not_hidden_count(folder: Path) -> None:
     assert len(train) + len(held) == 40
 
 
-def test_a_class_may_be_called_train(tmp_path: Path) -> None:
-    for path in ("bus/1.png", "bus/2.png", "train/1.png", "train/2.png"):
+@pytest.mark.parametrize(
+    "names", [("bus", "train"), ("bullet train", "tram"), ("seg_pred", "seg_train"), ("teste", "trainer", "valley")]
+)
+def test_a_class_may_be_called_train_or_have_the_word_in_its_name(tmp_path: Path, names: tuple[str, ...]) -> None:
+    for name in names:
+        write_image(tmp_path / name / "1.png")
+        write_image(tmp_path / name / "2.png")
+    assert open_data(str(tmp_path), held_out=0.5, seed=0)[0].class_names == names
+
+
+@pytest.mark.parametrize(
+    ("train", "held_out"),
+    [
+        ("Training", "Testing"),
+        ("TRAIN", "Val"),
+        ("train", "valid"),
+        ("train", "Validation"),
+        ("train", "test"),
+        ("seg_train/seg_train", "seg_test/seg_test"),
+        ("training_set/Training_Set", "test_set"),
+        ("Train data", "Test data"),
+    ],
+)
+def test_the_parts_of_a_data_set_are_known_by_the_names_that_people_give_them(
+    tmp_path: Path, train: str, held_out: str
+) -> None:
+    for folder in (train, held_out):
+        for name in ("cats", "dogs"):
+            write_image(tmp_path / folder / name / "1.png")
+    for junk in ("__MACOSX/train/cats/._1.png", ".git/1.png", "@eaDir/1.png", f"{train}/cats/@eaDir/1.png/thumb.jpg"):
+        write_image(tmp_path / junk)
+    datasets = open_data(str(tmp_path), held_out=0.5, seed=0)
+    for dataset, folder in zip(datasets, (train, held_out), strict=True):
+        assert (dataset.class_names, dataset.folder) == (("cats", "dogs"), f"{tmp_path}/{folder}")
+        assert dataset.names == ("cats/1.png", "dogs/1.png")
+    top, held_top = train.split("/")[0], held_out.split("/")[0]
+    assert datasets[0].notes == (f"{tmp_path}: {top}/ is trained on and {held_top}/ held out",)
+    evaluated, which = find_data(str(tmp_path), held_out=0.5, seed=0, trained_on=None)
+    assert evaluated.fingerprint == datasets[1].fingerprint
+    assert which == f"of {tmp_path} it is {held_top}/ that is evaluated"
+
+
+def test_beside_train_and_val_everything_else_is_left_alone_and_that_is_said(tmp_path: Path) -> None:
+    for part in ("train", "val", "test"):
+        for name in ("cats", "dogs"):
+            write_image(tmp_path / part / name / "1.png")
+    write_image(tmp_path / "seg_pred" / "1.png")
+    write_image(tmp_path / "sample.png")
+    train, held = open_data(str(tmp_path), held_out=0.5, seed=0)
+    assert (train.folder, held.folder) == (f"{tmp_path}/train", f"{tmp_path}/val")
+    left_alone = "; left alone: seg_pred/, test/, 1 image"
+    assert train.notes == (f"{tmp_path}: train/ is trained on and val/ held out{left_alone}",)
+    which = find_data(str(tmp_path), held_out=0.5, seed=0, trained_on=None)[1]
+    assert which == f"of {tmp_path} it is val/ that is evaluated{left_alone}"
+
+
+@pytest.mark.parametrize(
+    ("paths", "message"),
+    [
+        (
+            ("train/a/1.png", "train/b/1.png", "val/1.png"),
+            "{0}/val has no class folders, so nothing says what its images show: sort them into class folders, or name "
+            "{0}/train as the data, and a part of it is held out",
+        ),
+        (
+            ("train/a/1.png", "train/b/1.png", "bus/1.png"),
+            "{0} has train/, and no val/ or test/ beside it to evaluate on: add one, or name {0}/train as the data, "
+            "and a part of it is held out",
+        ),
+        (("val/a/1.png",), "{0} has val/ to evaluate on, and no train/ beside it to train on"),
+        (
+            ("train/a/1.png", "val/a/1.png", "valid/a/1.png"),
+            "{0} has several folders that may be the same part: train/, val/, valid/; keep one for each part",
+        ),
+        (
+            ("train/a/1.png", "test/a/1.png", "seg_train/a/1.png", "seg_test/a/1.png"),
+            "{0} has several folders that may",
+        ),
+        (
+            ("set/photos/a/1.png", "set/photos/b/1.png"),
+            "{0} has 1 class folder: did you mean {0}/set/photos, which has a, b?",
+        ),
+        (("train/1.png", "test/1.png"), "{0}/train has no class folders; expected a folder of train/ and val/"),
+    ],
+)
+def test_parts_that_are_missing_flat_or_ambiguous_are_refused_with_the_way_out(
+    tmp_path: Path, paths: tuple[str, ...], message: str
+) -> None:
+    for path in paths:
         write_image(tmp_path / path)
-    assert open_data(str(tmp_path), held_out=0.5, seed=0)[0].class_names == ("bus", "train")
+    assert refusal(tmp_path).startswith(message.format(tmp_path))
+
+
+def test_names_that_differ_only_in_their_unicode_form_are_one_class(tmp_path: Path) -> None:
+    composed, decomposed = "caf\xe9", "cafe\u0301"
+    for path in (f"train/{composed}/1.png", f"train/{decomposed}/2.png", "train/tea/3.png"):
+        write_image(tmp_path / path)
+    for path in (f"val/{decomposed}/4.png", "val/tea/5.png"):
+        write_image(tmp_path / path)
+    train, held = open_data(str(tmp_path), held_out=0.5, seed=0)
+    assert train.class_names == held.class_names == (composed, "tea")
+    assert (train.labels.tolist(), held.labels.tolist()) == ([0, 0, 1], [0, 1])
+    assert all(Path(path).is_file() for path in paths(train) + paths(held))
+
+
+def test_images_outside_of_the_class_folders_are_counted(folder: Path) -> None:
+    assert open_data(str(folder), held_out=0.2, seed=0)[0].notes == ()
+    write_image(folder / "1.png")
+    (note,) = open_data(str(folder), held_out=0.2, seed=0)[0].notes
+    assert note == f"warning: 1 image lies in {folder} outside of its class folders, not used"
+    (folder / "IMG_2.CR2").touch()
+    assert f"warning: 2 images lie in {folder} " in open_data(str(folder), held_out=0.2, seed=0)[0].notes[0]
+
+
+def test_pictures_of_formats_that_cannot_be_read_are_counted_with_the_way_out(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)  # what Python itself does for a module that must not be there
+    for i in range(20):
+        (folder / "cats" / f"IMG_{i}.HEIC").touch()
+    (folder / "cats" / "@eaDir").mkdir()
+    (folder / "cats" / "@eaDir" / "1.heic").touch()
+    train, held = open_data(str(folder), held_out=0.2, seed=0)
+    assert (len(train) + len(held), train.unreadable) == (30, 20)
+    in_heic = f"20 pictures are in formats that cannot be read here ({folder}/cats/*.HEIC): pip install pillow-heif"
+    assert train.notes == (f"warning: {in_heic}",)
+    (folder / "dogs" / "raw.cr2").touch()
+    (note,) = open_data(str(folder), held_out=0.2, seed=0)[0].notes
+    assert f"21 pictures are in formats that cannot be read here ({folder}/cats/*.HEIC, {folder}/dogs/*.cr2)" in note
+    assert note.endswith(": pip install pillow-heif for HEIC, and convert the others to JPEG or PNG")
+    for path in folder.glob("cats/*.png"):
+        path.unlink()
+    assert f"{folder}/cats: there is no image in this folder, but {in_heic}" in refusal(folder)
+
+
+def test_heic_is_an_ordinary_image_where_pillow_heif_is_installed(folder: Path) -> None:
+    image = Image.new("RGB", (40, 20), (200, 30, 30))
+    image.paste((30, 30, 200), (20, 0, 40, 20))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # to be turned by 90 degrees clockwise
+    image.save(folder / "cats" / "IMG_1.HEIC", exif=exif.tobytes())
+    image.save(folder / "cats" / "sent.jpg", format="HEIF", exif=exif.tobytes())  # phones do so
+    train, held = open_data(str(folder), held_out=0.5, seed=0)
+    assert len(train) + len(held) == 32
+    assert train.notes == ()
+    for name in ("IMG_1.HEIC", "sent.jpg"):
+        pixels = np.asarray(rgb(folder / "cats" / name)).astype(int)
+        assert pixels.shape == (40, 20, 3)
+        assert abs(pixels[:18] - (200, 30, 30)).max() < 12  # HEIC is lossy
+        assert abs(pixels[22:] - (30, 30, 200)).max() < 12
 
 
 def test_digits_are_scikit_learns() -> None:
@@ -200,18 +348,15 @@ def test_all_empty_classes_are_named_at_once(folder: Path) -> None:
     assert "cats" not in message
 
 
-def test_train_without_val_is_refused(tmp_path: Path) -> None:
-    write_image(tmp_path / "train" / "cats" / "1.png")
-    write_image(tmp_path / "test" / "cats" / "1.png")
-    assert "and no folder val/; expected a folder of train/ and val/" in refusal(tmp_path)
-
-
 def test_classes_that_differ_between_train_and_val_are_all_named(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "split" / "train")
     shutil.copytree(folder, tmp_path / "split" / "val")
     (tmp_path / "split" / "val" / "dogs").rename(tmp_path / "split" / "val" / "Dogs")
     message = refusal(tmp_path / "split")
-    assert "only in train/: dogs; only in val/: Dogs" in message
+    assert message == (
+        f"{tmp_path}/split: train/ and val/ must have the same classes; only in train/: dogs; only in val/: Dogs; "
+        "dogs and Dogs differ only in case: rename one of them"
+    )
 
 
 def test_a_folder_that_may_not_be_read_is_named() -> None:

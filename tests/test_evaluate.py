@@ -382,13 +382,15 @@ def test_an_unreadable_image_is_named_and_the_others_are_evaluated(
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(path.read_bytes())
     Path("broken/temple/02.jpg").write_bytes(b"no image")
+    Path("broken/flower/raw.NEF").write_bytes(b"a camera's own format")
     assert main(["evaluate", "weights.safetensors", "broken", "--json", "--batch-size", "1"]) == 1
     captured = capfd.readouterr()
     result = json.loads(captured.out)
-    assert (result["count"], result["unreadable"]) == (10, 1)
+    assert (result["count"], result["unreadable"]) == (10, 2)
+    assert "1 picture is in a format that cannot be read here (broken/flower/*.NEF): convert to JPEG" in captured.err
     assert "broken/temple/02.jpg is not an image" in captured.err
     assert "10 images in" in captured.err
-    assert "1 could not be read" in captured.err
+    assert "2 could not be read" in captured.err
 
 
 def test_of_a_folder_with_val_it_is_val(here: Path) -> None:

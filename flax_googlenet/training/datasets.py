@@ -7,17 +7,20 @@ import gzip
 import hashlib
 import math
 import os
+import re
+import unicodedata
 import zlib
+from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Int32, UInt8
 from PIL import Image
 
-from flax_googlenet.images import find_images
+from flax_googlenet.images import describe_unreadable, find_images, is_hidden, is_picture
 from flax_googlenet.preprocessing import rgb
 
 EXPECTED = (
@@ -25,6 +28,14 @@ EXPECTED = (
     "two (cats/1.jpg, dogs/1.jpg, ...); or one of IDX files (train-images-idx3-ubyte.gz and the three that belong to "
     "it); or digits, for scikit-learn's 1,797 images of handwritten digits"
 )
+
+# The words by which people name the parts of a data set, alone or set off by a sign, as in seg_train.
+_PART = re.compile(
+    r"(?<![^\W_])(?:(?P<train>train|training|trainset)|(?P<val>val|valid|validation|valset)"
+    r"|(?P<test>test|testing|testset))(?![^\W_])",
+    re.IGNORECASE,
+)
+_LISTED = 5  # names that a message lists
 
 _IDX_NAMES = ("{}-images-idx3-ubyte.gz", "{}-labels-idx1-ubyte.gz")
 
@@ -45,6 +56,10 @@ class Dataset:
     folder: str = ""
     pixels: UInt8[np.ndarray, "n h w"] | None = None
     """Grey values, 255 is white, where the images are no files."""
+    notes: tuple[str, ...] = ()
+    """What a person should know about how the images were found: sentences."""
+    unreadable: int = 0
+    """How many pictures were left out, because they are in formats that cannot be read."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -87,39 +102,54 @@ def open_data(data: str, *, held_out: float, seed: int) -> tuple[Dataset, Datase
     """Finds the images to train on, and those to evaluate on.
 
     Args:
-        data: a folder or ``digits``, as ``EXPECTED`` says; ``./digits`` is a folder of that name. Hidden files and
-            folders do not count, nor do files that are not named as images.
+        data: a folder or ``digits``, as ``EXPECTED`` says; ``./digits`` is a folder of that name. Instead of train/ and
+            val/ it may have Training/ and Testing/, seg_train/ and seg_test/, or the like, in any case; of train/, val/
+            and test/ the last is left alone. Hidden files and folders do not count, nor do files that are not named as
+            images. Folders whose names differ only in their Unicode form are one class.
         held_out: what fraction of each class to evaluate on, where the data does not say so itself. At least one image
             of a class is held out, and at least one is not; the only image of a class is not.
         seed: of the choice of these.
 
     Raises:
-        DataError: if the data is none of these; if a class is empty, or missing in one of train/ and val/ (the message
-            lists all such); if an IDX file is missing or damaged; if nothing would be held out.
+        DataError: if the data is none of these, or two of its folders may be the same part; if a class is empty, or
+            missing in one of the parts (the message lists all such); if an IDX file is missing or damaged; if nothing
+            would be held out.
     """
-    layout = _layout(data)
-    if layout == "digits":
+    if data == "digits":
         return _hold_out(_digits(), data, held_out, seed)
-    if layout == "idx":
+    parts = _find_parts(data)
+    if parts == "idx":
         return _idx_files(data)
-    if layout == "classes":
+    if parts == "classes":
         return _hold_out(_class_folders(data), data, held_out, seed)
-    val, train = _part(data, "val"), _part(data, "train")
-    if train.class_names != val.class_names:
-        only = {
-            "train": sorted(set(train.class_names) - set(val.class_names)),
-            "val": sorted(set(val.class_names) - set(train.class_names)),
-        }
-        listing = "; ".join(f"only in {part}/: {', '.join(names)}" for part, names in only.items() if names)
-        raise DataError(f"{data}: train/ and val/ must have the same classes; {listing}")
-    return train, val
+    if parts.train is None:
+        raise DataError(f"{data} has {parts.held_out}/ to evaluate on, and no train/ beside it to train on")
+    whole = f"name {_part_folder(data, parts.train)} as the data, and a part of it is held out"
+    if parts.held_out is None:
+        raise DataError(
+            f"{data} has {parts.train}/, and no val/ or test/ beside it to evaluate on: add one, or {whole}"
+        )
+    train = _class_folders(_part_folder(data, parts.train))
+    held_folder = _part_folder(data, parts.held_out)
+    if not _subfolders(held_folder):
+        raise DataError(
+            f"{held_folder} has no class folders, so nothing says what its images show: sort them into class folders, "
+            f"or {whole}"
+        )
+    held = _class_folders(held_folder)
+    if train.class_names != held.class_names:
+        raise DataError(f"{data}: {_different_classes(parts.train, train, parts.held_out, held)}")
+    notes: tuple[str, ...] = ()
+    if (parts.train, parts.held_out) != ("train", "val") or parts.others:
+        notes = (f"{data}: {parts.train}/ is trained on and {parts.held_out}/ held out" + parts.left_alone,)
+    return replace(train, notes=notes + train.notes), held
 
 
 def find_data(data: str, *, held_out: float, seed: int, trained_on: str | None) -> tuple[Dataset, str]:
     """Finds the images to evaluate weights on, whatever they were trained on, and says which these are.
 
-    It is ``val/`` or the test files where there are such. Of a whole folder, if it is the one of the training, and of
-    ``digits`` it is the part that was held out.
+    It is the part that ``open_data`` holds out, ``val/`` or the like, or the test files, where there are such. Of a
+    whole folder, if it is the one of the training, and of ``digits`` it is the part that was held out.
 
     Args:
         data: as for ``open_data``; ``val/`` needs no ``train/`` beside it.
@@ -129,10 +159,16 @@ def find_data(data: str, *, held_out: float, seed: int, trained_on: str | None) 
     Raises:
         DataError: as ``open_data``.
     """
-    layout = _layout(data)
-    if layout == "parts":
-        return _part(data, "val"), f"of {data} it is val/ that is evaluated"
-    if layout == "classes":
+    parts = "digits" if data == "digits" else _find_parts(data)
+    if isinstance(parts, Parts):
+        if parts.held_out is None:
+            raise DataError(
+                f"{data} has {parts.train}/, and no val/ or test/ beside it to evaluate: add one, or name "
+                f"{os.path.join(data, parts.train or '')} to evaluate that"
+            )
+        held = _class_folders(_part_folder(data, parts.held_out))
+        return held, f"of {data} it is {parts.held_out}/ that is evaluated{parts.left_alone}"
+    if parts == "classes":
         whole = _class_folders(data)
         with suppress(DataError):  # nothing could be held out: no run trained on it
             train, held = _hold_out(whole, data, held_out, seed)
@@ -151,24 +187,79 @@ def find_data(data: str, *, held_out: float, seed: int, trained_on: str | None) 
     return held, f"of {data} it is the {len(held)} images held out that are evaluated"
 
 
-def _layout(data: str) -> Literal["digits", "idx", "parts", "classes"]:
-    """Which of those that ``EXPECTED`` names; the parts are train/ and val/, one of which may be missing."""
-    if data == "digits":
-        return "digits"
+class Parts(NamedTuple):
+    """The folders of a data set that comes in parts, by their names."""
+
+    train: str | None
+    held_out: str | None
+    others: tuple[str, ...]
+    """What lies beside these: folders, and the number of images."""
+
+    @property
+    def left_alone(self) -> str:
+        """The end of a sentence about the parts, where others are left alone."""
+        return f"; left alone: {', '.join(self.others)}" if self.others else ""
+
+
+def _find_parts(data: str) -> Parts | Literal["idx", "classes"]:
+    """Find out which of the layouts in ``EXPECTED`` a folder has.
+
+    Folders are parts if their names are the same but for the word that says which part they are (seg_train, seg_test).
+    One alone, that has no other word in its name, is a part if it has folders in it: else it may be a class.
+    """
     if not os.path.isdir(data):
         raise DataError(f"{data}: no such folder; {EXPECTED}")
     if any(os.path.exists(os.path.join(data, name.format("train"))) for name in _IDX_NAMES):
         return "idx"
-    parts = [os.path.join(data, part) for part in ("train", "val")]
-    # A folder train/ of images may be a class of that name.
-    return "parts" if any(os.path.isdir(part) and _subfolders(part) for part in parts) else "classes"
+    folders, pictures = _contents(data)
+    sets: dict[str, dict[str, list[str]]] = {}  # by what remains of the names without that word
+    for name in folders:
+        if match := _PART.search(name):
+            rest = f"{name[: match.start()]}*{name[match.end() :]}".casefold()
+            sets.setdefault(rest, {}).setdefault(str(match.lastgroup), []).append(name)
+    sets = {
+        rest: parts
+        for rest, parts in sets.items()
+        if len(parts) > 1
+        or (rest == "*" and any(_subfolders(os.path.join(data, name)) for names in parts.values() for name in names))
+    }
+    if not sets:
+        return "classes"
+    candidates = [names for parts in sets.values() for names in parts.values()]
+    if len(sets) > 1 or any(len(names) > 1 for names in candidates):
+        listing = ", ".join(f"{name}/" for names in candidates for name in names)
+        raise DataError(f"{data} has several folders that may be the same part: {listing}; keep one for each part")
+    (parts,) = sets.values()
+    train, val, test = (parts.get(part, [None])[0] for part in ("train", "val", "test"))
+    others = [f"{name}/" for name in folders if name not in (train, val or test)]
+    if pictures:
+        others.append("1 image" if pictures == 1 else f"{pictures} images")
+    return Parts(train, val or test, tuple(others))
 
 
-def _part(data: str, part: str) -> Dataset:
-    folder = os.path.join(data, part)
-    if not os.path.isdir(folder):
-        raise DataError(f"{data} has class folders in train/ or val/, and no folder {part}/; {EXPECTED}")
-    return _class_folders(folder)
+def _part_folder(data: str, name: str) -> str:
+    """The folder of a part's class folders: archives often hold it in one of the same name (seg_train/seg_train)."""
+    folder = os.path.join(data, name)
+    inside = _subfolders(folder)
+    return os.path.join(folder, *inside) if [x.casefold() for x in inside] == [name.casefold()] else folder
+
+
+def _different_classes(train_name: str, train: Dataset, held_name: str, held: Dataset) -> str:
+    """Say which classes the parts do not share, and which of them differ only in case."""
+    only_train = sorted(set(train.class_names) - set(held.class_names))
+    only_held = sorted(set(held.class_names) - set(train.class_names))
+    listing = [
+        f"only in {part}/: {', '.join(names)}"
+        for part, names in ((train_name, only_train), (held_name, only_held))
+        if names
+    ]
+    listing += [
+        f"{first} and {second} differ only in case: rename one of them"
+        for first in only_train
+        for second in only_held
+        if first.casefold() == second.casefold()
+    ]
+    return f"{train_name}/ and {held_name}/ must have the same classes; {'; '.join(listing)}"
 
 
 def _hold_out(dataset: Dataset, data: str, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
@@ -186,28 +277,58 @@ def _hold_out(dataset: Dataset, data: str, fraction: float, seed: int) -> tuple[
 
 
 def _subfolders(folder: str) -> list[str]:
+    return _contents(folder)[0]
+
+
+def _contents(folder: str) -> tuple[list[str], int]:
+    """The names of the folders in a folder, sorted, and the number of pictures beside them; without hidden ones."""
     try:
         with os.scandir(folder) as entries:
-            return sorted(entry.name for entry in entries if entry.is_dir() and entry.name[0] != ".")
+            names = [(entry.is_dir(), entry.name) for entry in entries if not is_hidden(entry.name)]
     except OSError as error:
         raise DataError(f"cannot read {folder}: {error.strerror}") from error
+    pictures = sum(is_picture(name) for is_folder, name in names if not is_folder)
+    return sorted(name for is_folder, name in names if is_folder), pictures
 
 
 def _class_folders(folder: str) -> Dataset:
     """All images of the class folders in one folder; raises a DataError as ``open_data`` does."""
-    class_names = _subfolders(folder)
-    problems: list[str] = []
-    paths = [list(find_images([os.path.join(folder, name)], problems.append)) for name in class_names]
-    if len(class_names) < 2:
-        raise DataError(f"{folder} has {len(class_names)} class folders; {EXPECTED}")
+    folders: dict[str, list[str]] = {}  # by class name: macOS may write é as two characters, and other systems as one
+    names, outside = _contents(folder)
+    for name in names:
+        folders.setdefault(unicodedata.normalize("NFC", name), []).append(os.path.join(folder, name))
+    if len(folders) < 2:
+        count = "1 class folder" if folders else "no class folders"
+        raise DataError(f"{folder} has {count}{_did_you_mean(folder) or f'; {EXPECTED}'}")
+    class_names = sorted(folders)
+    problems, unreadable = list[str](), Counter[str]()
+    paths = [list(find_images(folders[name], problems.append, unreadable)) for name in class_names]
     if problems:
         raise DataError("each class needs images that can be read:\n  " + "\n  ".join(problems))
+    notes = [f"warning: {describe_unreadable(unreadable)}"] if unreadable else []
+    if outside:
+        many = "1 image lies" if outside == 1 else f"{outside} images lie"
+        notes.append(f"warning: {many} in {folder} outside of its class folders, not used")
     return Dataset(
         class_names=tuple(class_names),
         labels=np.repeat(np.arange(len(paths), dtype=np.int32), [len(of_one) for of_one in paths]),
         names=tuple(os.path.relpath(path, folder) for of_one in paths for path in of_one),
         folder=folder,
+        notes=tuple(notes),
+        unreadable=unreadable.total(),
     )
+
+
+def _did_you_mean(folder: str) -> str:
+    """The end of a message that guesses which folder was meant: the first one below that has several folders."""
+    inner, names = folder, _subfolders(folder)
+    for _ in range(3):
+        if len(names) == 1:
+            inner = os.path.join(inner, *names)
+            names = _subfolders(inner)
+    if len(names) < 2:
+        return ""
+    return f": did you mean {inner}, which has {', '.join(names[:_LISTED])}{', ...' * (len(names) > _LISTED)}?"
 
 
 def _digits() -> Dataset:

@@ -64,7 +64,7 @@ def evaluate(
         networks, match = make_networks(ensemble, dataset.class_names, data)
     except DataError as error:
         raise CommandError(Status.NOT_DONE, error) from error
-    for note in (*match.notes, which):
+    for note in (*dataset.notes, *match.notes, which):
         notes.print(escape(printable(note)))
 
     tally, start = Score(match.wanted, len(dataset.class_names)), time.perf_counter()
@@ -78,6 +78,7 @@ def evaluate(
     seconds = time.perf_counter() - start
     if not tally.count:
         raise CommandError(Status.NOT_DONE, f"{data}: none of the {len(dataset)} images can be read")
+    failed += dataset.unreadable
 
     if as_json:
         named = {"data": display_name(data), "weights": [display_name(path) for path in paths]}

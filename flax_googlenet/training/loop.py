@@ -115,6 +115,7 @@ def _begin(
         write_atomically(workdir / RECIPE, recipe.to_json().encode())
         log = stack.enter_context(RunLog(workdir, total, tally.step))
     run = Run(workdir, recipe, train_data, held_out, steps_per_epoch, total, devices, identity, tally, state, log)
+    run.say(*train_data.notes, *held_out.notes)
     run.say(f"{len(train_data)} images to train on, {len(held_out)} held out, {total} steps, {devices}")
     if tally.step:
         run.say(f"going on from the checkpoint of step {tally.step}")
