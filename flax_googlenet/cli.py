@@ -170,8 +170,9 @@ def train(
 ) -> int:
     """Train on a folder of class folders, or fine-tune --weights on it; stopped at any time, the same command goes on.
 
-    On a CPU a run that was stopped and resumed ends in the same bits as one that was not. In its folder are then
-    model.safetensors, for evaluate, classify, export and port_weights.py --to-torchvision, and curves.png.
+    On a CPU a run that was stopped and resumed ends in the same bits as one that was not. Its folder then has
+    curves.png and two files of weights, for evaluate, classify, export and port_weights.py --to-torchvision:
+    model.safetensors has the last ones, best.safetensors those of the best accuracy on the held-out images.
 
     Exit status:
       0    the run came to its end

@@ -130,7 +130,8 @@ def wait_for_step(step: int, workdir: Path, process: subprocess.Popen[str]) -> N
 
 def assert_same_bits(workdir: Path, whole: Path) -> None:
     assert records(workdir) == records(whole)
-    assert (workdir / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    for name in ("model.safetensors", "best.safetensors", f"checkpoints/step_{last_step(whole):08}/extra.json"):
+        assert (workdir / name).read_bytes() == (whole / name).read_bytes(), name
 
 
 def free_port() -> int:
@@ -151,14 +152,23 @@ def test_a_run_leaves_metrics_checkpoints_curves_and_weights(whole: Path) -> Non
     assert metadata["class_names"] == ["0", "1", "2", "3"]
     assert metadata["recipe"] == json.loads((whole / "recipe.json").read_text())
     assert metadata["accuracy"] == metrics[-1]["accuracy"]
+    best = max((m for m in metrics if m["split"] == "held_out"), key=lambda m: m["accuracy"])  # of equals the first
+    expected = metadata | {name: best[name] for name in ("step", "accuracy", "loss", "top5")}
+    expected["epoch"] = best["step"] // 4
+    assert flax_googlenet.load_metadata(whole / "best.safetensors") == expected
 
 
 def test_the_last_lines_tell_the_speeds_the_accuracy_and_what_can_be_done_next(whole: Path, data: Path) -> None:
-    speeds, accuracy, evaluate, port = (whole / "said").read_text().splitlines()[-4:]
+    speeds, best, accuracy, evaluate, port = (whole / "said").read_text().splitlines()[-5:]
     told = (
         r"images a second: (\d+) by the input alone, (\d+|more) by the steps alone; the (input is|steps are) the limit"
     )
     assert re.fullmatch(told, speeds)
+    at_best = flax_googlenet.load_metadata(whole / "best.safetensors")
+    assert (
+        best
+        == f"the best weights are {whole}/best.safetensors: {at_best['accuracy']:.2%} after epoch {at_best['epoch']}"
+    )
     assert f"{records(whole)[-1]['accuracy']:.2%}" in accuracy
     assert evaluate == f"  flax-googlenet evaluate {whole}/model.safetensors {data}"
     assert port == f"  python convert/port_weights.py {whole}/model.safetensors --to-torchvision FILE.pth"
@@ -210,6 +220,18 @@ def test_a_run_stopped_by_ctrl_c_sigterm_and_a_kill_ends_in_the_bits_of_one_neve
     status, said = train(tmp_path)
     assert status == 0, said
     assert_same_bits(tmp_path, whole)
+
+
+def test_a_run_out_of_patience_stops_early_with_a_checkpoint(train: Training, whole: Path, tmp_path: Path) -> None:
+    first, second, _ = (record["accuracy"] for record in records(whole) if record["split"] == "held_out")
+    assert second <= first  # or another seed: the test would show nothing
+    status, said = train(tmp_path, recipe=["patience=1"])
+    assert status == 0, said
+    assert f"stopping early after epoch 2: the best accuracy is still {first:.2%} after epoch 1\n" in said
+    assert records(tmp_path) == [record for record in records(whole) if record["step"] <= 8]
+    assert (tmp_path / "checkpoints" / "step_00000008").is_dir()
+    assert flax_googlenet.load_metadata(tmp_path / "best.safetensors")["epoch"] == 1
+    assert flax_googlenet.load_metadata(tmp_path / "model.safetensors")["epoch"] == 2
 
 
 # What goes wrong in a run.

@@ -15,7 +15,7 @@ from flax_googlenet.training.start import resume, save
 from flax_googlenet.training.tally import Tally
 
 STATE: Any = {"weights": np.arange(6, dtype=np.float32)}  # any tree will do
-TALLY = Tally(step=7, unreadable=["a.jpg"], not_finite=2, not_finite_in_a_row=1)
+TALLY = Tally(step=7, unreadable=["a.jpg"], not_finite=2, not_finite_in_a_row=1, best_step=4, best_accuracy=0.1)
 
 
 def identity(data: str = "digits", **fields: Any) -> dict[str, Any]:
@@ -48,7 +48,9 @@ def test_another_recipe_or_other_data_are_refused_unless_told(workdir: Path) -> 
     assert "holds a run with label_smoothing 0.1, now 0.2: choose another folder, or add --override" in said
     assert "holds a run with other data: choose another folder" in refusal(workdir, identity("photos"))
     assert resume(workdir, STATE, identity(keep=7), False, pytest.fail) is not None  # which changes no bit
-    assert resume(workdir, STATE, identity("photos", label_smoothing=0.2), True, pytest.fail) is not None
+    found = resume(workdir, STATE, identity("photos", label_smoothing=0.2), True, pytest.fail)
+    assert found is not None
+    assert found[0] == dataclasses.replace(TALLY, best_step=0, best_accuracy=0.0)  # on other images
 
 
 def test_a_run_of_an_earlier_version_goes_on_with_the_defaults_of_the_fields_that_came_later(tmp_path: Path) -> None:

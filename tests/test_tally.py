@@ -56,3 +56,12 @@ def test_5_steps_in_a_row_that_are_not_finite_stop_the_run() -> None:
     with pytest.raises(TooMuchError, match="not finite in 5 steps in a row"):
         tally.add_finite(False, said.append)
     assert tally.not_finite == 9
+
+
+def test_of_equal_accuracies_the_first_is_the_best_and_an_evaluation_done_again_changes_nothing() -> None:
+    tally = Tally()
+    found = []
+    for tally.step, accuracy in ((4, 0.0), (8, 0.5), (8, 0.5), (12, 0.5), (16, 0.25), (20, 0.75)):
+        found.append(tally.add_accuracy(accuracy))
+    assert found == [True, True, False, False, False, True]
+    assert (tally.best_step, tally.best_accuracy) == (20, 0.75)

@@ -136,8 +136,12 @@ class RunLog:
             self._disk_failed = True
 
 
-def draw_curves(workdir: Path) -> Path:
+def draw_curves(workdir: Path, best: tuple[int, str] | None = None) -> Path:
     """Draws loss and accuracy by step, in training and on the held-out data, from ``metrics.jsonl``.
+
+    Args:
+        workdir: the folder of the run.
+        best: the step of the best evaluation, to be marked by a line, and the words for it.
 
     Returns:
         The picture, ``curves.png`` in the same folder.
@@ -159,6 +163,8 @@ def draw_curves(workdir: Path) -> Path:
                 axes.plot(steps, _smooth(values), color=color, label="training, batch by batch and smoothed")
             else:
                 axes.plot(steps, values, color=color, marker="o", ms=4, label="held out")
+        if best:
+            axes.axvline(best[0], color="#d55e00", lw=1, ls=":", label=f"best: {best[1]}")
         axes.set(xlabel="step", ylabel=name)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
@@ -169,7 +175,7 @@ def draw_curves(workdir: Path) -> Path:
     figure.axes[0].yaxis.set_minor_formatter(NullFormatter())
     figure.axes[1].set_ylim(-0.01, 1.01)  # lines at 0 and at 100 % are seen in full width
     figure.axes[1].yaxis.set_major_formatter("{x:.0%}")
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
     picture = io.BytesIO()
     figure.savefig(picture, dpi=150)
     write_atomically(workdir / CURVES, picture.getvalue())

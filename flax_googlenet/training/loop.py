@@ -22,7 +22,7 @@ from flax_googlenet.training.data import Batch, eval_batches, made_ahead, train_
 from flax_googlenet.training.datasets import DataError, Dataset, open_data
 from flax_googlenet.training.devices import Devices, joined
 from flax_googlenet.training.logs import RunLog
-from flax_googlenet.training.outcome import write_outcome
+from flax_googlenet.training.outcome import BEST, write_outcome, write_weights
 from flax_googlenet.training.recipe import Recipe, schedule
 from flax_googlenet.training.speed import Speed
 from flax_googlenet.training.start import RECIPE, initial_state, resume, save
@@ -48,8 +48,9 @@ def train(
 
     Args:
         data: as for ``open_data``.
-        workdir: the folder of the run: ``recipe.json``, ``checkpoints/``, ``metrics.jsonl``, TensorBoard's events, and
-            at the end ``model.safetensors`` and ``curves.png``. All processes must see the same one.
+        workdir: the folder of the run: ``recipe.json``, ``checkpoints/``, ``metrics.jsonl``, TensorBoard's events,
+            ``best.safetensors``, which has the weights of the best evaluation so far, and at the end
+            ``model.safetensors`` and ``curves.png``. All processes must see the same one.
         recipe: what to do.
         weights: a file of ``flax_googlenet.save`` to start from; its head is replaced if it has other classes.
         distributed: whether this is one of several processes, which the environment tells.
@@ -179,7 +180,7 @@ class Run:
                 epoch_ended = self.tally.step > 0 and self.tally.step % self.steps_per_epoch == 0
                 if (ended or epoch_ended) and not self._evaluate():
                     return self._stop()
-                if ended:
+                if ended or (epoch_ended and self._is_out_of_patience()):
                     break
                 upcoming, stopped = self._step(upcoming, batches)
                 if stopped:
@@ -196,13 +197,8 @@ class Run:
             counts = f"unreadable images: {len(self.tally.unreadable)}, steps not finite: {self.tally.not_finite}"
             self.say(f"left out of the training: {counts}")
         if self.log:
-            metadata = {
-                "class_names": list(self.train_data.class_names),
-                "recipe": self.identity["recipe"],
-                "trained_on": self.train_data.fingerprint,
-                **self.held_out_metrics,
-            }
-            write_outcome(self.workdir, self.state, metadata, data, self.say)
+            best = (self.tally.best_step, self._best())
+            write_outcome(self.workdir, self.state, self._metadata(), data, best, self.say)
         return Status.DONE
 
     def _step(self, batch: DeviceBatch, batches: Iterator[Batch]) -> tuple[DeviceBatch, bool]:
@@ -249,7 +245,37 @@ class Run:
         self.held_out_metrics = {name: value / count for name, value in sums.items()}
         if self.log:
             self.log.evaluated(self.tally.step, self.held_out_metrics)
+        if self.tally.add_accuracy(self.held_out_metrics["accuracy"]) and self.log:
+            write_weights(self.workdir / BEST, self.state, self._metadata())
         return True
+
+    def _is_out_of_patience(self) -> bool:
+        """Whether the run has to stop early: then there is a checkpoint. All processes know the same accuracies."""
+        evaluations = self._epoch(self.tally.step - self.tally.best_step)
+        if not self.recipe.patience or evaluations < self.recipe.patience:
+            return False
+        self.say(
+            f"stopping early after epoch {self._epoch(self.tally.step)}: the best accuracy is still {self._best()}"
+        )
+        self._save()
+        return True
+
+    def _best(self) -> str:
+        return f"{self.tally.best_accuracy:.2%} after epoch {self._epoch(self.tally.best_step)}"
+
+    def _epoch(self, step: int) -> int:
+        return step // self.steps_per_epoch
+
+    def _metadata(self) -> dict[str, Any]:
+        """What a file of weights says of the run and of its last evaluation."""
+        return {
+            "class_names": list(self.train_data.class_names),
+            "recipe": self.identity["recipe"],
+            "trained_on": self.train_data.fingerprint,
+            "epoch": self._epoch(self.tally.step),
+            "step": self.tally.step,
+            **self.held_out_metrics,
+        }
 
     def _save(self) -> bool:
         if self.log:

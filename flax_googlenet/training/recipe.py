@@ -82,6 +82,8 @@ class Recipe:
     """Mirror half of the training crops."""
     distortion: bool = False
     """Change brightness, contrast and saturation of the training crops at random."""
+    patience: int | None = None
+    """Evaluations in a row without a better accuracy after which the run stops early. None or 0 never stops it."""
     max_corrupt: float = 0.001
     """The share of unreadable images above which the run stops."""
     workers: int = 0
@@ -121,6 +123,7 @@ class Recipe:
                 for name, value in vars(self).items()
                 if type(value) is int and name != "seed"
             },
+            "patience must be at least 0": (self.patience or 0) >= 0,
             "seed must be at least 0 and less than 2**32": 0 <= self.seed < 2**32,
             f"image_size must be at least {MIN_SIZE}": self.image_size >= MIN_SIZE,
             "average_decay must be more than 0 and less than 1": 0 < (self.average_decay or 0.5) < 1,

@@ -21,7 +21,13 @@ from flax_googlenet.training.tally import Tally
 
 CHECKPOINTS, RECIPE = "checkpoints", "recipe.json"  # in the folder of the run
 
-_CHANGE_NO_BIT = {"workers", "checkpoint_every", "keep", "max_corrupt"}  # fields that need not be as they were
+_CHANGE_NO_BIT = {
+    "workers",
+    "checkpoint_every",
+    "keep",
+    "max_corrupt",
+    "patience",
+}  # fields that need not be as they were
 
 
 def initial_state(
@@ -112,7 +118,10 @@ def resume(
     differing = _differing(restored.extra["identity"], identity)
     if differing and not override:
         raise _of_another_run(workdir, differing)
-    return Tally(step=restored.step, **restored.extra["tally"]), restored.state
+    tally = Tally(step=restored.step, **restored.extra["tally"])
+    if restored.extra["identity"]["data"] != identity["data"]:  # accuracies on other images do not compare
+        tally = dataclasses.replace(tally, best_step=0, best_accuracy=0.0)
+    return tally, restored.state
 
 
 def save(workdir: Path, tally: Tally, state: TrainState, identity: dict[str, Any], keep: int) -> Path:

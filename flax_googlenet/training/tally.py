@@ -25,6 +25,17 @@ class Tally:
     not_finite: int = 0
     """Steps that were left out, as their loss or gradient was not finite."""
     not_finite_in_a_row: int = 0
+    best_step: int = 0
+    """Step of the evaluation with the best accuracy; 0 before the first evaluation. Of equals it is the first one."""
+    best_accuracy: float = 0.0
+
+    def add_accuracy(self, accuracy: float) -> bool:
+        """Counts an evaluation; returns whether its accuracy is the best so far."""
+        # A resumed run repeats the evaluation of the step from which it goes on: that must change nothing.
+        is_best = self.best_step == 0 or accuracy > self.best_accuracy
+        if is_best:
+            self.best_step, self.best_accuracy = self.step, accuracy
+        return is_best
 
     def add_finite(self, finite: bool, tell: Callable[[str], None]) -> None:
         """Counts whether loss and gradient of the step were finite."""
