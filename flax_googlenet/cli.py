@@ -83,7 +83,7 @@ def evaluate(
     The classes of the data are found by name among those of the weights. Their order counts only where the weights
     have no class names, or where ImageNet's 1,000 classes have WordNet identifiers on one side (n01440764, ...) and
     names on the other. The images are of the size that the weights were trained for. Of digits, and of a folder that
-    the weights were trained on, only what was held out is evaluated.
+    the weights were trained on, only images are evaluated that none of the weights was trained on.
 
     Exit status:
       0    all images are evaluated

@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 
 from flax_googlenet import ImageError
 from flax_googlenet.preprocessing import rgb
-from flax_googlenet.training.datasets import DataError, Dataset, find_data, open_data
+from flax_googlenet.training.datasets import DataError, Dataset, Training, find_data, open_data
 
 IDX = {
     "train-images-idx3-ubyte.gz": np.arange(6 * 2 * 3, dtype=np.uint8).reshape(6, 2, 3),
@@ -152,9 +152,11 @@ def test_the_parts_of_a_data_set_are_known_by_the_names_that_people_give_them(
         assert dataset.names == ("cats/1.png", "dogs/1.png")
     top, held_top = train.split("/")[0], held_out.split("/")[0]
     assert datasets[0].notes == (f"{tmp_path}: {top}/ is trained on and {held_top}/ held out",)
-    evaluated, which = find_data(str(tmp_path), held_out=0.5, seed=0, trained_on=None)
+    # The images to train on have the same names: the folders alone tell the parts apart.
+    training = Training("weights", 0.5, 0, datasets[0].fingerprint)
+    evaluated, which = find_data(str(tmp_path), [training, training])
     assert evaluated.fingerprint == datasets[1].fingerprint
-    assert which == f"of {tmp_path} it is {held_top}/ that is evaluated"
+    assert which == [f"all 2 images of {tmp_path}/{held_out} are evaluated"]
 
 
 def test_beside_train_and_val_everything_else_is_left_alone_and_that_is_said(tmp_path: Path) -> None:
@@ -167,8 +169,8 @@ def test_beside_train_and_val_everything_else_is_left_alone_and_that_is_said(tmp
     assert (train.folder, held.folder) == (f"{tmp_path}/train", f"{tmp_path}/val")
     left_alone = "; left alone: seg_pred/, test/, 1 image"
     assert train.notes == (f"{tmp_path}: train/ is trained on and val/ held out{left_alone}",)
-    which = find_data(str(tmp_path), held_out=0.5, seed=0, trained_on=None)[1]
-    assert which == f"of {tmp_path} it is val/ that is evaluated{left_alone}"
+    which = find_data(str(tmp_path), [])[1]
+    assert which == [f"all 2 images of {tmp_path}/val are evaluated{left_alone}"]
 
 
 @pytest.mark.parametrize(

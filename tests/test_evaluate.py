@@ -25,7 +25,7 @@ from flax_googlenet.preprocessing import ImageError, normalise
 from flax_googlenet.training.classes import find_classes
 from flax_googlenet.training.confusion import Score, draw_confusion
 from flax_googlenet.training.crops import crops
-from flax_googlenet.training.datasets import DataError, find_data, open_data
+from flax_googlenet.training.datasets import DataError, Training, find_data, open_data
 from flax_googlenet.training.ensemble import answers, make_networks
 from flax_googlenet.training.recipe import PRESETS
 
@@ -125,7 +125,7 @@ def test_with_one_crop_every_answer_is_torchvisions(
 ) -> None:
     preset = reference.IMAGENET.transforms()
     expected = [torch_probabilities(torch_model, [preset(Image.open(path).convert("RGB"))]) for path in images()]
-    photos, _ = find_data("photos", held_out=0.2, seed=0, trained_on=None)
+    photos, _ = find_data("photos", [])
     weights = {"weights": load_weights(Path("weights.safetensors"), dtype=jnp.float32)}
     networks, _ = make_networks(weights, photos.class_names, "photos")
     found = list(answers(networks, photos, 1, 224, 4, pytest.fail))
@@ -396,12 +396,10 @@ def test_an_unreadable_image_is_named_and_the_others_are_evaluated(
 def test_of_a_folder_with_val_it_is_val(here: Path) -> None:
     Path("split").mkdir()
     Path("split/val").symlink_to(Path("photos").resolve())
-    (split, which), (photos, _) = (
-        find_data(data, held_out=0.2, seed=0, trained_on=None) for data in ("split", "photos")
-    )
-    assert split.names == photos.names
+    split, which = find_data("split", [Training("weights", 0.2, 0, "of split/train")])
+    assert split.names == find_data("photos", [])[0].names
     assert len(split) == 11
-    assert which == "of split it is val/ that is evaluated"
+    assert which == ["all 11 images of split/val are evaluated"]
 
 
 def test_of_the_folder_of_the_training_it_is_what_was_held_out(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -410,20 +408,50 @@ def test_of_the_folder_of_the_training_it_is_what_was_held_out(here: Path, capfd
     save(
         Path("trained.safetensors"), class_names=NAMES, recipe=dataclasses.asdict(recipe), trained_on=train.fingerprint
     )
-    assert main(["evaluate", "trained.safetensors", "photos", "--json", "--batch-size", "1"]) == 0
+    # The second network's training counts as that of the first.
+    assert main(["evaluate", "small.safetensors", "trained.safetensors", "photos", "--json", "--batch-size", "1"]) == 0
     captured = capfd.readouterr()
     assert json.loads(captured.out)["count"] == len(held_out) == 4
-    assert "the weights were trained on 7 of these images: the other 4 are evaluated" in captured.err
+    assert "4 of the 11 images of photos are evaluated: the weights were trained on the others" in captured.err
 
 
 def test_one_image_added_to_the_folder_of_the_training_is_warned_of(here: Path) -> None:
     copy = Path(shutil.copytree("photos", "copy", symlinks=False))
     train, held_out = open_data("copy", held_out=0.4, seed=3)
     shutil.copy(copy / "temple" / "02.jpg", copy / "temple" / "new.jpg")
-    dataset, which = find_data("copy", held_out=0.4, seed=3, trained_on=train.fingerprint)
+    dataset, (warning, which) = find_data("copy", [Training("weights", 0.4, 3, train.fingerprint)])
     assert len(dataset) == len(train) + len(held_out) + 1
-    assert which.startswith("warning: all 12 images of copy are evaluated: ")
-    assert which.endswith("the figures may be of the training")
+    assert warning.startswith("warning: weights was trained on other images, or images of copy have come or gone since")
+    assert which == "all 12 images of copy are evaluated"
+
+
+@pytest.mark.parametrize("data", ["digits", "photos"])
+def test_of_several_networks_only_images_count_that_none_was_trained_on(here: Path, data: str) -> None:
+    parts = {seed: open_data(data, held_out=0.5, seed=seed) for seed in (0, 1)}
+    trainings = [Training(str(seed), 0.5, seed, train.fingerprint) for seed, (train, _) in parts.items()]
+    trained_on = set[str]().union(*(train.names for train, _ in parts.values()))
+    whole = sorted(parts[0][0].names + parts[0][1].names)
+    expected = [name for name in whole if name not in trained_on]
+    assert 0 < len(expected) < min(len(held) for _, held in parts.values())  # the parts differ
+    for turned in (trainings, trainings[::-1]):
+        dataset, (which,) = find_data(data, turned)
+        assert sorted(dataset.names) == expected
+        assert which.startswith(f"{len(expected)} of the {len(whole)} images of {data} are evaluated: ")
+    for alone, (_, held) in zip(trainings, parts.values(), strict=True):
+        assert find_data(data, [alone])[0].fingerprint == held.fingerprint
+
+
+def test_where_a_training_left_no_image_one_network_is_warned_of_and_several_are_refused(here: Path) -> None:
+    photos, _ = find_data("photos", [])
+    on_all = Training("a.safetensors", 0.2, 0, photos.fingerprint)
+    dataset, which = find_data("photos", [on_all])
+    assert len(dataset) == 11
+    assert len(which) == 1
+    assert which[0].startswith(
+        "warning: all 11 images of photos have the names of those that a.safetensors was trained"
+    )
+    with pytest.raises(DataError, match="each of the 11 images of photos has the name of one that some of the weights"):
+        find_data("photos", [Training("b.safetensors", 0.2, 0, None), on_all])
 
 
 def test_of_digits_it_is_what_the_recipe_holds_out(here: Path, figures: Callable[..., dict[str, Any]]) -> None:

@@ -11,13 +11,13 @@ import re
 import unicodedata
 import zlib
 from collections import Counter
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Int32, UInt8
+from jaxtyping import Bool, Int32, UInt8
 from PIL import Image
 
 from flax_googlenet.images import describe_unreadable, find_images, is_hidden, is_picture
@@ -145,46 +145,97 @@ def open_data(data: str, *, held_out: float, seed: int) -> tuple[Dataset, Datase
     return replace(train, notes=notes + train.notes), held
 
 
-def find_data(data: str, *, held_out: float, seed: int, trained_on: str | None) -> tuple[Dataset, str]:
-    """Finds the images to evaluate weights on, whatever they were trained on, and says which these are.
+class Training(NamedTuple):
+    """What is known about the training of some weights."""
 
-    It is the part that ``open_data`` holds out, ``val/`` or the like, or the test files, where there are such. Of a
-    whole folder, if it is the one of the training, and of ``digits`` it is the part that was held out.
+    weights: str
+    """What to call the weights in messages."""
+    held_out: float
+    """As for ``open_data`` in that training."""
+    seed: int
+    """As for ``open_data`` in that training."""
+    trained_on: str | None
+    """The fingerprint of the images that the weights were trained on, if it is known."""
+
+
+def find_data(data: str, trainings: Sequence[Training]) -> tuple[Dataset, list[str]]:
+    """Find the images to evaluate weights on: those that none of the weights was trained on, as far as it is known.
+
+    They are those of the part that ``open_data`` holds out, ``val/`` or the like, or of the test files, where there are
+    such, else of all class folders, or of ``digits``. Of all class folders the images of each training are left out, if
+    its fingerprint shows that they are a part of them; of ``digits`` they are, whatever the fingerprint is.
 
     Args:
         data: as for ``open_data``; ``val/`` needs no ``train/`` beside it.
-        held_out, seed: as for ``open_data`` in the training.
-        trained_on: the fingerprint of the images that the weights were trained on, if it is known.
+        trainings: one for each of the weights that are evaluated together.
+
+    Returns:
+        The images, and sentences for a person that say which images they are. Where one network alone is evaluated and
+        was trained on all of the images, these are returned, with a warning.
 
     Raises:
-        DataError: as ``open_data``.
+        DataError: as ``open_data``; if several networks are evaluated and were together trained on all of the images.
     """
     parts = "digits" if data == "digits" else _find_parts(data)
+    left_alone = ""
     if isinstance(parts, Parts):
         if parts.held_out is None:
             raise DataError(
                 f"{data} has {parts.train}/, and no val/ or test/ beside it to evaluate: add one, or name "
                 f"{os.path.join(data, parts.train or '')} to evaluate that"
             )
-        held = _class_folders(_part_folder(data, parts.held_out))
-        return held, f"of {data} it is {parts.held_out}/ that is evaluated{parts.left_alone}"
-    if parts == "classes":
-        whole = _class_folders(data)
-        with suppress(DataError):  # nothing could be held out: no run trained on it
-            train, held = _hold_out(whole, data, held_out, seed)
-            if train.fingerprint == trained_on:
-                return (
-                    held,
-                    f"the weights were trained on {len(train)} of these images: the other {len(held)} are evaluated",
-                )
-        if trained_on is None:
-            return whole, f"all {len(whole)} images of {data} are evaluated"
-        return whole, (
-            f"warning: all {len(whole)} images of {data} are evaluated: they are not those that the weights were "
-            "trained on, or some have come or gone since, and the figures may be of the training"
+        dataset, left_alone = _class_folders(_part_folder(data, parts.held_out)), parts.left_alone
+    elif parts == "digits":
+        dataset = _digits()
+    elif parts == "idx":
+        dataset = _idx_files(data)[1]
+    else:
+        dataset = _class_folders(data)
+    images = f"{'test ' if parts == 'idx' else ''}images of {dataset.folder or data}"
+    untouched, notes = np.ones(len(dataset), bool), []
+    for training in trainings if parts in ("digits", "classes") else ():
+        used = _used_in(training, dataset, is_certain=parts == "digits")
+        if used is not None:
+            untouched &= ~used
+        elif training.trained_on is not None:
+            notes.append(
+                f"warning: {training.weights} was trained on other images, or {images} have come or gone since: the "
+                "figures may be of the training"
+            )
+    total = f"{len(dataset)} {images}"
+    if untouched.all():
+        notes.append(f"all {total} are evaluated{left_alone}")
+    elif untouched.any():
+        dataset = dataset.select(np.flatnonzero(untouched))
+        notes.append(f"{len(dataset)} of the {total} are evaluated: the weights were trained on the others{left_alone}")
+    elif len(trainings) == 1:
+        notes = [
+            f"warning: all {total} have the names of those that {trainings[0].weights} was trained on: if they are the "
+            "same, the figures are of the training"
+        ]
+    else:
+        raise DataError(
+            f"each of the {total} has the name of one that some of the weights were trained on, so that none is left "
+            "to evaluate them together: evaluate each alone, or train them with the same --recipe.seed and "
+            "--recipe.held-out"
         )
-    held = open_data(data, held_out=held_out, seed=seed)[1]
-    return held, f"of {data} it is the {len(held)} images held out that are evaluated"
+    return dataset, notes
+
+
+def _used_in(training: Training, dataset: Dataset, *, is_certain: bool) -> Bool[np.ndarray, "n"] | None:
+    """Return which images of the dataset were trained on, or None if the training was not on this dataset.
+
+    Args:
+        training: the training.
+        dataset: the images, those held out included.
+        is_certain: whether the training was on this dataset even if the fingerprint does not show it.
+    """
+    if dataset.fingerprint == training.trained_on:
+        return np.ones(len(dataset), bool)
+    used = ~_choose_held_out(dataset, training.held_out, training.seed)
+    if is_certain or dataset.select(np.flatnonzero(used)).fingerprint == training.trained_on:
+        return used
+    return None
 
 
 class Parts(NamedTuple):
@@ -266,14 +317,20 @@ def _hold_out(dataset: Dataset, data: str, fraction: float, seed: int) -> tuple[
     """The images to train on, and those to evaluate on; ``data`` is for the messages."""
     if not 0 < fraction < 1:
         raise DataError(f"the fraction to hold out of {data} must be between 0 and 1, not {fraction}")
+    held = _choose_held_out(dataset, fraction, seed)
+    if not held.any():
+        raise DataError(f"{data}: no class has a second image to hold out for evaluation")
+    return dataset.select(np.flatnonzero(~held)), dataset.select(np.flatnonzero(held))
+
+
+def _choose_held_out(dataset: Dataset, fraction: float, seed: int) -> Bool[np.ndarray, "n"]:
+    """Choose which images to hold out, as ``open_data`` says."""
     rng = np.random.default_rng(seed)
     held = np.zeros(len(dataset), bool)
     for label in range(len(dataset.class_names)):
         members = rng.permutation(np.flatnonzero(dataset.labels == label))
         held[members[: min(max(1, round(fraction * len(members))), len(members) - 1)]] = True
-    if not held.any():
-        raise DataError(f"{data}: no class has a second image to hold out for evaluation")
-    return dataset.select(np.flatnonzero(~held)), dataset.select(np.flatnonzero(held))
+    return held
 
 
 def _subfolders(folder: str) -> list[str]:

@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from flax_googlenet.files import load_weights, require_folder_of
 from flax_googlenet.images import display_name
 from flax_googlenet.status import CommandError, Status, printable
 from flax_googlenet.training.confusion import Score, draw_confusion
-from flax_googlenet.training.datasets import DataError, Dataset, find_data
+from flax_googlenet.training.datasets import DataError, Dataset, Training, find_data
 from flax_googlenet.training.ensemble import answers, image_size, make_networks, recipe_of
 from flax_googlenet.training.recipe import PRESETS
 
@@ -55,16 +55,13 @@ def evaluate(
     ensemble = {path: load_weights(Path(path), dtype=jnp.float32) for path in paths}
     if any(weights.metadata.get("source") == "random" for weights in ensemble.values()):
         notes.print("[bold yellow]warning:[/] these weights are random: the figures mean nothing")
-    size, first = image_size(ensemble), ensemble[paths[0]]
-    recipe = recipe_of(first.metadata) or PRESETS["digits"]
+    size = image_size(ensemble)
     try:
-        dataset, which = find_data(
-            data, held_out=recipe.held_out, seed=recipe.seed, trained_on=first.metadata.get("trained_on")
-        )
+        dataset, which = find_data(data, [_training(path, weights.metadata) for path, weights in ensemble.items()])
         networks, match = make_networks(ensemble, dataset.class_names, data)
     except DataError as error:
         raise CommandError(Status.NOT_DONE, error) from error
-    for note in (*dataset.notes, *match.notes, which):
+    for note in (*dataset.notes, *match.notes, *which):
         notes.print(escape(printable(note)))
 
     tally, start = Score(match.wanted, len(dataset.class_names)), time.perf_counter()
@@ -96,6 +93,11 @@ def evaluate(
     summary += f"{tally.count / seconds:.1f} images/s"
     notes.print(summary + (f"; [bold red]{failed} could not be read[/]" if failed else ""))
     return Status.SOME_UNREADABLE if failed else Status.DONE
+
+
+def _training(path: str, metadata: Mapping[str, Any]) -> Training:
+    recipe = recipe_of(metadata) or PRESETS["digits"]
+    return Training(path, recipe.held_out, recipe.seed, metadata.get("trained_on"))
 
 
 def _figures(tally: Score, dataset: Dataset) -> dict[str, Any]:
