@@ -4,16 +4,23 @@ The tensors are named by their path in the variables, ``params/conv1/conv/kernel
 ``flax_googlenet``: a JSON object of ``sha256``, ``model`` and ``metadata``. The digest is that of the whole file with
 its own 64 digits read as zeros. safetensors has no checksum of its own; with this one any flipped bit is noticed, in
 the tensors or the header. The same input makes the same bytes.
+
+The digest is no secret: a file that somebody else has made may have the right one and any contents. So everything that
+is read is checked, and whatever is wrong with it is a ``CheckpointError``.
 """
 
 import dataclasses
 import errno
+import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
 import shlex
+import stat
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -30,6 +37,10 @@ from jax import numpy as jnp
 from flax_googlenet.model import GoogLeNet, Variables, variable_shapes
 
 _DTYPES = {"F64": jnp.float64, "F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}  # safetensors' names
+_MAX_BYTES = 2**32  # of a file; GoogLeNet with 170,000 classes in float64 has as many
+_MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+_HOUR = 3600  # seconds
+_ACL = "system.posix_acl_access"  # Linux's name of a file's access control list
 _NO_DIGEST = "0" * 64
 _DIGEST = re.compile(rb'\\"sha256\\": \\"([0-9a-f]{64})\\"')  # JSON in JSON: the quotes are escaped
 
@@ -49,18 +60,35 @@ def save(
         path: the file to write.
         model: the network; its fields are stored, all but ``frozen``.
         variables: exactly the variables that ``model.init`` makes, of any floating dtype.
-        metadata: anything JSON can hold, by name: class names, the source of the weights, ...
+        metadata: anything that JSON can hold, by name: class names, the source of the weights, ... Arrays and scalars
+            of NumPy and JAX and tuples are stored as JSON's lists and numbers, and NaN and infinities as null, because
+            JSON has none. ``class_names``, if it is there and not None, is a list of one string for each class.
 
     Raises:
         CheckpointError: if the variables are not the model's, by names and shapes; the message lists all that differ.
+            If the model has a field of a wrong kind or the class names are not one string for each class. If the file
+            would be too large to be read again: more than 4 GiB, or 100 MB of metadata.
         TypeError: if the metadata is not for JSON.
         OSError: if the file cannot be written; nothing is left behind then.
     """
+    config = _plain(_config(model))
+    try:
+        _model(config)
+    except ValueError as error:
+        raise CheckpointError(f"the model cannot be stored: {error}") from error
+    try:
+        plain_metadata = _plain(dict(metadata or {}))
+        # One entry: safetensors writes several in an order that changes from run to run.
+        content = json.dumps({"sha256": _NO_DIGEST, "model": config, "metadata": plain_metadata}, allow_nan=False)
+        json.loads(content)
+    except (ValueError, RecursionError) as error:  # it holds itself, is nested too deep, or has an endless number
+        raise CheckpointError(f"the metadata cannot be stored: {error}") from error
+    _check_class_names(plain_metadata.get("class_names"), model.num_classes)
     tensors = {"/".join(names): np.ascontiguousarray(value) for names, value in flatten_dict(dict(variables)).items()}
     _check_tensors("the variables", model, tensors)
-    # One entry: safetensors writes several in an order that changes from run to run.
-    content = {"sha256": _NO_DIGEST, "model": _config(model), "metadata": dict(metadata or {})}
-    data = safetensors.numpy.save(tensors, {"flax_googlenet": json.dumps(content)})
+    data = safetensors.numpy.save(tensors, {"flax_googlenet": content})
+    if len(data) > _MAX_BYTES or int.from_bytes(data[:8], "little") > _MAX_HEADER_BYTES:
+        raise CheckpointError(f"{os.fspath(path)} would be too large to be read again: {len(data):,} bytes")
     start, _, digest = _digest(data, path)
     write_atomically(path, data[:start] + digest.encode() + data[start + len(digest) :])
 
@@ -70,8 +98,9 @@ def load(path: str | os.PathLike[str], *, dtype: Dtype | None = None) -> tuple[G
 
     Args:
         path: the file.
-        dtype: of the computation and the parameters, instead of the stored ones. BatchNorm statistics stay in float32
-            at least. float64 needs ``jax.config.update("jax_enable_x64", True)``.
+        dtype: the dtype of the computation and the parameters, instead of the stored ones: float64, float32, float16 or
+            bfloat16, as anything that ``jax.numpy.dtype`` understands, such as ``"bfloat16"``. BatchNorm statistics
+            stay in float32 at least. float64 needs ``jax.config.update("jax_enable_x64", True)``.
 
     Returns:
         The model with the stored fields, and its variables as JAX arrays on the default device.
@@ -79,7 +108,7 @@ def load(path: str | os.PathLike[str], *, dtype: Dtype | None = None) -> tuple[G
     Raises:
         CheckpointError: if the file is damaged, in as little as one bit, or was not written by ``save``, or if its
             dtype or the one asked for is 64 bits wide and JAX has 64 bits off.
-        OSError: if there is no such file.
+        OSError: if there is no such file, or if it is not a regular file or larger than 4 GiB.
 
     Example::
 
@@ -93,24 +122,24 @@ def load_whole(
     path: str | os.PathLike[str], *, dtype: Dtype | None = None
 ) -> tuple[GoogLeNet, dict[str, Any], dict[str, Any], str]:
     """As ``load``; model, variables, metadata and the sha256 of the file, from one reading of it."""
-    if dtype is not None and dtype not in _DTYPES.values():
-        raise CheckpointError(f"dtype must be float64, float32, float16 or bfloat16, got {dtype}")
+    if dtype is not None:
+        dtype = _float_dtype(dtype)
     data, content = _read(path)
     config = content["model"]
-    if config.keys() != _config(GoogLeNet()).keys():
+    if config.keys() - _config(GoogLeNet()).keys():
         raise CheckpointError(
             f"{os.fspath(path)} is of another version of flax_googlenet: its model has {sorted(config)}"
         )
     try:
-        fields = {name: jnp.dtype(config[name]).type for name in ("dtype", "param_dtype")}
-        if not (isinstance(config["num_classes"], int) and set(fields.values()) <= set(_DTYPES.values())):
-            raise ValueError("num_classes, dtype or param_dtype is of no kind that a model has")
-        model = GoogLeNet(**config | fields)
+        model = _model(config)
         tensors = {
             name: np.frombuffer(view["data"], _DTYPES[view["dtype"]]).reshape(view["shape"])
             for name, view in safetensors.deserialize(data)
         }
-    except (TypeError, ValueError, KeyError) as error:  # the sha256 is no secret: anyone can write it
+        bias = tensors.get("params/fc/bias")
+        if bias is None or bias.shape != (model.num_classes,):  # before shapes of any size are computed
+            raise ValueError(f"num_classes is {model.num_classes}, and params/fc/bias has not as many values")
+    except Exception as error:  # safetensors has an exception of its own, and NumPy several for sizes beyond 64 bits
         raise CheckpointError(f"{os.fspath(path)} holds no model of flax_googlenet: {error}") from error
     if dtype is not None:
         model = model.clone(dtype=dtype, param_dtype=dtype)
@@ -129,12 +158,32 @@ def load_whole(
 
 
 def load_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads the metadata that ``save`` was given; raises as ``load``."""
+    """Reads the metadata that ``save`` was given; raises the same errors as ``load``."""
     return _read(path)[1]["metadata"]
+
+
+def read_regular_file(path: str | os.PathLike[str], max_bytes: int) -> bytes:
+    """Reads a file that anybody may have made or replaced.
+
+    Raises:
+        OSError: if there is no such file, or if it has more than ``max_bytes`` or is a folder, a pipe or a device.
+            A pipe is not waited for, and nothing is read.
+    """
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "it is not a regular file", os.fspath(path))
+        if status.st_size > max_bytes:
+            reason = f"it has {status.st_size:,} bytes, and at most {max_bytes:,} are read"
+            raise OSError(errno.EFBIG, reason, os.fspath(path))
+        return file.read(status.st_size)
 
 
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     """Writes a file beside its place, syncs it and renames it: afterwards the old file is there or the new one, whole.
+
+    A file that is replaced hands its permissions on. What writes to the same place have left that were killed more than
+    an hour ago is removed.
 
     Raises:
         OSError: if it cannot be written; the old file is untouched then, and nothing is left beside it.
@@ -142,17 +191,62 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     target = Path(os.path.realpath(path))  # a link stays a link, to the new contents
     if target.exists() and not target.is_file():  # a rename would replace a device or a pipe
         raise FileExistsError(errno.EEXIST, "it is there already and not a regular file", str(path))
+    _remove_leftovers(target)
     beside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    # Until it has the permissions of the file that it replaces, nobody else reads it.
+    mode = 0o600 if target.exists() else 0o666
     try:
-        with open(beside, "xb") as file:
+        with open(beside, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+            with suppress(OSError):  # some network file systems have no locks
+                fcntl.flock(file, fcntl.LOCK_EX)  # by which others see that this is no leftover
             file.write(data)
             file.flush()
+            keep_permissions(file.fileno(), target)
             os.fsync(file.fileno())
         replace_synced(beside, target)
     except BaseException:
         with suppress(FileNotFoundError):
             beside.unlink()
         raise
+
+
+def keep_permissions(descriptor: int, replaced: Path) -> None:
+    """Gives an open file the owner, mode and access control list of the one that it replaces, if there is one.
+
+    What may not be changed stays as it is: only root can give a file to another user.
+    """
+    with suppress(FileNotFoundError):
+        status = replaced.stat()
+        with suppress(OSError):
+            os.fchown(descriptor, status.st_uid, status.st_gid)
+        with suppress(OSError):
+            os.fchmod(descriptor, stat.S_IMODE(status.st_mode))
+        with suppress(OSError, AttributeError):  # a file without a list raises as well, and macOS has no such function
+            os.setxattr(descriptor, _ACL, os.getxattr(replaced, _ACL))
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Removes what killed processes have left of their writes to ``target``, if it is older than an hour."""
+    is_leftover = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}\.tmp").fullmatch
+    with suppress(OSError):  # a folder that can be written need not be readable
+        for name in filter(is_leftover, os.listdir(target.parent)):
+            path = target.with_name(name)
+            with suppress(OSError):
+                status = path.lstat()
+                if stat.S_ISREG(status.st_mode) and time.time() - status.st_mtime > _HOUR and not _is_locked(path):
+                    path.unlink()
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether a process is still writing the file, however long it was suspended."""
+    with open(path, "r+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:  # some network file systems have no locks
+            pass
+    return False
 
 
 def replace_synced(source: Path, target: Path) -> None:
@@ -172,20 +266,72 @@ def _config(model: GoogLeNet) -> dict[str, Any]:
         fields["precision"] = model.precision.name.lower()
     elif not isinstance(model.precision, str | None):
         raise CheckpointError(f"precision {model.precision} cannot be stored: use None or a name such as 'highest'")
-    return fields | {name: jnp.dtype(fields[name]).name for name in ("dtype", "param_dtype")}
+    return fields | {name: jnp.dtype(_float_dtype(fields[name])).name for name in ("dtype", "param_dtype")}
+
+
+def _model(config: dict[str, Any]) -> GoogLeNet:
+    """The network of a stored configuration, in which a field that a later version added has its default.
+
+    Raises:
+        ValueError: if a field has a value of the wrong kind.
+    """
+    fields = _config(GoogLeNet()) | config
+    dtypes = {jnp.dtype(dtype).name: jnp.dtype(dtype).type for dtype in _DTYPES.values()}
+    is_right = {
+        "num_classes": lambda value: type(value) is int and value > 0,
+        "precision": lambda value: value is None or isinstance(value, str),
+        **dict.fromkeys(("aux_logits", "transform_input", "batch_norm"), lambda value: value in (True, False)),
+        **dict.fromkeys(("dropout", "dropout_aux"), lambda value: type(value) in (int, float) and 0 <= value <= 1),
+        **dict.fromkeys(("dtype", "param_dtype"), lambda value: isinstance(value, str) and value in dtypes),
+    }
+    if wrong := [name for name, value in fields.items() if not is_right[name](value)]:
+        raise ValueError(", ".join(f"{name} cannot be {str(fields[name])[:50]!r}" for name in wrong))
+    return GoogLeNet(**fields | {name: dtypes[fields[name]] for name in ("dtype", "param_dtype")})
+
+
+def _float_dtype(dtype: Dtype) -> Dtype:
+    with suppress(TypeError):
+        if (found := jnp.dtype(dtype).type) in _DTYPES.values():
+            return found
+    raise CheckpointError(f"dtype must be float64, float32, float16 or bfloat16, got {dtype}")
+
+
+def _plain(value: Any) -> Any:
+    """The value in lists, dicts and Python's own numbers, with None for what JSON has no number for."""
+    if isinstance(value, np.ndarray | np.generic | jax.Array):
+        value = np.asarray(value).tolist()
+    if isinstance(value, Mapping):
+        return {name: _plain(element) for name, element in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(element) for element in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _check_class_names(names: Any, num_classes: int) -> None:
+    if names is None:
+        return
+    if not isinstance(names, list):
+        raise CheckpointError(f"class_names must be a list of {num_classes} strings, got a {type(names).__name__}")
+    if len(names) != num_classes:
+        raise CheckpointError(f"class_names must have one name for each of the {num_classes} classes, got {len(names)}")
+    for index, name in enumerate(names):
+        if not isinstance(name, str):
+            raise CheckpointError(f"class_names must be strings, and that of class {index} is {name!r}")
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[bytes, dict[str, Any]]:
-    data = Path(path).read_bytes()
+    data = read_regular_file(path, _MAX_BYTES)
     _, stored, computed = _digest(data, path)
     if stored != computed:
         raise CheckpointError(f"{os.fspath(path)} is damaged: its sha256 is {computed}, and {stored} was stored in it")
     length = int.from_bytes(data[:8], "little")
     try:
+        if length > _MAX_HEADER_BYTES:
+            raise ValueError(f"its header has {length:,} bytes")
         content = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["flax_googlenet"])
         if not (isinstance(content["model"], dict) and isinstance(content["metadata"], dict)):
             raise TypeError("model and metadata must be objects")
-    except (TypeError, ValueError, KeyError) as error:
+    except (TypeError, ValueError, KeyError, RecursionError) as error:
         raise CheckpointError(f"{os.fspath(path)} holds no model of flax_googlenet: {error}") from error
     return data, content
 
@@ -211,7 +357,10 @@ def _check_tensors(
     subject: str, model: GoogLeNet, tensors: Mapping[str, np.ndarray]
 ) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
     """Raises unless the tensors are those of the model; returns the shapes that it would initialise."""
-    shapes = flatten_dict(variable_shapes(model))
+    try:
+        shapes = flatten_dict(variable_shapes(model))
+    except (TypeError, ValueError) as error:  # a precision that JAX does not have
+        raise CheckpointError(f"{subject} are of a network that JAX cannot make: {error}") from error
     expected = {"/".join(names): shape.shape for names, shape in shapes.items()}
     known = {name: tensor for name, tensor in tensors.items() if name in expected}
     problems = {
