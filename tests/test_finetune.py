@@ -11,12 +11,14 @@ import reference
 import torch
 from flax.traverse_util import flatten_dict
 from jax import numpy as jnp
+from sklearn.utils.class_weight import compute_class_weight
 from torchvision.models import GoogLeNet as TorchGoogLeNet
 
 import flax_googlenet
 from flax_googlenet import GoogLeNet
 from flax_googlenet.model import BLOCKS, HEADS
 from flax_googlenet.training import (
+    balanced_class_weights,
     create_train_state,
     freeze,
     new_head,
@@ -156,3 +158,10 @@ def test_reestimation_leaves_frozen_blocks_alone_and_needs_a_batch(variables64: 
         assert set(jax.tree.leaves(same)) == {name in frozen}, name
     with pytest.raises(ValueError, match="one batch at least"):
         reestimate_batch_norm(model, variables64, [])
+
+
+def test_balanced_class_weights_are_those_of_scikit_learn() -> None:
+    labels = np.repeat(np.arange(4), [1, 5, 9, 25])
+    expected = compute_class_weight("balanced", classes=np.arange(4), y=labels)
+    np.testing.assert_allclose(balanced_class_weights(labels, 4), expected, rtol=1e-15)
+    assert balanced_class_weights(labels, 5)[4] == 40 / 5  # a class without images

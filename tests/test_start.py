@@ -10,8 +10,10 @@ import pytest
 
 from flax_googlenet.checkpoint import CheckpointError
 from flax_googlenet.status import CommandError
+from flax_googlenet.training.datasets import Dataset
+from flax_googlenet.training.devices import Devices
 from flax_googlenet.training.recipe import Recipe
-from flax_googlenet.training.start import resume, save
+from flax_googlenet.training.start import initial_state, resume, save
 from flax_googlenet.training.tally import Tally
 
 STATE: Any = {"weights": np.arange(6, dtype=np.float32)}  # any tree will do
@@ -83,3 +85,10 @@ def test_where_no_checkpoint_is_whole_each_damage_is_told(workdir: Path) -> None
         resume(workdir, STATE, identity(), False, told.append)
     assert len(told) == 1
     assert "extra.json" in told[0]
+
+
+@pytest.mark.parametrize(("class_weights", "shape"), [("none", None), ("balanced", (3,))])
+def test_the_recipe_says_whether_classes_are_weighted(class_weights: Any, shape: tuple[int, ...] | None) -> None:
+    data = Dataset(("a", "b", "c"), np.array([0, 0, 1, 2], np.int32), tuple("0123"))
+    shapes, _ = initial_state(Devices(), Recipe(class_weights=class_weights), data, 1, None)
+    assert getattr(shapes.class_weights, "shape", None) == shape

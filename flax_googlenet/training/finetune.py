@@ -1,12 +1,14 @@
-"""Fine-tuning: a new head, frozen blocks, a learning rate of its own for the heads, new BatchNorm statistics."""
+"""Fine-tuning: new heads with their own learning rate, frozen blocks, class weights, new BatchNorm statistics."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import numpy as jnp
+from jaxtyping import Float, Int
 
 from flax_googlenet.model import HEADS, MIN_SIZE, BatchNorm, GoogLeNet, Variables
 
@@ -70,6 +72,20 @@ def scale_heads(optimizer: optax.GradientTransformation, multiple: float) -> opt
     It multiplies their updates, as the learning rate of a parameter group does in PyTorch.
     """
     return optax.chain(optimizer, optax.masked(optax.scale(multiple), lambda params: {k: k in HEADS for k in params}))
+
+
+def balanced_class_weights(labels: Int[np.ndarray, " n"], num_classes: int) -> Float[np.ndarray, " num_classes"]:
+    """Return weights for ``create_train_state`` that make all classes count alike, however few images they have.
+
+    A class with ``n_c`` of the ``n`` images gets ``n / (num_classes * n_c)``, as in scikit-learn's
+    ``compute_class_weight("balanced")``; a class without images is taken to have one.
+
+    Args:
+        labels: the label of each training image.
+        num_classes: number of classes.
+    """
+    counts = np.bincount(labels, minlength=num_classes)
+    return len(labels) / (num_classes * np.maximum(counts, 1))
 
 
 def reestimate_batch_norm(

@@ -108,7 +108,7 @@ def _begin(
         "data": [train_data.fingerprint, held_out.fingerprint],
         "weights": start.digest if start else None,
     }
-    shapes, make_state = initial_state(devices, recipe, train_data.class_names, steps_per_epoch, start)
+    shapes, make_state = initial_state(devices, recipe, train_data, steps_per_epoch, start)
     tally, state = resume(workdir, shapes, identity, override, _say_here) or (Tally(), make_state())
     batches = stack.enter_context(closing(train_batches(train_data, recipe, tally.step, **devices.share)))
     log = None

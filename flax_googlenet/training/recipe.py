@@ -49,6 +49,8 @@ class Recipe:
     """Epochs in which the learning rate rises, from 1/n of it in the first of n steps; at most half of all epochs."""
     label_smoothing: float = 0.1
     """The share of a label that is spread evenly over all classes."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """Weights of the classes in the loss: balanced makes all classes count alike, however few images they have."""
     aux_weight: float = 0.3
     """The weight of the loss of each auxiliary head; 0.3 is the paper's."""
     dropout: float = 0.2

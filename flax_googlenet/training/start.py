@@ -13,8 +13,9 @@ from flax_googlenet.files import Weights
 from flax_googlenet.model import MIN_SIZE, GoogLeNet, Variables
 from flax_googlenet.status import CommandError, Status
 from flax_googlenet.training import checkpoints
+from flax_googlenet.training.datasets import Dataset
 from flax_googlenet.training.devices import Devices
-from flax_googlenet.training.finetune import new_head
+from flax_googlenet.training.finetune import balanced_class_weights, new_head
 from flax_googlenet.training.recipe import Recipe, RecipeError, make_optimizer
 from flax_googlenet.training.step import TrainState, create_train_state
 from flax_googlenet.training.tally import Tally
@@ -31,14 +32,14 @@ _CHANGE_NO_BIT = {
 
 
 def initial_state(
-    devices: Devices, recipe: Recipe, class_names: tuple[str, ...], steps_per_epoch: int, weights: Weights | None
+    devices: Devices, recipe: Recipe, train_data: Dataset, steps_per_epoch: int, weights: Weights | None
 ) -> tuple[TrainState, Callable[[], TrainState]]:
     """The state before the first step: its shapes, and how to compute it, the same in every process.
 
     Args:
         devices: that every array of the state is to be on.
         recipe: the recipe.
-        class_names: of the data.
+        train_data: the images to train on, for their classes.
         steps_per_epoch: batches in an epoch.
         weights: to start from; None for new ones. Their last layers stay if they are of the same classes: by name, or
             by number where the file has no names.
@@ -48,6 +49,11 @@ def initial_state(
     """
     if weights and (unknown := set(recipe.frozen) - weights.variables["params"].keys()):
         raise CommandError(Status.NOT_DONE, f"frozen: the weights have no {', '.join(sorted(unknown))}")
+
+    class_names = train_data.class_names
+    class_weights = None
+    if recipe.class_weights == "balanced":
+        class_weights = balanced_class_weights(train_data.labels, len(class_names))
 
     @devices.jit
     def make(variables: Variables | None) -> TrainState:
@@ -69,6 +75,7 @@ def initial_state(
             variables,
             make_optimizer(recipe, steps_per_epoch),
             label_smoothing=recipe.label_smoothing,
+            class_weights=class_weights,
             aux_weight=recipe.aux_weight,
             average_decay=recipe.average_decay,
         )
