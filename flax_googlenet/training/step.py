@@ -226,7 +226,7 @@ def _loss(state: TrainState, output: GoogLeNetOutput, labels: jax.Array) -> jax.
 
 
 def _one_hot(labels: jax.Array, logits: jax.Array) -> jax.Array:
-    """Return the labels one-hot, as the logits are in shape and in dtype; a label that is no class gives a row of NaN."""
+    """Return the labels one-hot, in the shape and dtype of the logits; a label that is no class gives a row of NaN."""
     num_classes = logits.shape[-1]
     labels = labels.astype(jnp.int32)  # 8 bits would not hold the number of classes
     is_class = (labels >= 0) & (labels < num_classes)
