@@ -18,6 +18,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from flax_googlenet.images import display_name
+from flax_googlenet.status import draws_progress, printable
+
 IMAGENET_NAME = Path(reference.IMAGENET.url).name
 IMAGENET_HASH: str = download.hash_in_name(IMAGENET_NAME)  # type: ignore[assignment]  # torchvision's names have one
 
@@ -65,12 +68,12 @@ def read(args: argparse.Namespace, progress: Console) -> Source:
         # Its format has no checksum, so a damaged weight would go unnoticed; its name has one.
         message = f"{path} is damaged: its sha256 is {checkpoint.sha256}, and it should start with {IMAGENET_HASH}"
         raise PortFailureError(Status.REFUSED, f"{message}: delete it and download it again")
-    name = url_without_secrets(args.checkpoint) if "://" in args.checkpoint else args.checkpoint
+    name = url_without_secrets(args.checkpoint) if "://" in args.checkpoint else display_name(args.checkpoint)
     source = Source(name, checkpoint.sha256, checkpoint.state_dict)
     if source.class_names and args.checkpoint != "imagenet" and args.transform_input is None:
         progress.print("[yellow]note:[/] these are torchvision's ImageNet weights: they want --transform-input")
     if checkpoint.note:
-        progress.print(f"[yellow]note:[/] {escape(checkpoint.note)}")
+        progress.print(f"[yellow]note:[/] {escape(printable(checkpoint.note))}")
     return source
 
 
@@ -89,7 +92,7 @@ def _download(url: str, scratch: Path, progress: Console) -> Path:
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with Progress(*columns, console=progress, transient=True, disable=not progress.is_terminal) as bar:
+        with Progress(*columns, console=progress, transient=True, disable=not draws_progress(progress)) as bar:
             task = bar.add_task(f"downloading {name}", total=None)
             download.fetch(
                 url,

@@ -6,6 +6,7 @@ import io
 import math
 import os
 import platform
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,9 @@ from rich.table import Table
 import flax_googlenet
 from flax_googlenet import GoogLeNet
 from flax_googlenet.checkpoint import write_atomically
+from flax_googlenet.images import display_name
 from flax_googlenet.model import Variables
+from flax_googlenet.status import draws_progress, printable
 
 jax.config.update("jax_enable_x64", True)  # the proof is in float64
 
@@ -73,7 +76,7 @@ def port_back(args: argparse.Namespace, screen: Console, progress: Console) -> t
     except flax_googlenet.PortingError as error:
         raise PortFailureError(Status.REFUSED, f"{path}: {_one_line(error)}") from error
     proof = _prove(state_dict, model, variables, progress)
-    facts = _facts(str(path), sha256(path), model, proof)
+    facts = _facts(display_name(str(path)), sha256(path), model, proof)
     if proof.ok:
         buffer = io.BytesIO()
         torch.save({key: _tensor(array) for key, array in state_dict.items()}, buffer)
@@ -96,7 +99,7 @@ def diagnose_port(args: argparse.Namespace, screen: Console, progress: Console) 
     source = read(args, progress)
     fresh_model, fresh_variables = _convert(source, _transform_input(args))
     if port_at_output:
-        subject = str(output)
+        subject = display_name(str(output))
         model, variables, _ = port_at_output
         if (model.num_classes, model.aux_logits, model.batch_norm) != (
             fresh_model.num_classes,
@@ -109,7 +112,7 @@ def diagnose_port(args: argparse.Namespace, screen: Console, progress: Console) 
         subject, model, variables = f"a fresh port of {source.name}", fresh_model, fresh_variables
     # Unless it was said, only the ImageNet checkpoint tells what its input should be.
     is_known = args.transform_input is not None or args.checkpoint == "imagenet"
-    with progress.status("comparing the stages"):
+    with progress.status("comparing the stages") if draws_progress(progress) else nullcontext():
         found = diagnose(
             source.state_dict,
             model,
@@ -118,14 +121,15 @@ def diagnose_port(args: argparse.Namespace, screen: Console, progress: Console) 
         )
     if found is None:
         screen.print(
-            f"[bold green]No difference:[/] {escape(subject)} agrees with {escape(source.name)} in every stage."
+            f"[bold green]No difference:[/] {escape(printable(subject))} agrees with {escape(printable(source.name))} "
+            "in every stage."
         )
         return Status.PROVEN, {"port": subject, "diagnosis": None}
     if math.isfinite(found.error):
         size = f"the largest error is {found.error:.1e} of the largest value"
     else:
         size = "its shape differs" if math.isinf(found.error) else "it has values that are not finite"
-    screen.print(f"[bold red]Diverges at {found.stage}:[/] {escape(subject)}, {size}.", soft_wrap=True)
+    screen.print(f"[bold red]Diverges at {found.stage}:[/] {escape(printable(subject))}, {size}.", soft_wrap=True)
     screen.print(f"[bold]Likely cause: {found.cause}.[/] {escape(found.explanation)}.", soft_wrap=True)
     diagnosis = {**vars(found), "error": found.error if math.isfinite(found.error) else None}
     return Status.NOT_PROVEN, {"port": subject, "diagnosis": diagnosis}
@@ -157,7 +161,7 @@ def _load(path: Path) -> tuple[GoogLeNet, Variables, dict[str, Any]]:
 
 def _prove(state_dict: dict[str, np.ndarray], model: GoogLeNet, variables: Variables, progress: Console) -> Proof:
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed} of {task.total} runs"))
-    with Progress(*columns, console=progress, transient=True, disable=not progress.is_terminal) as bar:
+    with Progress(*columns, console=progress, transient=True, disable=not draws_progress(progress)) as bar:
         task = bar.add_task("proving the port", visible=False)  # until the first run, when their number is known
 
         def show(done: int, total: int) -> None:
@@ -191,20 +195,21 @@ def _conclude(
 ) -> tuple[Status, dict[str, Any]]:
     """Says what came out, on the screen and in the report; returns and raises as ``port``."""
     screen.print(_table(proof))
-    facts = facts | ({"output": str(output), "output_sha256": sha256(output)} if proof.ok else {"output": None})
+    written = {"output": display_name(str(output)), "output_sha256": sha256(output)} if proof.ok else {"output": None}
+    facts = facts | written
     if report:
         hidden = ("parity", "versions", "source_sha256" if facts["source_sha256"] is None else "")
         shown = {name: str(value) for name, value in facts.items() if name not in hidden} | facts["versions"]
         with writing(report, facts):
             write_atomically(report, render(proof, shown, class_names).encode())
-        screen.print(f"Report: {escape(str(report))}", soft_wrap=True)
+        screen.print(f"Report: {escape(printable(str(report)))}", soft_wrap=True)
     if not proof.ok:
         first = next(stage.name for stage in proof.stages if not stage.ok)
         message = f"{facts['source']}: not proven: {first} is off, and nothing was written; --diagnose tells more"
         raise PortFailureError(Status.NOT_PROVEN, message, facts)
     size = output.stat().st_size / 1e6
     screen.print(f"[bold green]Proven:[/] all {len(proof.stages)} stages agree.", soft_wrap=True)
-    screen.print(f"Wrote {escape(str(output))} ({size:.1f} MB). Next:", soft_wrap=True)
+    screen.print(f"Wrote {escape(printable(str(output)))} ({size:.1f} MB). Next:", soft_wrap=True)
     screen.print(f"    {escape(next_step)}", soft_wrap=True)
     return Status.PROVEN, facts
 

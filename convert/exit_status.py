@@ -5,6 +5,8 @@ from enum import IntEnum
 from types import MappingProxyType
 from typing import Any
 
+from flax_googlenet.status import printable
+
 
 class Status(IntEnum):
     """Documented in ``port_weights.py --help``."""
@@ -26,7 +28,6 @@ class PortFailureError(Exception):
     """
 
     def __init__(self, status: Status, message: str, facts: Mapping[str, Any] = MappingProxyType({})) -> None:
-        # A message may quote a file or a server: no line breaks and no escape sequences on the terminal.
-        super().__init__("".join(c if c.isprintable() else "?" for c in message))
+        super().__init__(printable(message))  # it may quote a file or a server
         self.status = status
         self.facts = facts

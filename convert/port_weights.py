@@ -3,10 +3,13 @@
 import argparse
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 from exit_status import PortFailureError, Status
 from interrupt import ends_the_process
+
+from flax_googlenet.status import describe_crash, draws_progress, escape_what_cannot_be_encoded
 
 DESCRIPTION = """\
 Turn a torchvision GoogLeNet checkpoint into Flax variables, and prove it: torchvision's network and ours run on the
@@ -85,11 +88,10 @@ def main(argv: list[str] | None = None) -> int:
         from rich.console import Console  # here, where Ctrl-C is already seen to
         from rich.markup import escape
 
-        from flax_googlenet.status import describe_crash
-
+        escape_what_cannot_be_encoded()
         progress = Console(stderr=True, soft_wrap=True, highlight=False)
         try:
-            with progress.status("starting PyTorch and JAX"):
+            with progress.status("starting PyTorch and JAX") if draws_progress(progress) else nullcontext():
                 _require_backend()
                 import command  # here, so that --help and a wrong option need not wait for them
 

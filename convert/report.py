@@ -13,6 +13,8 @@ from matplotlib.figure import Figure  # not pyplot, which would choose a backend
 from PIL import Image
 from proof import FLOAT32_LIMIT, FLOAT64_LIMIT, Proof, Stage, top5
 
+from flax_googlenet.status import printable
+
 # Colours of the plot that are others in the dark.
 PAGE_COLORS = {"#000000": "currentColor", "#c5221f": "var(--red)", "#0072b2": "var(--blue)"}
 BLACK, RED, BLUE = PAGE_COLORS
@@ -81,8 +83,8 @@ def render(proof: Proof, facts: Mapping[str, str], class_names: Sequence[str] | 
         class_names: of the logits; "class 17" stands where there is none.
     """
     off = [stage.name for stage in proof.stages if not stage.ok]
-    verdict = f"Not proven: first stage that is off is {escape(off[0])}" if off else "Proven: every stage agrees"
-    page = f"""{PAGE}<p class="verdict {"off" if off else "ok"}">{verdict}</p>
+    verdict = f"Not proven: first stage that is off is {_html(off[0])}" if off else "Proven: every stage agrees"
+    return f"""{PAGE}<p class="verdict {"off" if off else "ok"}">{verdict}</p>
 <p>Both networks ran on the same photographs and random images:
 {len(proof.stages) - len(off)} of {len(proof.stages)} stages agree.</p>
 <h2>Errors by stage</h2>
@@ -93,10 +95,13 @@ def render(proof: Proof, facts: Mapping[str, str], class_names: Sequence[str] | 
 <h2>What both see</h2>
 <div class="photographs">{"".join(_photographs(proof, class_names))}</div>
 <h2>Facts</h2>
-<table class="facts">{"".join(f"<tr><th>{escape(key)}<td>{escape(fact)}" for key, fact in facts.items())}</table>
+<table class="facts">{"".join(f"<tr><th>{_html(key)}<td>{_html(fact)}" for key, fact in facts.items())}</table>
 """
-    # A file name or a JSON string may hold half a surrogate pair, which no file can be written with.
-    return page.encode("utf-8", "replace").decode()
+
+
+def _html(text: str) -> str:
+    """Escapes text of a file: neither its tags nor characters that turn text around become part of the page."""
+    return escape(printable(text))
 
 
 def _plot(stages: Sequence[Stage]) -> str:
@@ -139,7 +144,7 @@ def _stage_row(stage: Stage) -> str:
         (f"{ratio:.2f}" if ratio < 1000 else f"{ratio:.0e}") if math.isfinite(ratio) else "&ndash;",
     )
     verdict = "ok" if stage.ok else "off"
-    return f'<tr><th>{escape(stage.name)}<td>{"<td>".join(cells)}<td class="{verdict}">{verdict}'
+    return f'<tr><th>{_html(stage.name)}<td>{"<td>".join(cells)}<td class="{verdict}">{verdict}'
 
 
 def _error(error: float) -> str:
@@ -164,7 +169,7 @@ def _top5(logits: np.ndarray, class_names: Sequence[str] | None) -> str:
     with np.errstate(invalid="ignore"):  # infinite logits make every probability NaN, and the page says so
         likeliest = top5(logits)
     for i, probability in likeliest:
-        name = escape(class_names[i]) if class_names and i < len(class_names) else f"class {i}"
+        name = _html(class_names[i]) if class_names and i < len(class_names) else f"class {i}"
         percent = "NaN" if math.isnan(probability) else f"{probability:.1%}"  # as a share, NaN draws no bar
         items.append(f'<li><span>{name}</span><b>{percent}</b><i style="--share: {percent}"></i>')
     return "".join(items)

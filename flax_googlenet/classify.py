@@ -25,7 +25,7 @@ from flax_googlenet.images import describe_unreadable, display_name, find_images
 from flax_googlenet.inference import Predictor, make_predictor
 from flax_googlenet.preprocessing import preprocess
 from flax_googlenet.results import SUFFIXES, Row, open_results
-from flax_googlenet.status import CommandError, Status, printable
+from flax_googlenet.status import CommandError, Status, draws_progress, printable
 
 DEFAULT_WEIGHTS = (Path("googlenet-imagenet.safetensors"), Path("googlenet-random.safetensors"))
 """The outputs of ``convert/port_weights.py``, looked for in the working folder."""
@@ -79,7 +79,7 @@ def classify(
 
         start = time.perf_counter()
         # On the terminal that shows the answers, progress would be noise.
-        hidden = not notes.is_terminal or (screen.is_terminal and output is None)
+        hidden = not draws_progress(notes) or (screen.file.isatty() and output is None)
         with _progress(notes, hidden) as progress:
             task = progress.add_task("", total=None, rate=0.0)
             new = filter(is_new, itertools.chain([first], paths))

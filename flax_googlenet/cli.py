@@ -18,7 +18,13 @@ import tyro
 from tyro.conf import arg
 
 import flax_googlenet
-from flax_googlenet.status import CommandError, Status, describe_crash, printable
+from flax_googlenet.status import (
+    CommandError,
+    Status,
+    describe_crash,
+    escape_what_cannot_be_encoded,
+    printable,
+)
 
 File = Annotated[Path, arg(metavar="FILE")]
 OptionalFile = Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")]
@@ -241,6 +247,7 @@ def _in_one_line(command: Callable[..., int]) -> Callable[..., int]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status; ``argv`` defaults to the process's own."""
+    escape_what_cannot_be_encoded()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of JAX's cache, of Pillow's readers: what is wrong is said in our words

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from flax_googlenet.checkpoint import CheckpointError, load_whole
 from flax_googlenet.model import MIN_SIZE, Dtype, GoogLeNet
 from flax_googlenet.preprocessing import CROP
-from flax_googlenet.status import CommandError, Status
+from flax_googlenet.status import CommandError, Status, well_formed
 
 
 class Weights(NamedTuple):
@@ -22,7 +22,9 @@ class Weights(NamedTuple):
     def class_names(self) -> list[str] | None:
         """A name for each class, if the metadata has them; whatever else it has in their place is no names."""
         names = self.metadata.get("class_names")
-        return names if isinstance(names, list) and list(map(type, names)) == [str] * self.model.num_classes else None
+        if not isinstance(names, list) or list(map(type, names)) != [str] * self.model.num_classes:
+            return None
+        return list(map(well_formed, names))
 
     @property
     def image_size(self) -> int:

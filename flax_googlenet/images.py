@@ -147,5 +147,10 @@ def read_ahead(
 
 
 def display_name(path: str) -> str:
-    r"""The path as text: bytes that are no UTF-8 are written as \xff."""
-    return os.fsencode(path).decode(errors="backslashreplace")
+    r"""Returns a path as text, another one for every path.
+
+    Bytes that are not UTF-8 are written as ``\xff``. So that no other name is written alike, a backslash in front of
+    what looks like such an escape, or like one of ``printable``, is written as ``\x5c``.
+    """
+    name = re.sub(rb"\\(?=x[0-9a-f]{2}|u[0-9a-f]{4})", rb"\\x5c", os.fsencode(path))
+    return name.decode(errors="backslashreplace")

@@ -5,6 +5,9 @@ class first. ``.jsonl`` and ``.parquet`` have it as it is; ``.csv`` has the colu
 index2, ..., weights. ``weights`` are the first digits of the sha256 of their file: rows of different weights, or of
 different numbers of predictions, are never mixed.
 
+Text in a ``.csv`` is what spreadsheets take as text: control characters are escaped, and an apostrophe stands in front
+of what would be a formula (https://owasp.org/www-community/attacks/CSV_Injection).
+
 Rows are appended and synced batch by batch. A kill can cut off the last row: the next run removes what is left of it.
 Parquet cannot grow, so its rows wait as JSON lines in ``FILE.parquet.part`` for the end of the run.
 """
@@ -14,17 +17,22 @@ import fcntl
 import io
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from flax_googlenet.checkpoint import write_atomically
-from flax_googlenet.status import CommandError, Status
+from flax_googlenet.status import CommandError, Status, printable
 
 SUFFIXES = (".csv", ".jsonl", ".parquet")
 
 Row = dict[str, Any]
+
+_FORMULA = re.compile("'*[=+@\uff1d\uff0b\uff0d\uff20-]")
+"""How a cell begins that a spreadsheet calculates, wide characters of Chinese and Japanese included. Apostrophes may
+stand in front, so that one that ``_cell`` has added can be told from one that is part of a name."""
 
 
 class _OtherRowsError(Exception):
@@ -39,9 +47,10 @@ class Results:
         self._file, self._is_csv, self._weights, self._top = file, is_csv, weights, top
 
     def claim(self, image: str) -> bool:
-        """Whether an image is still to be done: it has no row, and was not asked for before."""
-        is_new = image not in self._done
-        self._done.add(image)
+        """Returns whether an image is still to be done: it has no row, and was not asked for before."""
+        name = printable(image)  # as a .csv has it
+        is_new = name not in self._done
+        self._done.add(name)
         return is_new
 
     def append(self, rows: list[Row]) -> None:
@@ -64,7 +73,7 @@ class Results:
                 raise _OtherRowsError("it was made with other weights")
             if len(row["predictions"]) != self._top:
                 raise _OtherRowsError(f"it was made with --top {len(row['predictions'])}")
-            self._done.add(row["image"])
+            self._done.add(printable(row["image"]))
 
     def recover(self) -> None:
         """Admits the rows of the file, and removes what a kill has left behind the last whole one."""
@@ -152,11 +161,22 @@ def _columns(top: int) -> list[str]:
 
 
 def _flat(row: Row) -> list[Any]:
-    return [
-        row["image"],
-        *(value for prediction in row["predictions"] for value in prediction.values()),
-        row["weights"],
-    ]
+    ranked = (
+        value
+        for prediction in row["predictions"]
+        for value in (prediction["index"], _cell(prediction["label"] or ""), prediction["probability"])
+    )
+    return [_cell(row["image"]), *ranked, row["weights"]]
+
+
+def _cell(text: str) -> str:
+    """Returns text that a spreadsheet shows, whatever it begins with; ``_text`` goes back."""
+    text = printable(text)
+    return f"'{text}" if _FORMULA.match(text) else text
+
+
+def _text(cell: str) -> str:
+    return cell[1:] if cell.startswith("'") and _FORMULA.match(cell) else cell
 
 
 def _csv_rows(file: BinaryIO, top: int) -> Iterator[tuple[Row | None, int]]:
@@ -180,7 +200,7 @@ def _csv_rows(file: BinaryIO, top: int) -> Iterator[tuple[Row | None, int]]:
         yield None, end
         for fields in reader:
             if len(fields) == len(columns):
-                yield {"image": fields[0], "predictions": fields[1:-1:3], "weights": fields[-1]}, end
+                yield {"image": _text(fields[0]), "predictions": fields[1:-1:3], "weights": fields[-1]}, end
             elif next(reader, None) is not None:  # only the last row can be cut off
                 raise ValueError(f"line {reader.line_num} has other columns")
 

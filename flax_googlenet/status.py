@@ -1,8 +1,14 @@
-"""How a command ends: the exit status, and one message for the person."""
+"""How a command ends, with an exit status and one message for the person, and what it may print."""
 
+import io
 import os
+import re
 import sys
 from enum import IntEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console  # takes time to import
 
 
 class Status(IntEnum):
@@ -27,9 +33,51 @@ class CommandError(Exception):
         self.status = status
 
 
+_SURROGATES = r"\ud800-\udfff"
+"""Halves of pairs. Python reads a byte of a file name that is not UTF-8 as one, U+DC00 plus the byte (PEP 383)."""
+
+_STEERING = rf"\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069{_SURROGATES}"
+"""Control characters, line separators, and the characters of Unicode's property Bidi_Control, which turn text around.
+
+``str.isprintable`` refuses more: all spaces but one, the joiners in Persian words and in emoji, and every character
+that is newer than this Python.
+"""
+
+
 def printable(text: str) -> str:
-    """The text, which may quote a file, on one line and without escape sequences for the terminal."""
-    return "".join(c if c.isprintable() else "?" for c in text)
+    r"""Returns the text on one line, and without anything that steers a terminal, a page or a spreadsheet.
+
+    Such characters are written as ``\x1b`` or ``\u202e``, and a byte of a file name that is not UTF-8 as ``\xe9``.
+    """
+    return re.sub(f"[{_STEERING}]", _escape, text)
+
+
+def well_formed(text: str) -> str:
+    """Returns the text as Unicode that every file can hold: halves of pairs are written as in ``printable``."""
+    return re.sub(f"[{_SURROGATES}]", _escape, text)
+
+
+def _escape(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    is_byte = code < 0x80 or 0xDC80 <= code <= 0xDCFF
+    return f"\\x{code & 0xFF:02x}" if is_byte else f"\\u{code:04x}"
+
+
+def escape_what_cannot_be_encoded() -> None:
+    """Lets standard output escape the characters that its encoding lacks, as standard error does by itself."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a notebook's takes every character
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def draws_progress(console: "Console") -> bool:
+    """Returns whether a bar or a spinner, whose frames overwrite each other, can be drawn on a console.
+
+    A pipe cannot show one, although rich takes it for a terminal where FORCE_COLOR or TTY_COMPATIBLE is set. A cell of
+    a notebook gives ``!`` commands a terminal of their own and shows every frame; there Jupyter has set
+    JPY_PARENT_PID. And the spinner needs Unicode.
+    """
+    is_notebook = "JPY_PARENT_PID" in os.environ
+    return console.file.isatty() and console.is_interactive and console.encoding.startswith("utf") and not is_notebook
 
 
 def describe_crash(error: Exception, folder: str | os.PathLike[str] | None = None) -> str:

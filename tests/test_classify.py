@@ -1,6 +1,7 @@
 """``flax-googlenet classify`` as a person runs it: real images, files, processes, signals, pipes and terminals."""
 
 import csv
+import io
 import json
 import os
 import pty
@@ -15,10 +16,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import jax
 import numpy as np
 import pytest
 import reference
+from hypothesis import strategies
 from PIL import Image
 from pyarrow import parquet
 
@@ -27,7 +30,7 @@ from flax_googlenet.cli import main
 from flax_googlenet.images import display_name, find_images, read_ahead
 from flax_googlenet.model import GoogLeNet
 from flax_googlenet.results import Row, open_results
-from flax_googlenet.status import CommandError
+from flax_googlenet.status import CommandError, printable
 
 COMMAND = Path(sys.executable).with_name("flax-googlenet")
 NAMES = [f"thing {i}, or so" for i in range(10)]
@@ -158,6 +161,24 @@ def test_a_person_gets_a_block_with_bars_for_each_image(here: Path, capsys: pyte
     assert err.endswith(" images/s\n")
 
 
+@pytest.mark.parametrize(("encoding", "output"), [("ascii", "answers.csv"), ("latin-1", "answers.parquet")])
+def test_names_that_standard_output_or_utf8_does_not_have_are_escaped(
+    here: Path, model: GoogLeNet, variables: Any, encoding: str, output: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    screen = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(screen, encoding=encoding, write_through=True))
+    flax_googlenet.save("foreign.safetensors", model, variables, {"class_names": ["花", "caf\udce9", *NAMES[2:]]})
+    Path("été.jpg").symlink_to("photos/01.jpg")
+    assert classify("été.jpg", "--weights", "foreign.safetensors", "--top", "10") == 0
+    lines = screen.getvalue().splitlines()
+    assert lines[0].strip() == "été.jpg".encode(encoding, "backslashreplace")
+    assert [b"---" in line for line in lines].count(True) > 1  # bars in ASCII
+    for label in (rb"\u82b1", rb"caf\xe9"):
+        assert any(label in line for line in lines)
+    assert classify("été.jpg", "--weights", "foreign.safetensors", "--top", "10", "--output", output) == 0
+    assert images_of(output) == ["été.jpg"]
+
+
 def test_random_weights_are_called_random(
     here: Path, model: GoogLeNet, variables: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -273,7 +294,7 @@ def test_an_image_that_cannot_be_read_is_named_and_the_others_are_done(
     assert sorted(errors) == [
         "error: 2 pictures are in formats that cannot be read here (camera/*.CR2): convert to JPEG or PNG first",
         "error: bad.jpg is not an image that Pillow can read: convert it to PNG or JPEG",
-        "error: evil?[31m?name.jpg is empty: get a new copy",
+        r"error: evil\x1b[31m\x0aname.jpg is empty: get a new copy",
         "error: missing.jpg: no such file",
     ]
     assert "3 images in" in err
@@ -282,6 +303,27 @@ def test_an_image_that_cannot_be_read_is_named_and_the_others_are_done(
 
 def test_a_name_that_is_no_utf8_is_written_as_text() -> None:
     assert display_name(os.fsdecode(b"caf\xe9/\xc3\xa9.jpg")) == r"caf\xe9/é.jpg"
+
+
+@hypothesis.given(
+    strategies.lists(
+        strategies.text(strategies.sampled_from("\\x5cue9é\u202e\x1b\udce9"), max_size=9),
+        min_size=2,
+        max_size=2,
+        unique=True,
+    )
+)
+def test_no_two_names_are_written_alike(names: list[str]) -> None:
+    assert len(set(map(display_name, names))) == 2
+    assert len({printable(display_name(name)) for name in names}) == 2
+
+
+def test_what_steers_a_terminal_is_escaped_and_every_other_character_stays() -> None:
+    assert printable("a\r\n\t\x1b\x85\u2028\udce9") == r"a\x0d\x0a\x09\x1b\u0085\u2028\xe9"
+    assert printable("\u202egpj\u2069") == r"\u202egpj\u2069"
+    # Persian and an emoji with joiners, spaces of several kinds, a character of nobody's and one of private use.
+    text = "می\u200cرود 👩\u200d🔬 花\u3000子 10\xa0% \u0378 \ue000"
+    assert printable(text) == text
 
 
 @pytest.mark.parametrize(
@@ -394,6 +436,54 @@ def test_rows_of_other_weights_another_number_or_something_else_are_not_mixed(tm
             pass
         assert path.read_bytes() == other
     assert list(tmp_path.iterdir()) == [path]
+
+
+UNUSUAL = [
+    b"caf\xe9.jpg",
+    rb"caf\xe9.jpg",
+    "é.jpg".encode(),
+    "e\u0301.jpg".encode(),
+    b"a\rb.jpg",
+    b"a\tb.jpg",
+    b"\r.jpg",
+]
+UNUSUAL += [
+    b"=1+1.jpg",
+    b"'=1+1.jpg",
+    b"'quoted'.jpg",
+    b"-1.jpg",
+    b"+1.jpg",
+    b"@A1.jpg",
+    "\uff1d1.jpg".encode(),
+    b"a\x1b[31m.jpg",
+]
+UNUSUAL += ["gpj.\u202e.jpg".encode(), rb"\\\x5c.jpg", b'",\n"\n.jpg', rb"gpj.\u202e.jpg"]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_each_name_has_a_row_of_its_own_that_a_rerun_finds(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"answers{suffix}"
+    images = [display_name(os.fsdecode(name)) for name in UNUSUAL]
+    for _ in range(2):
+        with open_results(path, "w", 1) as results:
+            results.append([row(image) for image in images if results.claim(image)])
+    assert len(set(images_of(str(path)))) == len(images_of(str(path))) == len(UNUSUAL)
+    if suffix == ".csv":
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.reader(file))
+        assert {len(fields) for fields in rows} == {5}
+        assert all(cell.isprintable() and cell[:1] not in [*"=+-@\uff1d"] for fields in rows for cell in fields)
+    else:
+        assert images_of(str(path)) == images
+
+
+def test_a_csv_of_before_names_were_escaped_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "answers.csv"
+    rows = 'photos/1.jpg,1,cat,0.5,w\n=1+1.jpg,1,=cat,0.5,w\n"a\nb.jpg",1,cat,0.5,w\né.jpg,1,cat,0.5,w\n'
+    path.write_text(f"image,index1,label1,probability1,weights\n{rows}")
+    with open_results(path, "w", 1) as results:
+        assert [results.claim(image) for image in ("photos/1.jpg", "=1+1.jpg", "a\nb.jpg", "é.jpg")] == [False] * 4
+        assert results.claim("e\u0301.jpg")
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl"])

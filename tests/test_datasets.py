@@ -115,6 +115,16 @@ def test_only_images_that_are_not_hidden_count(folder: Path) -> None:
     assert len(train) + len(held) == 40
 
 
+def test_a_class_folder_that_is_not_utf8_has_a_name_that_every_file_can_hold(tmp_path: Path) -> None:
+    for name in (b"caf\xe9", rb"caf\xe9", b"tea"):
+        write_image(tmp_path / os.fsdecode(name) / "1.png")
+        write_image(tmp_path / os.fsdecode(name) / "2.png")
+    train, held_out = open_data(str(tmp_path), held_out=0.5, seed=0)
+    assert train.class_names == held_out.class_names == (r"caf\x5cxe9", r"caf\xe9", "tea")
+    assert train.fingerprint != held_out.fingerprint
+    assert all(dataset.read(0).size == (4, 3) for dataset in (train, held_out))
+
+
 @pytest.mark.parametrize(
     "names", [("bus", "train"), ("bullet train", "tram"), ("seg_pred", "seg_train"), ("teste", "trainer", "valley")]
 )

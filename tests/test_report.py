@@ -227,4 +227,10 @@ def test_the_same_proof_gives_the_same_page() -> None:
 
 
 def test_a_file_name_that_is_not_unicode_can_be_written() -> None:
-    assert b"caf?.pth" in render(PROVEN, {"source": "caf\udce9.pth"}, None).encode()
+    assert rb"caf\xe9.pth" in render(PROVEN, {"source": "caf\udce9.pth"}, None).encode()
+
+
+def test_characters_that_turn_text_around_are_escaped() -> None:
+    page = render(PROVEN, {"\u2066<source>": "gpj\u202e.pth\x1b"}, ["\u200fcat"] * 1000)
+    assert r"<tr><th>\u2066&lt;source&gt;<td>gpj\u202e.pth\x1b" in page
+    assert r"<span>\u200fcat</span>" in page

@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Bool, Int32, UInt8
 from PIL import Image
 
-from flax_googlenet.images import describe_unreadable, find_images, is_hidden, is_picture
+from flax_googlenet.images import describe_unreadable, display_name, find_images, is_hidden, is_picture
 from flax_googlenet.preprocessing import rgb
 
 EXPECTED = (
@@ -81,8 +81,8 @@ class Dataset:
         They stay where a folder is moved or copied. The files are not read: one changed in place goes unnoticed.
         """
         digest = hashlib.sha256()
-        for text in (*self.class_names, *self.names):
-            digest.update(os.fsencode(text) + b"\0")
+        for text in (*map(str.encode, self.class_names), *map(os.fsencode, self.names)):
+            digest.update(text + b"\0")
         digest.update(self.labels.astype("<i4").tobytes())
         if self.pixels is not None:
             digest.update(self.pixels.tobytes())
@@ -367,7 +367,7 @@ def _class_folders(folder: str) -> Dataset:
         many = "1 image lies" if outside == 1 else f"{outside} images lie"
         notes.append(f"warning: {many} in {folder} outside of its class folders, not used")
     return Dataset(
-        class_names=tuple(class_names),
+        class_names=tuple(map(display_name, class_names)),
         labels=np.repeat(np.arange(len(paths), dtype=np.int32), [len(of_one) for of_one in paths]),
         names=tuple(os.path.relpath(path, folder) for of_one in paths for path in of_one),
         folder=folder,

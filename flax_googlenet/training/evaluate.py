@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from flax_googlenet.files import load_weights, require_folder_of
 from flax_googlenet.images import display_name
-from flax_googlenet.status import CommandError, Status, printable
+from flax_googlenet.status import CommandError, Status, draws_progress, printable
 from flax_googlenet.training.confusion import Score, draw_confusion
 from flax_googlenet.training.datasets import DataError, Dataset, Training, find_data
 from flax_googlenet.training.ensemble import answers, image_size, make_networks, recipe_of
@@ -116,7 +116,7 @@ def _progress(console: Console) -> Progress:
         *columns,
         console=console,
         transient=True,
-        disable=not console.is_terminal,
+        disable=not draws_progress(console),
         redirect_stdout=False,
         redirect_stderr=False,
     )

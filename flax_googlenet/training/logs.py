@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from flax_googlenet.checkpoint import write_atomically
-from flax_googlenet.status import printable
+from flax_googlenet.status import draws_progress, printable
 
 METRICS = "metrics.jsonl"
 CURVES = "curves.png"
@@ -68,7 +68,7 @@ class RunLog:
             TextColumn("{task.description}"),
             TimeRemainingColumn(),
             console=self._console,
-            disable=not self._console.is_terminal,
+            disable=not draws_progress(self._console),
             redirect_stdout=False,
         )
         self._task = self._progress.add_task("", total=total_steps, completed=start_step)
@@ -100,7 +100,7 @@ class RunLog:
         text = _text(metrics)
         self._progress.update(self._task, completed=step, description=text)
         total = self._progress.tasks[0].total
-        if not self._console.is_terminal and (time.monotonic() >= self._next_line or step == total):
+        if self._progress.disable and (time.monotonic() >= self._next_line or step == total):
             self._next_line = time.monotonic() + _SECONDS_BETWEEN_LINES
             task = self._progress.tasks[0]  # its time left is None before the second step, and 0 after the last
             left = f", {TimeRemainingColumn().render(task)} left" if task.time_remaining else ""
