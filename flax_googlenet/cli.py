@@ -192,8 +192,9 @@ def train(
       143  SIGTERM: the same
 
     Args:
-        data: A folder of train/ and val/, each of them with a folder for each class; or one of class folders, of which
-            a part is held out; or one of IDX files; or digits for those of scikit-learn.
+        data: A folder of train/ and val/ (or Training/ and Testing/, or the like), each of them with a folder for each
+            class; or one of class folders, of which a part is held out; or one of IDX files; or digits for those of
+            scikit-learn.
         workdir: The folder of the run.
         preset: The recipe to start from. By default digits for these, finetune with --weights, and else imagenet.
         weights: Start from these, as written by port_weights.py or flax_googlenet.save, with a new head where the

@@ -89,7 +89,7 @@ def train(data: Path, variables: dict[str, Any], tmp_path_factory: pytest.TempPa
         kind: {name: block for name, block in blocks.items() if not name.startswith("aux")}
         for kind, blocks in variables.items()
     }
-    flax_googlenet.save(weights, flax_googlenet.GoogLeNet(aux_logits=False), without)
+    flax_googlenet.save(weights, flax_googlenet.GoogLeNet(aux_logits=False), without, {"source": "random"})
     return Training(data, weights)
 
 
@@ -156,6 +156,15 @@ def test_a_run_leaves_metrics_checkpoints_curves_and_weights(whole: Path) -> Non
     expected = metadata | {name: best[name] for name in ("step", "accuracy", "loss", "top5")}
     expected["epoch"] = best["step"] // 4
     assert flax_googlenet.load_metadata(whole / "best.safetensors") == expected
+
+
+def test_the_first_lines_tell_the_classes_the_images_and_what_becomes_of_the_head(whole: Path, train: Training) -> None:
+    assert (whole / "said").read_text().splitlines()[:4] == [
+        "4 classes: 0, 1, 2, 3; 9 images each",
+        "36 images to train on, 12 held out, 12 steps, 1 cpu",
+        f"the head of {train.weights} is replaced by a new one: its 1000 classes have no names",
+        f"warning: the weights of {train.weights} are random: the training starts from nothing",
+    ]
 
 
 def test_the_last_lines_tell_the_speeds_the_accuracy_and_what_can_be_done_next(whole: Path, data: Path) -> None:

@@ -5,15 +5,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
 from flax_googlenet.checkpoint import CheckpointError
+from flax_googlenet.files import Weights
+from flax_googlenet.model import GoogLeNet
 from flax_googlenet.status import CommandError
 from flax_googlenet.training.datasets import Dataset
 from flax_googlenet.training.devices import Devices
+from flax_googlenet.training.finetune import reorder_head
 from flax_googlenet.training.recipe import Recipe
-from flax_googlenet.training.start import initial_state, resume, save
+from flax_googlenet.training.start import describe_classes, find_head, initial_state, resume, save
 from flax_googlenet.training.tally import Tally
 
 STATE: Any = {"weights": np.arange(6, dtype=np.float32)}  # any tree will do
@@ -22,6 +26,79 @@ TALLY = Tally(step=7, unreadable=["a.jpg"], not_finite=2, not_finite_in_a_row=1,
 
 def identity(data: str = "digits", **fields: Any) -> dict[str, Any]:
     return {"recipe": dataclasses.asdict(Recipe(**fields)), "data": [data, data], "weights": None}
+
+
+def make_weights(num_classes: int, *names: str, **metadata: Any) -> Weights:
+    metadata = metadata | {"class_names": names or None}
+    return Weights(GoogLeNet(num_classes=num_classes), {}, json.loads(json.dumps(metadata)), "")
+
+
+IMAGENET = [f"class {i}" for i in range(1000)]
+IMAGENET[0], IMAGENET[1], IMAGENET[6], IMAGENET[999] = "tench", "goldfish", "stingray", "toilet tissue"
+WORDNET = [f"n{1440764 + 37 * i:08}" for i in range(1000)]
+
+
+@pytest.mark.parametrize(
+    ("weights", "class_names", "order", "reason"),
+    [
+        (make_weights(2, "cat", "dog"), ("cat", "dog"), [0, 1], "is kept: it has the same classes"),
+        (make_weights(3, "dog", "ant", "cat"), ("ant", "cat", "dog"), [1, 2, 0], "is kept: it has the same classes"),
+        (
+            make_weights(2),
+            ("cat", "dog"),
+            [0, 1],
+            "is kept: W has no class names: its 2 classes are taken in the order",
+        ),
+        (make_weights(1000, *IMAGENET), WORDNET, list(range(1000)), "is kept: the WordNet identifiers of DATA"),
+        (make_weights(1000, *IMAGENET), WORDNET[:10], None, "is replaced by a new one: its 1000 classes are others"),
+        (make_weights(2, "cat", "dog"), ("cat", "cow"), None, "is replaced by a new one: its 2 classes are others"),
+        (make_weights(3), ("cat", "dog"), None, "is replaced by a new one: its 3 classes have no names"),
+        (
+            make_weights(3, "ant", "cat", "dog"),
+            ("cat", "dog"),
+            None,
+            "is replaced by a new one: the data has not all of its 3 classes",
+        ),
+    ],
+)
+def test_the_head_of_the_weights_is_kept_for_the_same_classes_in_any_order_and_the_reason_is_said(
+    weights: Weights, class_names: tuple[str, ...], order: list[int] | None, reason: str
+) -> None:
+    head = find_head(tuple(class_names), "DATA", weights, "W")
+    assert head.order is order or head.order.tolist() == order
+    assert head.reason.startswith(f"the head of W {reason}")
+
+
+def test_a_head_that_is_kept_gets_the_order_of_the_data() -> None:
+    rng = np.random.default_rng(0)
+    layer = {"kernel": rng.normal(size=(4, 3)), "bias": rng.normal(size=3)}
+    variables = {"params": {"conv1": layer, "fc": layer, "aux1": {"fc1": layer, "fc2": layer}}, "batch_stats": {}}
+    reordered = {"kernel": layer["kernel"][:, [1, 2, 0]], "bias": layer["bias"][[1, 2, 0]]}
+    expected = {
+        "params": {"conv1": layer, "fc": reordered, "aux1": {"fc1": layer, "fc2": reordered}},
+        "batch_stats": {},
+    }
+    jax.tree.map(np.testing.assert_array_equal, reorder_head(variables, np.array([1, 2, 0])), expected)
+
+
+def test_the_classes_are_said_with_their_images_and_a_warning_where_these_are_very_unequal() -> None:
+    def described(*counts: int, balanced: bool = False) -> list[str]:
+        names = tuple(f"class{i}" for i in range(len(counts)))
+        return describe_classes(
+            Dataset(names, np.repeat(np.arange(len(counts), dtype=np.int32), counts), ()), balanced=balanced
+        )
+
+    assert described(8, 8, 8) == ["3 classes: class0, class1, class2; 8 images each"]
+    assert described(9, 1, 4) == ["3 classes: class0, class1, class2; 1 (class1) to 9 (class0) images each"]
+    classes, warning = described(4, 30, 3)
+    assert classes == "3 classes: class0, class1, class2; 3 (class2) to 30 (class1) images each"
+    assert warning == (
+        "warning: class1 has 30 images to train on and class2 3: with --recipe.class-weights balanced every class "
+        "counts the same"
+    )
+    assert described(4, 30, 3, balanced=True) == [classes]
+    assert described(*[5] * 1000)[0].startswith("1000 classes: class0, class1, ")
+    assert described(*[5] * 1000)[0].endswith(", class7, ..., class999; 5 images each")
 
 
 @pytest.fixture
@@ -90,5 +167,5 @@ def test_where_no_checkpoint_is_whole_each_damage_is_told(workdir: Path) -> None
 @pytest.mark.parametrize(("class_weights", "shape"), [("none", None), ("balanced", (3,))])
 def test_the_recipe_says_whether_classes_are_weighted(class_weights: Any, shape: tuple[int, ...] | None) -> None:
     data = Dataset(("a", "b", "c"), np.array([0, 0, 1, 2], np.int32), tuple("0123"))
-    shapes, _ = initial_state(Devices(), Recipe(class_weights=class_weights), data, 1, None)
+    shapes, _ = initial_state(Devices(), Recipe(class_weights=class_weights), data, 1, None, None)
     assert getattr(shapes.class_weights, "shape", None) == shape

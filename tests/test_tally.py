@@ -40,11 +40,20 @@ def test_an_image_that_can_be_read_again_counts_too(dataset: Dataset) -> None:
 
 def test_more_unreadable_images_than_allowed_stop_the_run_once_all_are_said(dataset: Dataset) -> None:
     tally, said = Tally(), list[str]()
-    tally.add_unreadable(dataset, [0, 1], 0.2, said.append)
-    too_many = r"3 of 10 images cannot be read, more than max_corrupt \(20.00%\) allows: .*"
+    tally.add_unreadable(dataset, [0, 1, 2, 3], 0.4, said.append)
+    too_many = r"5 of 10 images cannot be read, more than max_corrupt \(40.00%\) allows: .*"
     with pytest.raises(TooMuchError, match=too_many):
-        tally.add_unreadable(dataset, [3], 0.2, said.append)
-    assert len(said) == 3
+        tally.add_unreadable(dataset, [7], 0.4, said.append)
+    assert len(said) == 5
+
+
+def test_three_unreadable_images_are_allowed_in_a_small_folder_unless_none_is(dataset: Dataset) -> None:
+    tally = Tally()
+    tally.add_unreadable(dataset, [0, 1, 2], 0.001, [].append)
+    with pytest.raises(TooMuchError, match="4 of 10 images"):
+        tally.add_unreadable(dataset, [3], 0.001, [].append)
+    with pytest.raises(TooMuchError, match="1 of 10 images"):
+        Tally().add_unreadable(dataset, [0], 0, [].append)
 
 
 def test_5_steps_in_a_row_that_are_not_finite_stop_the_run() -> None:

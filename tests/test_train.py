@@ -112,10 +112,10 @@ def test_frozen_blocks_that_the_weights_have_not_are_refused(
 
 def test_more_batches_to_accumulate_than_there_are_are_refused(refusal: Callable[..., str]) -> None:
     said = refusal("digits", "--recipe.accumulate=10000")
-    assert "1438 images make 528 steps, and a change of the weights takes 10000: choose a smaller --recipe.acc" in said
-    assert "1438 images are less than a batch of 2000: choose a smaller" in refusal(
-        "digits", "--recipe.batch-size=2000"
-    )
+    assert "takes 10000: choose --recipe.accumulate 528 or less, or more epochs" in said
+    assert "1438 images make 528 steps, and a change of the weights " in said
+    said = refusal("digits", "--recipe.batch-size=2000")
+    assert "1438 images are less than a batch of 2000: choose --recipe.batch-size 1438 or less" in said
 
 
 def test_a_run_in_use_is_refused(tmp_path: Path, refusal: Callable[..., str]) -> None:
@@ -138,7 +138,7 @@ def refused(workdir: Path, *arguments: str, **variables: str) -> str:
 
 def test_a_batch_that_the_devices_cannot_share_is_refused(tmp_path: Path) -> None:
     said = refused(tmp_path / "run", "digits", JAX_NUM_CPU_DEVICES="3", JAX_PLATFORMS="cpu")
-    assert "a batch of 32 cannot be shared evenly by 3 cpu" in said
+    assert "a batch of 32 cannot be shared evenly by 3 cpu: choose --recipe.batch-size 30, or another multiple" in said
 
 
 def test_a_distributed_run_without_others_is_refused(tmp_path: Path) -> None:

@@ -43,6 +43,18 @@ def new_head(
     return model, {**variables, "params": unflatten_dict(params | init(key))}
 
 
+def reorder_head(variables: Variables, order: Int[np.ndarray, "num_classes"]) -> dict[str, Any]:
+    """Return the variables of the same network with its classes in another order.
+
+    Args:
+        variables: the variables, with or without auxiliary heads.
+        order: for each class of the result, its place in ``variables``.
+    """
+    params = flatten_dict(dict(variables["params"]))
+    params = {path: x[..., order] if path[:-1] in _LAST_LAYERS else x for path, x in params.items()}
+    return {**variables, "params": unflatten_dict(params)}
+
+
 def freeze(optimizer: optax.GradientTransformation, frozen: Sequence[str]) -> optax.GradientTransformation:
     """The optimizer for all blocks but those named, which it leaves as they are, and of which it keeps no state.
 

@@ -25,7 +25,7 @@ from flax_googlenet.training.logs import RunLog
 from flax_googlenet.training.outcome import BEST, write_outcome, write_weights
 from flax_googlenet.training.recipe import Recipe, schedule
 from flax_googlenet.training.speed import Speed
-from flax_googlenet.training.start import RECIPE, initial_state, resume, save
+from flax_googlenet.training.start import RECIPE, describe_classes, find_head, initial_state, resume, save
 from flax_googlenet.training.step import Batch as DeviceBatch
 from flax_googlenet.training.step import Metrics, TrainState, eval_step, train_step
 from flax_googlenet.training.stopping import StopSignals
@@ -92,32 +92,45 @@ def _begin(
     """The run before its next step, and the batches from there on; ``stack`` closes its log and its input."""
     devices = Devices()
     if recipe.batch_size % jax.device_count():
-        raise CommandError(Status.NOT_DONE, f"a batch of {recipe.batch_size} cannot be shared evenly by {devices}")
+        fitting = max(1, recipe.batch_size // jax.device_count()) * jax.device_count()
+        reason = f"a batch of {recipe.batch_size} cannot be shared evenly by {devices}"
+        raise CommandError(Status.NOT_DONE, f"{reason}: choose --recipe.batch-size {fitting}, or another multiple")
     start = load_weights(weights, dtype=jnp.float32) if weights else None
     train_data, held_out = open_data(data, held_out=recipe.held_out, seed=recipe.seed)
     steps_per_epoch = recipe.steps_per_epoch(len(train_data))
     total = steps_per_epoch * recipe.epochs
     if not total:
         reason = f"{len(train_data)} images are less than a batch of {recipe.batch_size}"
-        raise CommandError(Status.NOT_DONE, f"{reason}: choose a smaller --recipe.batch-size")
+        largest = len(train_data) // jax.device_count() * jax.device_count()
+        raise CommandError(Status.NOT_DONE, f"{reason}: choose --recipe.batch-size {largest} or less")
     if total < recipe.accumulate:
         reason = f"{len(train_data)} images make {total} steps, and a change of the weights takes {recipe.accumulate}"
-        raise CommandError(Status.NOT_DONE, f"{reason}: choose a smaller --recipe.accumulate, or more epochs")
+        raise CommandError(Status.NOT_DONE, f"{reason}: choose --recipe.accumulate {total} or less, or more epochs")
     identity = {
         "recipe": dataclasses.asdict(recipe),
         "data": [train_data.fingerprint, held_out.fingerprint],
         "weights": start.digest if start else None,
     }
-    shapes, make_state = initial_state(devices, recipe, train_data, steps_per_epoch, start)
-    tally, state = resume(workdir, shapes, identity, override, _say_here) or (Tally(), make_state())
+    head = find_head(train_data.class_names, data, start, str(weights)) if start else None
+    shapes, make_state = initial_state(devices, recipe, train_data, steps_per_epoch, start, head)
+    resumed = resume(workdir, shapes, identity, override, _say_here)
+    if jax.process_index() == 0:  # before the state is computed, which takes a while
+        balanced = recipe.class_weights == "balanced"
+        lines = [*train_data.notes, *held_out.notes, *describe_classes(train_data, balanced=balanced)]
+        lines.append(f"{len(train_data)} images to train on, {len(held_out)} held out, {total} steps, {devices}")
+        if head and not resumed:
+            lines.append(head.reason)
+        if start and start.metadata.get("source") == "random":
+            lines.append(f"warning: the weights of {weights} are random: the training starts from nothing")
+        for line in dict.fromkeys(lines):
+            _say_here(line)
+    tally, state = resumed or (Tally(), make_state())
     batches = stack.enter_context(closing(train_batches(train_data, recipe, tally.step, **devices.share)))
     log = None
     if jax.process_index() == 0:
         write_atomically(workdir / RECIPE, recipe.to_json().encode())
         log = stack.enter_context(RunLog(workdir, total, tally.step))
     run = Run(workdir, recipe, train_data, held_out, steps_per_epoch, total, devices, identity, tally, state, log)
-    run.say(*train_data.notes, *held_out.notes)
-    run.say(f"{len(train_data)} images to train on, {len(held_out)} held out, {total} steps, {devices}")
     if tally.step:
         run.say(f"going on from the checkpoint of step {tally.step}")
     return run, batches

@@ -87,7 +87,7 @@ class Recipe:
     patience: int | None = None
     """Evaluations in a row without a better accuracy after which the run stops early. None or 0 never stops it."""
     max_corrupt: float = 0.001
-    """The share of unreadable images above which the run stops."""
+    """The share of unreadable images above which the run stops. Three are allowed in any case, unless it is 0."""
     workers: int = 0
     """Processes that read images; 0 reads them in the threads of the run itself. They change no pixel."""
     checkpoint_every: int = 1000

@@ -4,23 +4,30 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax import numpy as jnp
+from jaxtyping import Int
 
 from flax_googlenet.files import Weights
 from flax_googlenet.model import MIN_SIZE, GoogLeNet, Variables
 from flax_googlenet.status import CommandError, Status
 from flax_googlenet.training import checkpoints
-from flax_googlenet.training.datasets import Dataset
+from flax_googlenet.training.classes import find_classes
+from flax_googlenet.training.datasets import DataError, Dataset
 from flax_googlenet.training.devices import Devices
-from flax_googlenet.training.finetune import balanced_class_weights, new_head
+from flax_googlenet.training.finetune import balanced_class_weights, new_head, reorder_head
 from flax_googlenet.training.recipe import Recipe, RecipeError, make_optimizer
 from flax_googlenet.training.step import TrainState, create_train_state
 from flax_googlenet.training.tally import Tally
 
 CHECKPOINTS, RECIPE = "checkpoints", "recipe.json"  # in the folder of the run
+
+UNEQUAL = 10
+"""How many times the images of the smallest class the largest one has where a run warns."""
+_LISTED = 10  # class names that the first lines of a run have
 
 _CHANGE_NO_BIT = {
     "workers",
@@ -31,8 +38,59 @@ _CHANGE_NO_BIT = {
 }  # fields that need not be as they were
 
 
+class Head(NamedTuple):
+    """What becomes of the last layers of the weights that a run starts from."""
+
+    order: Int[np.ndarray, "num_classes"] | None
+    """For each class of the data, its place in the layers, which are kept; or None if new ones replace them."""
+    reason: str
+    """A sentence for the person."""
+
+
+def find_head(class_names: tuple[str, ...], data: str, weights: Weights, path: str) -> Head:
+    """Find out whether the weights have exactly the classes of the data, as ``find_classes`` does; any order will do.
+
+    Args:
+        class_names: the class names of the data.
+        data, path: what to call the data and the weights in messages.
+        weights: the weights.
+    """
+    count = weights.model.num_classes
+    try:
+        match = find_classes(class_names, data, weights, path)
+    except DataError:
+        others = "are others" if weights.class_names else "have no names"
+        return Head(None, f"the head of {path} is replaced by a new one: its {count} classes {others}")
+    if not match.is_one_to_one:
+        return Head(None, f"the head of {path} is replaced by a new one: the data has not all of its {count} classes")
+    why = "; ".join(match.notes) or "it has the same classes"
+    return Head(np.argsort(match.wanted), f"the head of {path} is kept: {why}")
+
+
+def describe_classes(dataset: Dataset, *, balanced: bool) -> list[str]:
+    """Say which classes there are, of how many images, and warn where these are very unequal and not balanced."""
+    counts, names = np.bincount(dataset.labels, minlength=len(dataset.class_names)), dataset.class_names
+    fewest, most = int(counts.argmin()), int(counts.argmax())
+    images = f"{counts[fewest]} ({names[fewest]}) to {counts[most]} ({names[most]}) images each"
+    if counts[fewest] == counts[most]:
+        images = f"{counts[most]} images each"
+    listing = ", ".join(names if len(names) <= _LISTED else (*names[: _LISTED - 2], "...", names[-1]))
+    lines = [f"{len(names)} classes: {listing}; {images}"]
+    if not balanced and counts[most] >= UNEQUAL * counts[fewest]:
+        lines.append(
+            f"warning: {names[most]} has {counts[most]} images to train on and {names[fewest]} {counts[fewest]}: with "
+            "--recipe.class-weights balanced every class counts the same"
+        )
+    return lines
+
+
 def initial_state(
-    devices: Devices, recipe: Recipe, train_data: Dataset, steps_per_epoch: int, weights: Weights | None
+    devices: Devices,
+    recipe: Recipe,
+    train_data: Dataset,
+    steps_per_epoch: int,
+    weights: Weights | None,
+    head: Head | None,
 ) -> tuple[TrainState, Callable[[], TrainState]]:
     """The state before the first step: its shapes, and how to compute it, the same in every process.
 
@@ -41,8 +99,8 @@ def initial_state(
         recipe: the recipe.
         train_data: the images to train on, for their classes.
         steps_per_epoch: batches in an epoch.
-        weights: to start from; None for new ones. Their last layers stay if they are of the same classes: by name, or
-            by number where the file has no names.
+        weights: to start from; None for new ones.
+        head: what becomes of their last layers; None where there are no weights.
 
     Raises:
         CommandError: if the recipe freezes blocks that the weights have not.
@@ -50,21 +108,23 @@ def initial_state(
     if weights and (unknown := set(recipe.frozen) - weights.variables["params"].keys()):
         raise CommandError(Status.NOT_DONE, f"frozen: the weights have no {', '.join(sorted(unknown))}")
 
-    class_names = train_data.class_names
+    num_classes = len(train_data.class_names)
     class_weights = None
     if recipe.class_weights == "balanced":
-        class_weights = balanced_class_weights(train_data.labels, len(class_names))
+        class_weights = balanced_class_weights(train_data.labels, num_classes)
 
     @devices.jit
     def make(variables: Variables | None) -> TrainState:
         key = jax.random.key(recipe.seed)
-        if weights is None or variables is None:
-            model = GoogLeNet(num_classes=len(class_names))
+        if weights is None or head is None or variables is None:
+            model = GoogLeNet(num_classes=num_classes)
             variables = model.init(key, jnp.zeros((1, MIN_SIZE, MIN_SIZE, 3), jnp.float32))
         else:
             model = weights.model
-            if model.num_classes != len(class_names) or weights.class_names not in (None, list(class_names)):
-                model, variables = new_head(model, variables, len(class_names), key)
+            if head.order is None:
+                model, variables = new_head(model, variables, num_classes, key)
+            else:
+                variables = reorder_head(variables, head.order)
         return create_train_state(
             model.clone(
                 dropout=recipe.dropout,

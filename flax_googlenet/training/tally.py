@@ -6,6 +6,9 @@ from collections.abc import Callable, Iterable
 from flax_googlenet.preprocessing import ImageError
 from flax_googlenet.training.datasets import Dataset
 
+ALWAYS_ALLOWED = 3
+"""Unreadable images that stop no run, however few images there are; unless the recipe allows none at all."""
+
 NOT_FINITE_LIMIT = 5
 """Steps in a row whose loss or gradient is not finite, after which a run stops."""
 
@@ -52,13 +55,17 @@ class Tally:
     def add_unreadable(
         self, dataset: Dataset, indices: Iterable[int], max_corrupt: float, tell: Callable[[str], None]
     ) -> None:
-        """Counts the images at the indices, each once however often it is met."""
+        """Counts the images at the indices, each once however often it is met.
+
+        ``max_corrupt`` is the share of the dataset that may be unreadable. ``ALWAYS_ALLOWED`` images may be in any
+        case, unless the share is 0: a thousandth of 200 images would be none.
+        """
         for index in indices:
             name = dataset.name(index)
             if name not in self.unreadable:
                 self.unreadable.append(name)
                 tell(f"{_reason(dataset, index)}; another image takes its place")
-        if len(self.unreadable) > max_corrupt * len(dataset):
+        if len(self.unreadable) > max(max_corrupt * len(dataset), ALWAYS_ALLOWED if max_corrupt else 0):
             raise TooMuchError(
                 f"{len(self.unreadable)} of {len(dataset)} images cannot be read, more than max_corrupt "
                 f"({max_corrupt:.2%}) allows: {', '.join(self.unreadable[:10])}; remove them, or raise "
