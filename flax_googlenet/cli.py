@@ -4,15 +4,21 @@ JAX is not imported until a subcommand runs: ``--help`` and a wrong option need 
 """
 
 import argparse
+import dataclasses
+import difflib
 import functools
+import inspect
 import os
+import re
+import shutil
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from tyro.conf import arg
@@ -23,8 +29,12 @@ from flax_googlenet.status import (
     Status,
     describe_crash,
     escape_what_cannot_be_encoded,
+    install_advice,
     printable,
 )
+
+if TYPE_CHECKING:
+    from flax_googlenet.training.recipe import Recipe
 
 File = Annotated[Path, arg(metavar="FILE")]
 OptionalFile = Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")]
@@ -44,10 +54,10 @@ def classify(
 ) -> int:
     """Name the likeliest classes of images.
 
-    The images are resized as for the training of the weights: to 224x224, unless a run has trained at another size.
-    A folder stands for all images in it and in the folders below it, but not for hidden ones. An --output file grows
-    batch by batch, and the same command goes on where an earlier one was stopped: images that have a row are skipped,
-    and those that could not be read are tried again.
+    The images are resized to the size that the weights were trained for, which is 224x224 unless a run of train chose
+    another one. A folder stands for all images in it and in the folders below it, except hidden ones. An --output file
+    grows batch by batch. The same command continues a file that an earlier one left unfinished: it skips images that
+    have a row, and tries those again that could not be read.
 
     Exit status:
       0    all images are done
@@ -61,12 +71,12 @@ def classify(
 
     Args:
         images: Files, folders and globs such as 'photos/**/*.jpg'.
-        weights: A file that port_weights.py or flax_googlenet.save wrote. By default the working folder's
-            googlenet-imagenet.safetensors, or else googlenet-random.safetensors.
+        weights: File of weights, written by port_weights.py, train or flax_googlenet.save. By default
+            googlenet-imagenet.safetensors in the working folder, or else googlenet-random.safetensors.
         json: Print one line of JSON for each image: {"image", "predictions": [{"index", "label", "probability"}]}.
         output: Write to this .csv, .jsonl or .parquet file instead of the standard output; not with --json.
-        top: How many classes to name, the likeliest first; or all, where there are fewer.
-        batch_size: How many images to compute at once.
+        top: Number of classes to name, the likeliest first.
+        batch_size: Number of images to compute at once.
     """
     from flax_googlenet import classify as command
 
@@ -84,12 +94,12 @@ def evaluate(
     confusion: OptionalFile = None,
     batch_size: Number = 32,
 ) -> int:
-    """Count how often weights name the right class first (top-1) or among the first five (top-5).
+    """Measure how often networks name the right class (top-1 and top-5).
 
     The classes of the data are found by name among those of the weights. Their order counts only where the weights
     have no class names, or where ImageNet's 1,000 classes have WordNet identifiers on one side (n01440764, ...) and
-    names on the other. The images are of the size that the weights were trained for. Of digits, and of a folder that
-    the weights were trained on, only images are evaluated that none of the weights was trained on.
+    names on the other. The images are resized to the size that the weights were trained for. Images that one of the
+    networks was trained on are left out.
 
     Exit status:
       0    all images are evaluated
@@ -102,15 +112,15 @@ def evaluate(
       141  nobody reads the standard output any more
 
     Args:
-        inputs: Weights, as written by train, port_weights.py or flax_googlenet.save, and last the data. Of several
-            weights it is the mean of their probabilities that counts. The data are a folder of class folders, or one
-            of val/ with class folders in it, or one of IDX files, or digits for those of scikit-learn.
-        crops: Parts of each image whose probabilities are averaged: 1 is its middle, 10 are four corners and the
-            middle, mirrored too, and 144 are those of the paper, at four scales.
+        inputs: Files of weights, written by train, port_weights.py or flax_googlenet.save, and then the data. The
+            probabilities of several networks are averaged. The data are a folder with a folder for each class, a
+            folder with such a folder named val, a folder of IDX files, or the word digits for scikit-learn's digits.
+        crops: Number of crops of each image whose probabilities are averaged: 1 is the centre, 10 are the corners and
+            the centre, each of them also mirrored, and 144 are the paper's, at four scales.
         json: Print one line of JSON: {"data", "weights", "crops", "image_size", "unreadable", "count", "top1", "top5",
             "classes": {name: {"count", "top1"}}}.
-        confusion: Draw to this .png file which classes are taken for which.
-        batch_size: How many crops to compute at once.
+        confusion: Draw the confusion matrix to this .png file.
+        batch_size: Number of crops to compute at once.
     """
     _require_training()
     from flax_googlenet.training import evaluate as command
@@ -130,11 +140,11 @@ def export(
     top: Annotated[int | None, arg(metavar="N", help_behavior_hint="")] = None,
     gradient: Flag = False,
 ) -> int:
-    """Write the network, its weights inside, as one file that runs with JAX alone.
+    """Write a network with its weights to one file that runs with JAX alone.
 
     The file is a serialized jax.export (StableHLO), for inference on any number of images. JAX promises to run it with
-    any jaxlib built up to 6 months after the one that wrote it, or up to 3 weeks before: keep the weights, to export
-    anew. At the end three lines of Python are printed that run it.
+    any jaxlib built up to 6 months after the one that wrote it, or up to 3 weeks before. Keep the weights, so that you
+    can export them again for a newer JAX. The command prints three lines of Python that run the file.
 
     Exit status:
       0    the file is written
@@ -146,13 +156,13 @@ def export(
       141  nobody reads the standard output any more
 
     Args:
-        weights: A file that port_weights.py or flax_googlenet.save wrote.
-        output: The file to write, for example googlenet.stablehlo. What is there already is replaced.
-        platforms: Some of cpu, cuda, rocm and tpu; they need not be on this machine.
-        size: Height and width of the images, in pixels. By default any from 15 up.
-        uint8: Take uint8 images, and scale and normalise them inside. Otherwise they are floating point, normalised.
-        top: Return the probabilities and indices of so many likeliest classes, instead of the logits.
-        gradient: Keep the derivative by the images; twice the size. Needs --size.
+        weights: File of weights, written by port_weights.py, train or flax_googlenet.save.
+        output: File to write, for example googlenet.stablehlo. An existing file is replaced.
+        platforms: Some of cpu, cuda, rocm and tpu. This machine need not have them.
+        size: Height and width of the images, in pixels. By default the file takes any from 15 up.
+        uint8: Take uint8 images, and scale and normalise them. By default the file takes normalised floats.
+        top: Return the probabilities and indices of the N likeliest classes instead of the logits.
+        gradient: Keep the derivative with respect to the images, which doubles the file. Needs --size.
     """
     from flax_googlenet.exporting import export_file
 
@@ -174,11 +184,12 @@ def train(
     override: Flag = False,
     recipe: Any = None,
 ) -> int:
-    """Train on a folder of class folders, or fine-tune --weights on it; stopped at any time, the same command goes on.
+    """Train a network on your images, or fine-tune weights on them.
 
-    On a CPU a run that was stopped and resumed ends in the same bits as one that was not. Its folder then has
-    curves.png and two files of weights, for evaluate, classify, export and port_weights.py --to-torchvision:
-    model.safetensors has the last ones, best.safetensors those of the best accuracy on the held-out images.
+    The run can be stopped at any time: the same command then continues it. On a CPU a run that was stopped and
+    continued ends in the same bits as one that was not. The folder of the run holds model.safetensors with the last
+    weights, best.safetensors with those of the best accuracy on the held-out images, and curves.png. Both files of
+    weights are for evaluate, classify, export and port_weights.py --to-torchvision.
 
     Exit status:
       0    the run came to its end
@@ -192,18 +203,19 @@ def train(
       143  SIGTERM: the same
 
     Args:
-        data: A folder of train/ and val/ (or Training/ and Testing/, or the like), each of them with a folder for each
-            class; or one of class folders, of which a part is held out; or one of IDX files; or digits for those of
-            scikit-learn.
-        workdir: The folder of the run.
-        preset: The recipe to start from. By default digits for these, finetune with --weights, and else imagenet.
-        weights: Start from these, as written by port_weights.py or flax_googlenet.save, with a new head where the
-            classes are others.
-        distributed: Be one of several processes, as Slurm, Open MPI, Kubernetes or a TPU's host tell it, or the
-            variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
-        override: Go on in a folder although the recipe, the data or the weights are others than they were.
-        recipe: What to do, and in brackets what the preset says: --preset or --weights before --help shows theirs.
+        data: A folder with a folder for each class, some of whose images are held out; a folder of two such folders,
+            train and val (or Training and Testing, or the like); a folder of IDX files; or the word digits for
+            scikit-learn's digits.
+        workdir: Folder of the run.
+        preset: Recipe to start from. By default digits for these, finetune with --weights, and otherwise imagenet.
+        weights: File of weights to start from, written by port_weights.py, train or flax_googlenet.save. The heads
+            start anew if the classes are others.
+        distributed: Join other processes in one run. Slurm, Open MPI, Kubernetes, the host of a TPU, or the variables
+            JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say which ones.
+        override: Continue the run in the folder even if the recipe, the data or the weights have changed.
+        recipe: The defaults are those of the preset: put --preset or --weights before --help to see them.
     """
+    _require_training()
     from flax_googlenet.training import keep_memory, loop
 
     keep_memory()
@@ -216,9 +228,8 @@ def train(
         raise CommandError(Status.CRASHED, describe_crash(error, workdir if workdir.is_dir() else None)) from error
 
 
-def _train_by_preset(arguments: Sequence[str]) -> Callable[..., int]:
-    """``train`` with the recipe that the command line asks for, to be changed field by field and shown by --help."""
-    _require_training()
+def _recipe(arguments: Sequence[str]) -> "Recipe":
+    """The recipe that the command line asks for, to be changed field by field and shown by --help."""
     from flax_googlenet.training.recipe import PRESETS
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
@@ -232,7 +243,65 @@ def _train_by_preset(arguments: Sequence[str]) -> Callable[..., int]:
     preset = known.preset or ("finetune" if known.weights else "digits" if "digits" in others else "imagenet")
     if preset not in PRESETS:
         raise CommandError(Status.USAGE, f"--preset {preset}: must be one of {', '.join(PRESETS)}")
-    return functools.partial(train, recipe=PRESETS[preset])
+    return PRESETS[preset]
+
+
+def _run(name: str, command: Callable[..., int], arguments: Sequence[str]) -> int:
+    """Runs a command with what the arguments say, and returns its status; --help and wrong arguments exit instead."""
+    description, _, documented = inspect.cleandoc(command.__doc__ or "").partition("\n\nArgs:\n")
+
+    @functools.wraps(command)
+    def parsed(*positional: Any, **options: Any) -> Callable[[], int]:
+        return functools.partial(command, *positional, **options)
+
+    # tyro keeps the ends of lines in the documentation of arguments, and reads that of the wrapped function.
+    vars(parsed).update(__signature__=inspect.signature(command))
+    del vars(parsed)["__wrapped__"]
+    parsed.__doc__ = f"{name}\n\nArgs:\n" + re.sub(r"\n {8,}", " ", documented)
+    recipe = _recipe(arguments) if name == "train" else None
+    call, unknown = tyro.cli(
+        functools.partial(parsed, recipe=recipe) if recipe else parsed,
+        prog=f"flax-googlenet {name}",
+        description=_wrapped(description),
+        args=arguments,
+        return_unknown_args=True,
+    )
+    if unknown:
+        raise CommandError(Status.USAGE, _unexpected(unknown[0], name, command, recipe))
+    return call()
+
+
+def _wrapped(description: str) -> str:
+    """The description in lines that fit the terminal, which would break longer ones inside words.
+
+    tyro joins lines, unless they begin with a space: so all but the first sentence is indented.
+    """
+    wrap = functools.partial(
+        textwrap.fill, width=shutil.get_terminal_size().columns, break_long_words=False, break_on_hyphens=False
+    )
+    summary, *paragraphs = description.split("\n\n")
+    lines = [summary]
+    for paragraph in paragraphs:
+        if paragraph.startswith("Exit status:"):
+            title, *statuses = re.sub(r"\n {7,}", " ", paragraph).splitlines()
+            lines += ["", title, *(wrap(status, subsequent_indent=" " * 7) for status in statuses)]
+        else:
+            lines += [wrap(" ".join(paragraph.split()), initial_indent="  ", subsequent_indent="  ")]
+    return "\n".join(lines)
+
+
+def _unexpected(argument: str, name: str, command: Callable[..., int], recipe: "Recipe | None") -> str:
+    """What is said of an argument that the command does not take: with the option that was probably meant."""
+    keywords = {k for k, v in inspect.signature(command).parameters.items() if v.kind is inspect.Parameter.KEYWORD_ONLY}
+    options = {option.replace("_", "-"): f"--{option.replace('_', '-')}" for option in keywords - {"recipe"}}
+    for field in dataclasses.fields(recipe) if recipe else ():
+        options[field.name.replace("_", "-")] = f"--recipe.{field.name.replace('_', '-')}"
+    wanted = argument.partition("=")[0].rpartition(".")[2].lstrip("-").replace("_", "-")
+    initials = ["".join(word[0] for word in option.split("-")) for option in options]
+    similar = [option for option, letters in zip(options, initials, strict=True) if letters == wanted]
+    similar = similar or difflib.get_close_matches(wanted, options, n=1)
+    hint = f"did you mean {options[similar[0]]}? " if similar and argument.startswith("-") else ""
+    return f"{argument} is no argument of this command: {hint}flax-googlenet {name} --help lists all"
 
 
 def _in_one_line(command: Callable[..., int]) -> Callable[..., int]:
@@ -263,14 +332,15 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "export": export,
                 "train": train,
             }
-            if arguments[:1] == ["train"]:
-                commands["train"] = _train_by_preset(arguments)
-            elif not commands.keys() & set(arguments[:1]):
-                commands = {name: _in_one_line(command) for name, command in commands.items()}
+            first = arguments[0] if arguments else ""
+            if first in commands:
+                return _run(first, commands[first], arguments[1:])
+            if first and not first.startswith("-"):
+                raise CommandError(Status.USAGE, f"{first} is no command: the commands are {', '.join(commands)}")
             return tyro.extras.subcommand_cli_from_dict(
-                commands,
+                {name: _in_one_line(command) for name, command in commands.items()},
                 prog="flax-googlenet",
-                description="GoogLeNet in JAX and Flax. Each subcommand has a --help; --version prints the version.",
+                description="GoogLeNet in JAX and Flax. --version prints the version.",
                 args=arguments,
             )
     except CommandError as error:
@@ -300,8 +370,7 @@ def _require_training() -> None:
     # Flax itself brings the others of the extra, optax and orbax.
     missing = [name for name in ("grain", "matplotlib", "sklearn", "tensorboardX") if find_spec(name) is None]
     if missing:
-        message = f'{", ".join(missing)} is not installed: pip install "flax-googlenet[train]"'
-        raise CommandError(Status.NOT_DONE, message)
+        raise CommandError(Status.NOT_DONE, f"{', '.join(missing)} is not installed: {install_advice('train')}")
 
 
 def _require_backend() -> None:

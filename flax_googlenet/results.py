@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from flax_googlenet.checkpoint import write_atomically
-from flax_googlenet.status import CommandError, Status, printable
+from flax_googlenet.status import CommandError, Status, install_advice, printable
 
 SUFFIXES = (".csv", ".jsonl", ".parquet")
 
@@ -209,7 +209,7 @@ def _require_pyarrow() -> None:
     try:
         import pyarrow  # type: ignore[import-untyped]  # noqa: F401
     except ImportError as error:
-        message = 'a .parquet file needs PyArrow: pip install "flax-googlenet[parquet]", or name a .csv or .jsonl file'
+        message = f"a .parquet file needs PyArrow: {install_advice('parquet')}; or name a .csv or .jsonl file"
         raise CommandError(Status.NOT_DONE, message) from error
 
 

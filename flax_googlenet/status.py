@@ -80,6 +80,11 @@ def draws_progress(console: "Console") -> bool:
     return console.file.isatty() and console.is_interactive and console.encoding.startswith("utf") and not is_notebook
 
 
+def install_advice(extra: str) -> str:
+    """Return how to install what an optional part of the project needs, from an index or in a clone."""
+    return f'install flax-googlenet with its extra "{extra}": in a clone by pip install -e ".[{extra}]"'
+
+
 def describe_crash(error: Exception, folder: str | os.PathLike[str] | None = None) -> str:
     """Write the traceback of an unexpected error to a new file, and return the message that names the file.
 

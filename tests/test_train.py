@@ -32,16 +32,26 @@ def test_help_shows_the_recipe_that_the_command_line_asks_for(
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for name in ("epochs", "batch_size", "learning_rate", "weight_decay", "held_out"):
         assert f"--recipe.{name.replace('_', '-')}" in shown
-    assert f"How often every image is seen. (default: {PRESETS[preset].epochs})" in shown
-    assert f"The rate before the last layer. (default: {PRESETS[preset].dropout})" in shown
+    assert f"Number of passes over the training images. (default: {PRESETS[preset].epochs})" in shown
+    assert f"Dropout rate before the last layer. (default: {PRESETS[preset].dropout})" in shown
 
 
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("--recipe.epochs=0", "epochs must be at least 1"),
+        ("--recipe.epochs=0", "Error parsing recipe: recipe: epochs must be at least 1"),
         ("--recipe.frozen=conv9", "frozen must name blocks among conv1, conv2"),
-        ("--recipe.colour=red", "--recipe.colour"),
+        (
+            "--recipe.colour=red",
+            "error: --recipe.colour=red is no argument of this command: flax-googlenet train --help",
+        ),
+        (
+            "--recipe.lr=1",
+            "--recipe.lr=1 is no argument of this command: did you mean --recipe.learning-rate? flax-",
+        ),
+        ("--batch_siz=8", "--batch_siz=8 is no argument of this command: did you mean --recipe.batch-size? flax-goo"),
+        ("--weihgts=FILE", "--weihgts=FILE is no argument of this command: did you mean --weights? flax-goo"),
+        ("photos", "error: photos is no argument of this command: flax-googlenet train --help lists all"),
         ("--preset=alexnet", "--preset alexnet: must be one of paper, imagenet, finetune, digits"),
     ],
 )
@@ -72,7 +82,8 @@ def test_a_missing_package_of_the_extra_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, "grain", None)  # what Python itself does for a module that must not be there
     assert cli.main(arguments) == 3
-    assert capsys.readouterr().err == 'error: grain is not installed: pip install "flax-googlenet[train]"\n'
+    advice = 'install flax-googlenet with its extra "train": in a clone by pip install -e ".[train]"'
+    assert capsys.readouterr().err == f"error: grain is not installed: {advice}\n"
 
 
 @pytest.fixture

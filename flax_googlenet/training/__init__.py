@@ -1,14 +1,50 @@
-"""Training and fine-tuning with optax: what to do (recipe), the input (data), the pure step, and the run (loop)."""
+"""Training and fine-tuning with optax: what to do (recipe), the input (data), the pure step, and the run (loop).
 
-from flax_googlenet.memory import keep_memory
-from flax_googlenet.training.finetune import (
-    balanced_class_weights,
-    freeze,
-    new_head,
-    reestimate_batch_norm,
-    scale_heads,
-)
-from flax_googlenet.training.step import TrainState, create_train_state, cross_entropy, eval_step, train_step
+A name is imported when it is first used: the command's ``--help`` needs the recipes, but not optax.
+"""
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from flax_googlenet.memory import keep_memory
+    from flax_googlenet.training.finetune import (
+        balanced_class_weights,
+        freeze,
+        new_head,
+        reestimate_batch_norm,
+        scale_heads,
+    )
+    from flax_googlenet.training.step import TrainState, create_train_state, cross_entropy, eval_step, train_step
+else:  # where a type checker sees it, it would accept any name
+    _MODULES = {
+        "flax_googlenet.memory": ("keep_memory",),
+        "flax_googlenet.training.finetune": (
+            "balanced_class_weights",
+            "freeze",
+            "new_head",
+            "reestimate_batch_norm",
+            "scale_heads",
+        ),
+        "flax_googlenet.training.step": (
+            "TrainState",
+            "create_train_state",
+            "cross_entropy",
+            "eval_step",
+            "train_step",
+        ),
+    }
+
+    def __getattr__(name: str) -> object:
+        from importlib import import_module
+
+        for module, names in _MODULES.items():
+            if name in names:
+                value = globals()[name] = getattr(import_module(module), name)
+                return value
+        raise AttributeError(f"module 'flax_googlenet.training' has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})
+
 
 __all__ = [
     "TrainState",

@@ -6,13 +6,15 @@ import json
 import sys
 import types
 import typing
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
-import optax
 
 from flax_googlenet.model import BLOCKS, MIN_SIZE
-from flax_googlenet.training.finetune import scale_heads
+
+if TYPE_CHECKING:  # the command's --help shows the recipe where the extra "train" is not installed, too
+    import optax
 
 
 class RecipeError(ValueError):
@@ -23,77 +25,74 @@ class RecipeError(ValueError):
 class Recipe:
     """How to train. The defaults are those of the preset ``imagenet``; ``PRESETS`` has the others.
 
+    BatchNorm's statistics and the moving average change with every batch, also where ``accumulate`` is more than 1.
+
     Raises:
         RecipeError: if a field has a value that makes no sense.
     """
 
     seed: int = 0
-    """Of the initialisation, the order of the images, the augmentation, dropout, and the choice of held-out images."""
+    """Seed of the initial weights, the order of the images, augmentation, dropout and the choice of held-out images."""
     epochs: int = 90
-    """How often every image is seen."""
+    """Number of passes over the training images."""
     batch_size: int = 256
-    """Images in a step, over all devices and processes."""
+    """Number of images in a step, over all devices and processes."""
     image_size: int = 224
     """Height and width of the training crops, in pixels."""
     learning_rate: float = 0.1
-    """The highest one of the schedule."""
+    """Highest learning rate of the schedule."""
     momentum: float = 0.9
-    """Of SGD."""
+    """Momentum of SGD."""
     nesterov: bool = True
-    """Nesterov's momentum."""
+    """Nesterov's kind of momentum, instead of the classical one."""
     weight_decay: float = 5e-5
-    """Added to the gradient, times the weight; for kernels alone, not for biases and BatchNorm."""
+    """Factor of the weights that is added to their gradients, for kernels only, not for biases and BatchNorm."""
     schedule: Literal["constant", "step", "cosine"] = "cosine"
-    """The learning rate after the warm-up: constant, 4 percent less every 8 epochs, or a cosine down to 0."""
+    """Learning rate after the warm-up: constant, 4 percent less every 8 epochs (step), or a cosine down to 0."""
     warmup_epochs: float = 5.0
-    """Epochs in which the learning rate rises, from 1/n of it in the first of n steps; at most half of all epochs."""
+    """Epochs in which the learning rate rises evenly, from 1/n of it in the first of n steps; at most half of all."""
     label_smoothing: float = 0.1
-    """The share of a label that is spread evenly over all classes."""
+    """Share of a label that is spread evenly over all classes."""
     class_weights: Literal["none", "balanced"] = "none"
-    """Weights of the classes in the loss: balanced makes all classes count alike, however few images they have."""
+    """Weights of the classes in the loss; with balanced, rare classes count as much as frequent ones."""
     aux_weight: float = 0.3
-    """The weight of the loss of each auxiliary head; 0.3 is the paper's."""
+    """Weight of the loss of each auxiliary head; the paper has 0.3."""
     dropout: float = 0.2
-    """The rate before the last layer."""
+    """Dropout rate before the last layer."""
     dropout_aux: float = 0.7
-    """The rate in the auxiliary heads."""
+    """Dropout rate in the auxiliary heads."""
     average_decay: float | None = None
-    """The decay of a moving average of the weights, which is then evaluated and saved. None keeps none.
-
-    It moves with every batch, also where accumulate is more than 1."""
+    """Decay of a moving average of the weights, which is evaluated and saved in their place. None keeps none."""
     accumulate: int = 1
-    """Batches whose gradients are averaged before the weights change. Those left over at the end change nothing.
-
-    BatchNorm and average_decay go by the batch, not by the change."""
+    """Number of batches whose mean gradient makes one change of the weights. A rest at the end changes nothing."""
     frozen: tuple[str, ...] = ()
-    """Blocks that stay as they are, with their BatchNorm statistics: conv1 ... conv3, inception3a ... inception5b, fc,
-    aux1, aux2."""
+    """Blocks that stay unchanged, with their statistics: conv1-conv3, inception3a-inception5b, fc, aux1, aux2."""
     head_learning_rate: float = 1.0
-    """The learning rate of fc, aux1 and aux2, as a multiple of that of the other blocks."""
+    """Learning rate of fc, aux1 and aux2, as a multiple of the learning rate of the other blocks."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the computation; weights, BatchNorm statistics and loss stay in float32."""
+    """Number format of the computation. Weights, BatchNorm statistics and the loss stay in float32."""
     held_out: float = 0.1
-    """The share of the images that is not trained on but evaluated, where the data has no such part of its own."""
+    """Share of the images that is held out for evaluation, unless the data have a part of their own for it."""
     crop_area: tuple[float, float] = (0.08, 1.0)
-    """The least and the largest area of a training crop, as a share of the image."""
+    """Smallest and largest area of a training crop, as a share of the image."""
     crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)
-    """The least and the largest width of a training crop, as a multiple of its height."""
+    """Smallest and largest width of a training crop, as a multiple of its height."""
     interpolation: Literal["bilinear", "random"] = "bilinear"
-    """Of a resized crop; random chooses among Pillow's for each crop."""
+    """Interpolation of a crop when it is resized; random chooses one of Pillow's for each crop."""
     flip: bool = True
-    """Mirror half of the training crops."""
+    """Mirroring of half of the training crops."""
     distortion: bool = False
-    """Change brightness, contrast and saturation of the training crops at random."""
+    """Random changes of brightness, contrast and saturation of the training crops."""
     patience: int | None = None
-    """Evaluations in a row without a better accuracy after which the run stops early. None or 0 never stops it."""
+    """Number of epochs without a better held-out accuracy after which training stops early. None or 0: never."""
     max_corrupt: float = 0.001
-    """The share of unreadable images above which the run stops. Three are allowed in any case, unless it is 0."""
+    """Share of unreadable images above which the run stops. Three are allowed in any case, unless it is 0."""
     workers: int = 0
-    """Processes that read images; 0 reads them in the threads of the run itself. They change no pixel."""
+    """Number of processes that read images. With 0, threads of the run read them. The pixels are the same."""
     checkpoint_every: int = 1000
-    """Steps between two checkpoints. There is one at the end and one when the run is stopped besides."""
+    """Number of steps between two checkpoints. One more is saved at the end, and one when the run is stopped."""
     keep: int = 2
-    """How many checkpoints to keep."""
+    """Number of checkpoints to keep."""
 
     def __post_init__(self) -> None:
         problems = [
@@ -237,17 +236,19 @@ PRESETS = {
 """Recipes by name."""
 
 
-def schedule(recipe: Recipe, steps_per_epoch: int) -> optax.Schedule:
+def schedule(recipe: Recipe, steps_per_epoch: int) -> "optax.Schedule":
     """The learning rate by the number of changes of the weights, of which ``accumulate`` steps make one.
 
     Args:
         recipe: the recipe.
         steps_per_epoch: batches in an epoch, at least one.
     """
+    import optax
+
     per_epoch = steps_per_epoch / recipe.accumulate
     warmup = round(min(recipe.warmup_epochs, recipe.epochs / 2) * per_epoch)
     rest = max(1, round(recipe.epochs * per_epoch) - warmup)
-    after: optax.Schedule
+    after: Callable[[Any], Any]
     if recipe.schedule == "cosine":
         after = optax.cosine_decay_schedule(recipe.learning_rate, rest)
     elif recipe.schedule == "step":
@@ -262,11 +263,15 @@ def schedule(recipe: Recipe, steps_per_epoch: int) -> optax.Schedule:
     return optax.join_schedules([rising, after], [warmup])
 
 
-def make_optimizer(recipe: Recipe, steps_per_epoch: int) -> optax.GradientTransformation:
+def make_optimizer(recipe: Recipe, steps_per_epoch: int) -> "optax.GradientTransformation":
     """SGD by the recipe; as in PyTorch, weight decay is part of the gradient that the momentum takes in.
 
     Frozen blocks are left out by ``create_train_state``.
     """
+    import optax
+
+    from flax_googlenet.training.finetune import scale_heads
+
     optimizer = optax.chain(
         optax.add_decayed_weights(recipe.weight_decay, lambda params: jax.tree.map(lambda x: x.ndim > 1, params)),
         optax.sgd(schedule(recipe, steps_per_epoch), recipe.momentum, recipe.nesterov),
