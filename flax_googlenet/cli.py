@@ -96,6 +96,9 @@ def evaluate(
 ) -> int:
     """Measure how often networks name the right class (top-1 and top-5).
 
+    The balanced accuracy is the mean of the classes' recalls, so that a class of few images counts as much as one of
+    many. Top-5 is left out for five classes or fewer, where it is always right.
+
     The classes of the data are found by name among those of the weights. Their order counts only where the weights
     have no class names, or where ImageNet's 1,000 classes have WordNet identifiers on one side (n01440764, ...) and
     names on the other. The images are resized to the size that the weights were trained for. Images that one of the
@@ -118,8 +121,9 @@ def evaluate(
         crops: Number of crops of each image whose probabilities are averaged: 1 is the centre, 10 are the corners and
             the centre, each of them also mirrored, and 144 are the paper's, at four scales.
         json: Print one line of JSON: {"data", "weights", "crops", "image_size", "unreadable", "count", "top1", "top5",
-            "classes": {name: {"count", "top1"}}}.
-        confusion: Draw the confusion matrix to this .png file.
+            "balanced_accuracy", "classes": {name: {"count", "top1"}}}.
+        confusion: Draw the confusion matrix to this .png file. Class names that no installed font can draw are
+            replaced by numbers.
         batch_size: Number of crops to compute at once.
     """
     _require_training()

@@ -2,9 +2,13 @@
 
 import dataclasses
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 import unicodedata
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +17,11 @@ import numpy as np
 import pytest
 import reference
 import torch
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
 from jax import numpy as jnp
 from PIL import Image
+from sklearn import metrics
 from torchvision.models import GoogLeNet as TorchGoogLeNet
 from torchvision.transforms import functional, v2
 
@@ -112,6 +119,9 @@ def same_figures(figures: dict[str, Any], probabilities: Sequence[np.ndarray], p
     assert figures["top1"] == np.mean(right)
     assert figures["top5"] == 1
     assert figures["classes"].keys() == {"flower", "temple"}  # of the four that the network knows
+    answers = [path.parent.name for path in paths], named
+    with warnings.catch_warnings(action="ignore"):  # answers that are no class of the data
+        assert figures["balanced_accuracy"] == pytest.approx(metrics.balanced_accuracy_score(*answers), rel=1e-15)
     for name, found in figures["classes"].items():
         of_class = [ok for ok, path in zip(right, paths, strict=True) if path.parent.name == name]
         assert found == {"count": len(of_class), "top1": np.mean(of_class)}
@@ -135,7 +145,8 @@ def test_with_one_crop_every_answer_is_torchvisions(
 
     result = figures("weights.safetensors", "photos")
     same_figures(result, expected, images())
-    assert result.keys() == {"data", "weights", "crops", "image_size", "unreadable", "count", "top1", "top5", "classes"}
+    about = {"data", "weights", "crops", "image_size", "unreadable"}
+    assert result.keys() == about | {"count", "top1", "top5", "balanced_accuracy", "classes"}
     assert (result["data"], result["weights"]) == ("photos", ["weights.safetensors"])
     assert (result["crops"], result["image_size"], result["unreadable"]) == (1, 224, 0)
 
@@ -220,6 +231,26 @@ def test_top5_and_the_confusion_matrix_are_counted_by_hand() -> None:
     tally.add(np.array([0]), np.array([likely_1]))
     assert tally.matrix.tolist() == [[0, 1, 1], [0, 1, 0]]  # the last column is for the network's other classes
     assert (tally.count, tally.top1, tally.top5) == (3, 1 / 3, 2 / 3)
+
+
+def test_the_figures_are_those_of_scikit_learn() -> None:
+    rng = np.random.default_rng(0)
+    wanted = np.array([3, -1, 0, 2, 4, 1, -1, -1])  # the data has five of the network's eight classes
+    labels = rng.choice(4, size=300, p=[0.7, 0.2, 0.07, 0.03])  # its last one has no image
+    probabilities = rng.dirichlet(np.ones(8), size=300)
+    tally = Score(wanted, num_classes=5)
+    for batch in np.split(np.arange(300), [7, 100]):
+        tally.add(labels[batch], probabilities[batch])
+    right, answers = np.argsort(wanted)[3:][labels], probabilities.argmax(1)  # classes of the network
+    columns = [*np.argsort(wanted)[3:], 1, 6, 7]
+    matrix = metrics.confusion_matrix(right, answers, labels=columns)[:5]
+    np.testing.assert_array_equal(tally.matrix, np.c_[matrix[:, :5], matrix[:, 5:].sum(1)])
+    assert tally.top1 == pytest.approx(metrics.accuracy_score(right, answers), rel=1e-15)
+    top5 = metrics.top_k_accuracy_score(right, probabilities, k=5, labels=range(8))
+    assert tally.top5 == pytest.approx(top5, rel=1e-15)
+    with warnings.catch_warnings(action="ignore"):  # answers that are no class of the data
+        recall = metrics.balanced_accuracy_score(right, answers)
+    assert tally.balanced_accuracy == pytest.approx(recall, rel=1e-15)
 
 
 # Classes.
@@ -454,12 +485,18 @@ def test_where_a_training_left_no_image_one_network_is_warned_of_and_several_are
         find_data("photos", [Training("b.safetensors", 0.2, 0, None), on_all])
 
 
-def test_of_digits_it_is_what_the_recipe_holds_out(here: Path, figures: Callable[..., dict[str, Any]]) -> None:
+def test_of_digits_it_is_what_the_recipe_holds_out(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     recipe = dataclasses.replace(PRESETS["digits"], held_out=0.02, image_size=16)
     save(Path("ten.safetensors"), num_classes=10, class_names=[*map(str, range(10))], recipe=dataclasses.asdict(recipe))
-    result = figures("ten.safetensors", "digits")
-    assert result["count"] == len(open_data("digits", held_out=0.02, seed=0)[1])
-    assert 0 <= result["top1"] < result["top5"] < 1
+    assert main(["evaluate", "ten.safetensors", "digits", "--batch-size", "1"]) == 0
+    captured = capfd.readouterr()
+    count = len(open_data("digits", held_out=0.02, seed=0)[1])
+    assert f"{count} of the 1797 images of digits are evaluated: the weights were trained on the others" in captured.err
+    assert f"\n{count} images in " in captured.err
+    figures = [re.fullmatch(r"(.*?) +([0-9.]+)%", line) for line in captured.out.splitlines()]
+    assert [found and found[1] for found in figures] == ["top-1", "top-5", "balanced accuracy"]
+    top1, top5, _ = (float(found[2]) for found in figures if found)
+    assert 0 <= top1 < top5 < 100
 
 
 # The picture, and what a person reads.
@@ -468,9 +505,8 @@ def test_of_digits_it_is_what_the_recipe_holds_out(here: Path, figures: Callable
 def test_the_figures_for_a_person_and_the_picture(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", "weights.safetensors", "photos", "--confusion", "confusion.png", "--batch-size", "1"]) == 0
     captured = capfd.readouterr()
-    top1, top5 = captured.out.splitlines()
-    assert top1.startswith("top-1")
-    assert top5 == "top-5 100.00%"
+    # No top-5: of four classes it is always right.
+    assert [line.partition("  ")[0] for line in captured.out.splitlines()] == ["top-1", "balanced accuracy"]
     assert captured.err.startswith("all 11 images of photos are evaluated\n11 images in")
     with Image.open("confusion.png") as picture:
         assert picture.width > 500
@@ -486,3 +522,39 @@ def test_the_picture_shows_every_right_answer_whatever_the_number_of_classes(tmp
     assert rows.sum() > 0.9 * (np.flatnonzero(rows).max() - np.flatnonzero(rows).min())
     assert columns.sum() > 0.9 * (np.flatnonzero(columns).max() - np.flatnonzero(columns).min())
     assert max(picture.shape) < 2500
+
+
+def write_font(path: Path, character: str) -> None:
+    """A font whose only glyph is a black square."""
+    pen = TTGlyphPen(None)
+    pen.moveTo((0, 0))
+    for corner in ((0, 1000), (1000, 1000), (1000, 0)):
+        pen.lineTo(corner)
+    pen.closePath()
+    font = FontBuilder(1000)
+    font.setupGlyphOrder([".notdef", "square"])
+    font.setupCharacterMap({ord(character): "square"})
+    font.setupGlyf({".notdef": TTGlyphPen(None).glyph(), "square": pen.glyph()})
+    font.setupHorizontalMetrics({".notdef": (1000, 0), "square": (1000, 0)})
+    font.setupHorizontalHeader(ascent=1000, descent=0)
+    font.setupNameTable({"familyName": "Squares", "styleName": "Regular"})
+    font.setupOS2()
+    font.setupPost()
+    path.parent.mkdir(parents=True)
+    font.save(path)
+
+
+def test_a_name_is_drawn_in_whatever_installed_font_has_it_and_is_a_number_where_none_has(tmp_path: Path) -> None:
+    names = ["\U00030000", "caf\u00e9", "\U0003134a"]  # Chinese characters of rare names: no usual font has them
+    write_font(tmp_path / "fonts" / "squares.ttf", names[0])
+    script = f"""if True:
+        import numpy as np
+        from pathlib import Path
+        from flax_googlenet.training.confusion import draw_confusion
+        print(ascii(draw_confusion(Path("confusion.png"), np.diag([1, 1, 1]), {names!r})))"""
+    command = [sys.executable, "-W", "error::UserWarning", "-c", script]
+    environment = os.environ | {"XDG_DATA_HOME": str(tmp_path)}
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout == f"{names[2:]!a}\n"
+    black = np.asarray(Image.open(tmp_path / "confusion.png").convert("L")) < 30  # the darkest blue has 43
+    assert np.lib.stride_tricks.sliding_window_view(black, (12, 12)).all((2, 3)).any()

@@ -69,11 +69,11 @@ def find_classes(wanted: Sequence[str], data: str, weights: Weights, path: str) 
                 return ClassMatch(by_id if ids is wanted else np.argsort(by_id), (note,))
         raise DataError(
             f"{len(missing)} of the {len(wanted)} classes of {data} are not among the {count} of {path}: "
-            f"{_listing(missing)}; use the names in {path}: {_listing(names)}"
+            f"{listing(missing)}; use the names in {path}: {listing(names)}"
         )
     if len(set(wanted)) < len(wanted):
         twice = sorted({name for name in wanted if wanted.count(name) > 1})
-        raise DataError(f"{data} has several classes of one name: {_listing(twice)}; {path} cannot tell them apart")
+        raise DataError(f"{data} has several classes of one name: {listing(twice)}; {path} cannot tell them apart")
     found, notes = np.full(count, -1), []
     for label, name in enumerate(wanted):
         found[places[name]] = label
@@ -90,5 +90,6 @@ def _is_imagenet(names: Sequence[str]) -> bool:
     return len(names) == 1000 and all(word in names[i].casefold() for i, word in _IMAGENET_WORDS.items())
 
 
-def _listing(names: Sequence[str]) -> str:
+def listing(names: Sequence[str]) -> str:
+    """List the first few class names, for a message."""
     return ", ".join(map(repr, names[:_LISTED])) + (", ..." if len(names) > _LISTED else "")

@@ -56,15 +56,26 @@ class Score:
     def top5(self) -> float:
         return self._in_top5 / self.count
 
+    @property
+    def balanced_accuracy(self) -> float:
+        """The mean of the classes' recalls: of each class that has images, the fraction of right answers."""
+        counts = self._matrix.sum(1)
+        return float(np.mean(np.diagonal(self._matrix)[counts > 0] / counts[counts > 0]))
 
-def draw_confusion(path: Path, matrix: Int[np.ndarray, "n n_or_more"], class_names: Sequence[str]) -> None:
-    """Draws which classes are taken for which, and lists the pairs that are confused most often.
+
+def draw_confusion(path: Path, matrix: Int[np.ndarray, "n n_or_more"], class_names: Sequence[str]) -> list[str]:
+    """Draw which classes are taken for which, and list the pairs that are confused most often.
+
+    A class whose name no installed font can draw is shown as its number, as ``class 17``.
 
     Args:
         path: the picture, a PNG.
         matrix: how many images of the class of the row were taken for that of the column. One column more than there
             are rows counts answers that are none of the classes.
         class_names: of the rows.
+
+    Returns:
+        The class names that are shown as numbers.
 
     Raises:
         OSError: if the picture cannot be written.
@@ -73,6 +84,9 @@ def draw_confusion(path: Path, matrix: Int[np.ndarray, "n n_or_more"], class_nam
     from matplotlib.figure import Figure  # not pyplot, which would choose a backend and keep figures alive
 
     names = [_short(name) for name in class_names]
+    fonts, undrawable = _find_fonts(set("".join(names)))
+    numbered = {i: f"class {i}" for i, name in enumerate(names) if undrawable.intersection(name)}
+    names = [numbered.get(i, name) for i, name in enumerate(names)]
     columns = [*names, OTHER][: matrix.shape[1]]
     in_cell = -(-len(names) // _MAX_CELLS)
     cells = _sum_blocks(matrix, in_cell)
@@ -90,8 +104,8 @@ def draw_confusion(path: Path, matrix: Int[np.ndarray, "n n_or_more"], class_nam
     axes.set(xlabel="answer", ylabel="class")
     if len(names) <= _MAX_NAMED:
         size = 9 if len(names) <= _MAX_NUMBERED else 7
-        axes.set_xticks(range(len(columns)), columns, rotation=90, parse_math=False, fontsize=size)
-        axes.set_yticks(range(len(names)), names, parse_math=False, fontsize=size)
+        axes.set_xticks(range(len(columns)), columns, rotation=90, parse_math=False, fontsize=size, fontfamily=fonts)
+        axes.set_yticks(range(len(names)), names, parse_math=False, fontsize=size, fontfamily=fonts)
     if len(names) <= _MAX_NUMBERED:
         for row, column in np.argwhere(matrix):
             color = "white" if shares[row, column] > 0.4 else "black"
@@ -100,12 +114,56 @@ def draw_confusion(path: Path, matrix: Int[np.ndarray, "n n_or_more"], class_nam
         f"{matrix[row, column]} of {matrix[row].sum()}: {names[row]} \N{RIGHTWARDS ARROW} {columns[column]}"
         for row, column in _most_confused(matrix)
     ]
-    told = "\n".join(["confused most often", "", *lines] if lines else ["nothing is confused"])
-    axes.text(1.04, 1, told, transform=axes.transAxes, va="top", fontsize=8, linespacing=1.4, parse_math=False)
+    text = "\n".join(["confused most often", "", *lines] if lines else ["nothing is confused"])
+    text_box = axes.text(1.04, 1, text, transform=axes.transAxes, va="top", fontsize=8, parse_math=False)
+    text_box.set(linespacing=1.4, fontfamily=fonts)
 
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=150, bbox_inches="tight")
     write_atomically(path, buffer.getvalue())
+    return [class_names[i] for i in numbered]
+
+
+def _find_fonts(characters: set[str]) -> tuple[list[str], set[str]]:
+    """Find fonts for characters that the usual font lacks, as Chinese, Japanese and Korean ones.
+
+    The font files themselves are looked at, because matplotlib's own list is a cache, which knows nothing of fonts that
+    were installed since.
+
+    Returns:
+        Names of font families, of which matplotlib takes for each character the first one that has it; and the
+        characters that no font has.
+    """
+    from matplotlib import font_manager
+
+    usual = font_manager.FontProperties()
+    families, missing = [*usual.get_family()], characters - _drawable(characters, font_manager.findfont(usual))
+    files = font_manager.findSystemFonts() if missing else []
+    drawable = {file: _drawable(missing, file) for file in files if "LastResort" not in file}  # macOS: has only boxes
+    # Of fonts with as many of the characters, one that looks like the usual font.
+    for file in sorted(drawable, key=lambda file: (-len(drawable[file]), "Sans" not in file, "Regular" not in file)):
+        if drawable[file] & missing:
+            font_manager.fontManager.addfont(file)
+            families.append(font_manager.get_font(file).family_name)
+            missing -= drawable[file]
+    return families, missing
+
+
+def _drawable(characters: set[str], file: str) -> set[str]:
+    """Return which of the characters a font has outlines for; emoji are often bitmaps, which matplotlib cannot draw."""
+    from matplotlib.font_manager import get_font
+
+    def has_outline(character: str) -> bool:
+        if not font.get_char_index(ord(character)):
+            return False
+        font.load_char(ord(character))
+        return character == " " or len(font.get_path()[0]) > 0
+
+    try:
+        font = get_font(file)
+        return {character for character in characters if has_outline(character)}
+    except (OSError, RuntimeError):  # damaged, or bitmaps alone
+        return set()
 
 
 def _sum_blocks(matrix: np.ndarray, side: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What ``flax-googlenet evaluate`` does: top-1, top-5 and the confusion matrix of weights, or of several together."""
+"""What ``flax-googlenet evaluate`` does: accuracies and the confusion matrix of weights, or of several together."""
 
 import json
 import sys
@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from flax_googlenet.files import load_weights, require_folder_of
 from flax_googlenet.images import display_name
 from flax_googlenet.status import CommandError, Status, draws_progress, printable
+from flax_googlenet.training.classes import listing
 from flax_googlenet.training.confusion import Score, draw_confusion
 from flax_googlenet.training.datasets import DataError, Dataset, Training, find_data
 from flax_googlenet.training.ensemble import answers, image_size, make_networks, recipe_of
@@ -82,13 +83,20 @@ def evaluate(
         figures = {**named, "crops": num_crops, "image_size": size, "unreadable": failed, **_figures(tally, dataset)}
         sys.stdout.write(json.dumps(figures) + "\n")
     else:
-        sys.stdout.write(f"top-1 {tally.top1:7.2%}\ntop-5 {tally.top5:7.2%}\n")
+        printed = {"top-1": tally.top1, "top-5": tally.top5, "balanced accuracy": tally.balanced_accuracy}
+        if len(match.wanted) <= 5:
+            del printed["top-5"]  # it is always right
+        sys.stdout.write("".join(f"{name:17} {value:7.2%}\n" for name, value in printed.items()))
     sys.stdout.flush()
     if confusion:
         try:
-            draw_confusion(confusion, tally.matrix, dataset.class_names)
+            numbered = draw_confusion(confusion, tally.matrix, dataset.class_names)
         except OSError as error:
             raise CommandError(Status.NOT_DONE, f"cannot write {confusion}: {error.strerror}") from error
+        if numbered:
+            warning = f"warning: {confusion} shows numbers for {len(numbered)} class names, which no installed font can"
+            warning += f" draw ({listing(numbered)}): install a font that can, such as Noto Sans CJK"
+            notes.print(escape(printable(warning)))
     summary = f"{tally.count} image{'' if tally.count == 1 else 's'} in {seconds:.1f} s, "
     summary += f"{tally.count / seconds:.1f} images/s"
     notes.print(summary + (f"; [bold red]{failed} could not be read[/]" if failed else ""))
@@ -106,7 +114,13 @@ def _figures(tally: Score, dataset: Dataset) -> dict[str, Any]:
         name: {"count": int(count), "top1": int(hits) / int(count) if count else None}
         for name, count, hits in zip(dataset.class_names, counts, right, strict=True)
     }
-    return {"count": tally.count, "top1": tally.top1, "top5": tally.top5, "classes": classes}
+    return {
+        "count": tally.count,
+        "top1": tally.top1,
+        "top5": tally.top5,
+        "balanced_accuracy": tally.balanced_accuracy,
+        "classes": classes,
+    }
 
 
 def _progress(console: Console) -> Progress:
