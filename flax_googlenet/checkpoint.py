@@ -188,9 +188,8 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     Raises:
         OSError: if it cannot be written; the old file is untouched then, and nothing is left beside it.
     """
+    require_replaceable(Path(path))
     target = Path(os.path.realpath(path))  # a link stays a link, to the new contents
-    if target.exists() and not target.is_file():  # a rename would replace a device or a pipe
-        raise FileExistsError(errno.EEXIST, "it is there already and not a regular file", str(path))
     _remove_leftovers(target)
     beside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     # Until it has the permissions of the file that it replaces, nobody else reads it.
@@ -208,6 +207,12 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
         with suppress(FileNotFoundError):
             beside.unlink()
         raise
+
+
+def require_replaceable(path: Path) -> None:
+    """Raises a FileExistsError if there is anything but a regular file, which ``write_atomically`` must not replace."""
+    if path.exists() and not path.is_file():
+        raise FileExistsError(errno.EEXIST, "it is there already and not a regular file", str(path))
 
 
 def keep_permissions(descriptor: int, replaced: Path) -> None:

@@ -34,6 +34,8 @@ _FORMULA = re.compile("'*[=+@\uff1d\uff0b\uff0d\uff20-]")
 """How a cell begins that a spreadsheet calculates, wide characters of Chinese and Japanese included. Apostrophes may
 stand in front, so that one that ``_cell`` has added can be told from one that is part of a name."""
 
+_MAX_LINE_BYTES = 2**26  # a row of all 21,841 classes of ImageNet has a few million
+
 
 class _OtherRowsError(Exception):
     """A file that is there holds rows which those of this run must not be mixed with; says which."""
@@ -122,7 +124,7 @@ def open_results(path: Path, weights: str, top: int) -> Iterator[Results]:
                 results.admit(_parquet_rows(path))
         except BlockingIOError as error:
             raise CommandError(Status.NOT_DONE, f"another run is writing {growing}: wait for it") from error
-        except (_OtherRowsError, ValueError, KeyError, TypeError, csv.Error) as error:
+        except (_OtherRowsError, ValueError, KeyError, TypeError, RecursionError, csv.Error) as error:
             if is_parquet and growing.stat().st_size == 0:
                 growing.unlink()
             # The others are what the readers make of a file that is no output of this command, or is damaged.
@@ -143,10 +145,28 @@ def _json(rows: Iterable[Row]) -> bytes:
 def _json_rows(file: BinaryIO) -> Iterator[tuple[Row, int]]:
     """Each whole row of a growing file, and where it ends."""
     end = 0
-    for line in file:
+    for line in _whole_lines(file):
         end += len(line)
-        if line.endswith(b"\n"):
-            yield json.loads(line), end
+        yield _checked(json.loads(line)), end
+
+
+def _whole_lines(file: BinaryIO) -> Iterator[bytes]:
+    """Each line of a growing file but the last one, if it was cut off."""
+    while (line := file.readline(_MAX_LINE_BYTES)).endswith(b"\n"):
+        yield line
+    if len(line) == _MAX_LINE_BYTES:
+        raise ValueError(f"it has a line of {_MAX_LINE_BYTES} bytes or more")
+
+
+def _checked(row: Any) -> Row:
+    """The row of a file that anybody may have written; raises a ValueError, TypeError or KeyError if it is none."""
+    predictions = row["predictions"]
+    texts = [row["image"], row["weights"], *(prediction["label"] or "" for prediction in predictions)]
+    "".join(texts).encode()  # not all that is text in JSON is text in UTF-8
+    numbers = [number for prediction in predictions for number in (prediction["index"], prediction["probability"])]
+    if not all(type(number) in (int, float) and 0 <= number < 2**31 for number in numbers):
+        raise ValueError("it has an index or a probability of another kind")
+    return row
 
 
 def _csv(rows: Iterable[list[Any]]) -> bytes:
@@ -183,14 +203,13 @@ def _csv_rows(file: BinaryIO, top: int) -> Iterator[tuple[Row | None, int]]:
     """The header, as None, and each whole row of a growing file, and where it ends. A row can have several lines."""
     end = 0
 
-    def whole_lines() -> Iterator[str]:
+    def lines() -> Iterator[str]:
         nonlocal end
-        for line in file:
+        for line in _whole_lines(file):
             end += len(line)
-            if line.endswith(b"\n"):
-                yield line.decode()
+            yield line.decode()
 
-    reader = csv.reader(whole_lines())
+    reader = csv.reader(lines())
     for columns in reader:
         if columns != _columns(top):
             other_top = (len(columns) - 2) // 3
@@ -213,12 +232,33 @@ def _require_pyarrow() -> None:
         raise CommandError(Status.NOT_DONE, message) from error
 
 
+def _parquet_schema() -> Any:
+    import pyarrow
+
+    prediction = {"index": pyarrow.int64(), "label": pyarrow.string(), "probability": pyarrow.float64()}
+    return pyarrow.schema(
+        {
+            "image": pyarrow.string(),
+            "predictions": pyarrow.list_(pyarrow.struct(prediction)),
+            "weights": pyarrow.string(),
+        }
+    )
+
+
 def _parquet_rows(path: Path) -> Iterator[Row]:
+    import pyarrow
     from pyarrow import parquet
 
-    with parquet.ParquetFile(path) as file:
-        for batch in file.iter_batches():
-            yield from batch.to_pylist()
+    try:
+        with parquet.ParquetFile(path) as file:
+            if not file.schema_arrow.equals(_parquet_schema()):
+                raise ValueError("it has other columns")
+            for batch in file.iter_batches():
+                yield from map(_checked, batch.to_pylist())
+    except (pyarrow.ArrowException, OSError) as error:  # for damage PyArrow raises an OSError, without a number
+        if getattr(error, "errno", None):
+            raise
+        raise ValueError("it is damaged") from error
 
 
 def _add_to_parquet(path: Path, rows: Iterable[Row]) -> None:
@@ -226,14 +266,7 @@ def _add_to_parquet(path: Path, rows: Iterable[Row]) -> None:
     import pyarrow
     from pyarrow import parquet
 
-    prediction = {"index": pyarrow.int64(), "label": pyarrow.string(), "probability": pyarrow.float64()}
-    schema = pyarrow.schema(
-        {
-            "image": pyarrow.string(),
-            "predictions": pyarrow.list_(pyarrow.struct(prediction)),
-            "weights": pyarrow.string(),
-        }
-    )
+    schema = _parquet_schema()
     table = parquet.read_table(path) if path.exists() else schema.empty_table()
     known = set(table["image"].to_pylist())
     new = pyarrow.Table.from_pylist([row for row in rows if row["image"] not in known], schema)

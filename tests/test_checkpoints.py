@@ -1,6 +1,5 @@
 """A run's checkpoints: the same bits again, from whatever devices; and no damage, kill or full disk goes unnoticed."""
 
-import json
 import os
 import random
 import shutil
@@ -23,6 +22,7 @@ from jax import numpy as jnp
 from flax_googlenet import CheckpointError, GoogLeNet
 from flax_googlenet.training import TrainState
 from flax_googlenet.training.checkpoints import CheckpointSaveError, Restored, prune, restore, save
+from flax_googlenet.training.manifest import seal
 
 EXTRA = {"data": {"position": 12345678901, "names": ["ä", "b"]}, "recipe": {"learning_rate": 0.1, "average": None}}
 
@@ -114,8 +114,31 @@ def test_numpy_arrays_stay_numpy_arrays(tmp_path: Path) -> None:
 
 def test_a_folder_without_checkpoints_has_none(tmp_path: Path) -> None:
     assert restore(tmp_path / "missing", make_state(), pytest.fail) is None
-    (tmp_path / "step_notes.txt").touch()
+    for name in ("step_notes.txt", "step_9999999999", "step_" + "9" * 30):  # steps have 32 bits
+        (tmp_path / name).touch()
     assert restore(tmp_path, make_state(), pytest.fail) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [("file", "Not a directory"), ("dangling link", "No such file"), ("somebody else's", "Permission denied")],
+)
+def test_what_is_no_folder_that_can_be_read_is_an_error_not_a_fresh_start(
+    kind: str, reason: str, tmp_path: Path
+) -> None:
+    folder, user = tmp_path / "checkpoints", os.geteuid()
+    if kind == "file":
+        folder.write_text("a file where the folder was")
+    elif kind == "dangling link":
+        folder.symlink_to(tmp_path / "a disk that is not mounted")
+    else:
+        folder.mkdir(0)
+        os.seteuid(user or 65534)  # root reads everything
+    try:
+        with pytest.raises(CheckpointError, match=f"{folder} cannot be read: {reason}.*; put the folder .* back there"):
+            restore(folder, make_state(), pytest.fail)
+    finally:
+        os.seteuid(user)
 
 
 def test_the_newest_counts_and_its_manifest_is_one_of_sha256sum(two: Path) -> None:
@@ -133,6 +156,7 @@ def test_the_step_orders_not_the_name(tmp_path: Path) -> None:
 
 def test_a_damaged_one_is_told_and_the_one_before_is_used(copy: Path) -> None:
     (copy / "step_00000002" / "state" / "d" / "another").touch()
+    (copy / "step_00000002" / os.fsdecode(b"\xff")).touch()
     messages: list[str] = []
     found = restored(copy, make_state(), messages.append)
     assert (found.step, found.extra["step"]) == (1, 1)
@@ -166,15 +190,22 @@ def test_another_state_is_refused_with_all_that_differs(two: Path) -> None:
     assert ".params['fc']['kernel'] float32[16, 10], expected float64[16, 11]" in str(error.value)
 
 
-def test_another_format_is_refused(copy: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"format": 2, "step": 2, "extra": {}}', "is of another version of flax_googlenet: format 2"),
+        ('{"format": 1, "step": "2", "extra": {}}', "step must be an integer"),
+        ('{"format": 1, "step": 2}', "extra.json is not as flax_googlenet writes it: 'extra'"),
+        ("[" * 10**5, "extra.json is not as flax_googlenet writes it: maximum recursion depth"),
+    ],
+    ids=["format", "step", "missing", "deep"],
+)
+def test_a_forged_checkpoint_is_refused(content: str, message: str, copy: Path) -> None:
     newest = copy / "step_00000002"
-    (newest / "extra.json").write_text(json.dumps({"format": 2, "step": 2, "extra": {}}))
-    lines = subprocess.run(
-        ["sha256sum", *map(str, files_of(newest))], capture_output=True, check=True, text=True
-    ).stdout
-    kept = [line for line in lines.replace(f"{newest}/", "").splitlines(keepends=True) if "manifest.sha256" not in line]
-    (newest / "manifest.sha256").write_text("".join(kept))
-    with pytest.raises(CheckpointError, match="another version of flax_googlenet: format 2"):
+    (newest / "extra.json").write_text(content)
+    (newest / "manifest.sha256").unlink()
+    seal(newest)
+    with pytest.raises(CheckpointError, match=message):
         restore(copy, make_state(), pytest.fail)
 
 

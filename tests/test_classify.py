@@ -19,6 +19,7 @@ from typing import Any
 import hypothesis
 import jax
 import numpy as np
+import pyarrow
 import pytest
 import reference
 from hypothesis import strategies
@@ -430,11 +431,18 @@ def test_rows_of_other_weights_another_number_or_something_else_are_not_mixed(tm
         with pytest.raises(CommandError, match=refused), open_results(path, weights, top):
             pass
         assert path.read_bytes() == before
-    for other in (b"my own notes", b"my own notes\n", b'{"a": 1}\n', b"image,mine\n1,2\n", b"\0\xff", b"[]\n"):
+    others = [b"my own notes", b"my own notes\n", b'{"a": 1}\n', b"image,mine\n1,2\n", b"\0\xff", b"[]\n"]
+    others += [b"[" * 10**5 + b"\n"]
+    if name == "answers.parquet":  # elsewhere these are what a kill cuts off
+        others += [before[: len(before) // 2], before[:-20] + b"\xff" * 12 + before[-8:]]
+    for other in others:
         path.write_bytes(other)
         with pytest.raises(CommandError, match=r"\(it holds something else\)"), open_results(path, "w", 1):
             pass
         assert path.read_bytes() == other
+    os.truncate(path, 60 * 10**9)  # one line of 60 GB, most of it on no disk
+    with pytest.raises(CommandError, match=r"\(it holds something else\)"), open_results(path, "w", 1):
+        pass
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -484,6 +492,34 @@ def test_a_csv_of_before_names_were_escaped_goes_on(tmp_path: Path) -> None:
     with open_results(path, "w", 1) as results:
         assert [results.claim(image) for image in ("photos/1.jpg", "=1+1.jpg", "a\nb.jpg", "é.jpg")] == [False] * 4
         assert results.claim("e\u0301.jpg")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"image": 1},
+        {"image": "\ud800.jpg"},
+        {"predictions": "x"},
+        {"predictions": [1]},
+        {"predictions": [{"index": "1", "label": None, "probability": 0.5}]},
+        {"predictions": [{"index": 10**400, "label": None, "probability": 0.5}]},
+        {"predictions": [{"index": 1, "label": 2, "probability": 0.5}]},
+        {"predictions": [{"index": 1, "label": None, "probability": float("nan")}]},
+    ],
+)
+def test_a_row_that_no_run_has_written_is_refused_before_the_work(change: Row, tmp_path: Path) -> None:
+    for part in (tmp_path / "answers.jsonl", tmp_path / "answers.parquet.part"):
+        part.write_text(json.dumps(row("a.jpg") | {"weights": "w"} | change) + "\n")
+        path = part.with_name(part.name.removesuffix(".part"))
+        with pytest.raises(CommandError, match=r"\(it holds something else\)"), open_results(path, "w", 1):
+            pytest.fail("it was taken")
+
+
+def test_a_parquet_file_of_other_columns_is_refused_before_the_work(tmp_path: Path) -> None:
+    path = tmp_path / "answers.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist([row("a.jpg") | {"weights": "w", "more": 1}]), path)
+    with pytest.raises(CommandError, match=r"\(it holds something else\)"), open_results(path, "w", 1):
+        pytest.fail("it was taken")
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl"])

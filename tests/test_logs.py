@@ -53,6 +53,15 @@ def events(path: Path) -> Iterator[Event]:
 
 # The files.
 
+FORGED = "".join(
+    f"{line}\n"
+    for line in (
+        *("[]", "3", "null", '{"step": 3}', '{"split": "train"}', '{"split": "train", "step": "3"}', "[" * 10**5),
+        *('{"split": "train", "step": true}', '{"split": [], "step": 3}', '{"split": "train", "step": -1, "loss": 1}'),
+        *(f'{{"split": "train", "step": 3, "loss": {loss}}}' for loss in ('"x"', "[1]", "1" * 400, "NaN", "1e999")),
+    )
+)
+
 
 def test_a_record_is_in_the_file_when_the_method_returns(tmp_path: Path) -> None:
     with RunLog(tmp_path, 2) as log:
@@ -76,8 +85,8 @@ def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "rest",
-    ["", '{"split": "train", "st', "\0" * 50 + "\n"],
-    ids=["stopped", "killed in a line", "a block that never reached the disk"],
+    ["", '{"split": "train", "st', "\0" * 50 + "\n", FORGED],
+    ids=["stopped", "killed in a line", "a block that never reached the disk", "what no run has written"],
 )
 def test_a_resumed_run_leaves_the_file_of_one_never_stopped(tmp_path: Path, rest: str) -> None:
     for name in ("whole", "resumed"):

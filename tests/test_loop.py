@@ -273,11 +273,14 @@ def troubled(train: Training, tmp_path_factory: pytest.TempPathFactory) -> tuple
     corrupt = sorted((data / "1").iterdir())
     for path in corrupt:
         path.write_bytes(path.read_bytes()[:60])
-    (folder / "run").mkdir()
+    process = train.start(folder / "run", recipe=["max-corrupt=0.25"], data=data)
+    while not (folder / "run" / "metrics.jsonl").exists():  # where the places are not free it does not begin
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        time.sleep(0.05)
     (folder / "run" / "checkpoints").write_text("a file where the folder should be")
     (folder / "run" / "model.safetensors").mkdir()
-    status, said = train(folder / "run", recipe=["max-corrupt=0.25"], data=data)
-    assert status == 4, said
+    _, said = process.communicate(timeout=600)
+    assert process.returncode == 4, said
     return corrupt, said
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from flax_googlenet.status import CommandError
 from flax_googlenet.training.datasets import Dataset
 from flax_googlenet.training.devices import Devices
 from flax_googlenet.training.finetune import reorder_head
+from flax_googlenet.training.manifest import seal
 from flax_googlenet.training.recipe import Recipe
 from flax_googlenet.training.start import describe_classes, find_head, initial_state, resume, save
 from flax_googlenet.training.tally import Tally
@@ -153,6 +155,30 @@ def test_a_recipe_that_makes_another_state_is_refused_even_when_told(workdir: Pa
 def test_a_damaged_recipe_is_named(workdir: Path) -> None:
     (workdir / "recipe.json").write_bytes(b"\xff\xfe")
     assert f"{workdir}/recipe.json: recipe: not as to_json writes it" in refusal(workdir, identity())
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "dangling link"])
+def test_a_recipe_that_is_no_file_is_named(kind: str, workdir: Path) -> None:
+    recipe = workdir / "recipe.json"
+    recipe.unlink()
+    if kind == "folder":
+        recipe.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(recipe)
+    else:
+        recipe.symlink_to("none")
+    assert f"cannot read {recipe}: " in refusal(workdir, identity())
+
+
+def test_checkpoints_of_a_later_version_are_refused(workdir: Path) -> None:
+    step = workdir / "checkpoints" / "step_00000007"
+    content = json.loads((step / "extra.json").read_text())
+    content["extra"]["tally"]["colour"] = 1
+    (step / "extra.json").write_text(json.dumps(content))
+    (step / "manifest.sha256").unlink()
+    seal(step)
+    with pytest.raises(CheckpointError, match=r"step 7 is of another version of flax_googlenet: .*colour"):
+        resume(workdir, STATE, identity(), False, pytest.fail)
 
 
 def test_where_no_checkpoint_is_whole_each_damage_is_told(workdir: Path) -> None:

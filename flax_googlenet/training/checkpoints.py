@@ -20,14 +20,15 @@ import orbax.checkpoint as ocp
 from etils import epath  # the paths that Orbax's handlers take
 from jax.experimental import multihost_utils
 
-from flax_googlenet.checkpoint import CheckpointError, replace_synced
+from flax_googlenet.checkpoint import CheckpointError, read_regular_file, replace_synced
 from flax_googlenet.status import printable
 from flax_googlenet.training.manifest import damage, seal
 
 _FORMAT = 1
 _REPLACED = ".replaced"  # what a save puts aside for a new folder of the same step
-_NAME = re.compile(rf"step_(\d{{8,}})({re.escape(_REPLACED)})?")
-_NONE, _ALL_DAMAGED = -1, -2  # what the first process tells the others in place of a step
+_NAME = re.compile(rf"step_([0-9]{{8,10}})({re.escape(_REPLACED)})?")
+_MAX_EXTRA_BYTES = 2**30
+_NONE, _ALL_DAMAGED, _UNREADABLE = -1, -2, -3  # what the first process tells the others in place of a step
 
 
 class CheckpointSaveError(RuntimeError):
@@ -117,11 +118,23 @@ def restore(folder: str | os.PathLike[str], like: Any, fail: Callable[[str], Non
         None if there is no checkpoint.
 
     Raises:
-        CheckpointError: if there are checkpoints but none is whole, or if the newest whole one is of another state
-            than ``like``, by names, shapes and dtypes: an OtherStateError, which lists all that differ.
+        CheckpointError: if there are checkpoints but none is whole, if what is at ``folder`` is not a folder that can
+            be read, or if the newest whole one is of another state than ``like``, by names, shapes and dtypes: an
+            OtherStateError, which lists all that differ.
     """
-    checkpoints = _checkpoints(Path(os.path.abspath(folder)))
-    step = int(multihost_utils.broadcast_one_to_all(np.int32(_newest_whole(checkpoints, fail))))
+    checkpoints, problem = {}, None
+    try:
+        checkpoints = _checkpoints(Path(os.path.abspath(folder)))
+    except OSError as error:
+        problem = error
+    newest = _UNREADABLE if problem else _newest_whole(checkpoints, fail)
+    step = int(multihost_utils.broadcast_one_to_all(np.int32(newest)))
+    if step == _UNREADABLE:
+        reason = problem.strerror if problem else "the first process has the reason"
+        raise CheckpointError(
+            f"{os.fspath(folder)} cannot be read: {reason}; put the folder of the checkpoints back there, or remove it "
+            "to start from the beginning"
+        ) from problem
     if step == _NONE:
         return None
     if step == _ALL_DAMAGED:
@@ -132,9 +145,7 @@ def restore(folder: str | os.PathLike[str], like: Any, fail: Callable[[str], Non
     if step not in checkpoints:
         raise CheckpointError(f"{os.fspath(folder)} is not seen by every process: is the file system shared?")
     path = checkpoints[step]
-    content = json.loads((path / "extra.json").read_bytes())
-    if content["format"] != _FORMAT:
-        raise CheckpointError(f"{path} is of another version of flax_googlenet: format {content['format']}")
+    content = _content(path)
     handler = ocp.PyTreeCheckpointHandler()
     source = epath.Path(path / "state")
     wanted = _by_name(like)
@@ -210,10 +221,33 @@ def _check(path: Path, wanted: dict[str, Any], stored: dict[str, Any]) -> None:
         raise OtherStateError(f"{path} is not of this run's state:\n{listing}")
 
 
+def _content(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(read_regular_file(path / "extra.json", _MAX_EXTRA_BYTES))
+        if not (type(content["step"]) is int and isinstance(content["extra"], dict)):
+            raise TypeError("step must be an integer and extra an object")
+        stored_format = content["format"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path}/extra.json is not as flax_googlenet writes it: {error}") from error
+    if stored_format != _FORMAT:
+        raise CheckpointError(f"{path} is of another version of flax_googlenet: format {stored_format}")
+    return content
+
+
 def _checkpoints(folder: Path) -> dict[int, Path]:
-    """Every checkpoint by its step, whole or not. One put aside counts where a kill came before its successor."""
-    paths = sorted(folder.glob("step_*"), reverse=True)  # "step_00000001" after "step_00000001.replaced"
-    return {int(match[1]): path for path in paths if (match := _NAME.fullmatch(path.name))}
+    """Every checkpoint by its step, whole or not. One put aside counts where a kill came before its successor.
+
+    Raises:
+        OSError: if ``folder`` is there and cannot be listed: it is a file, a link that leads nowhere, ...
+    """
+    try:
+        names = sorted(os.listdir(folder), reverse=True)  # "step_00000001" after "step_00000001.replaced"
+    except FileNotFoundError:
+        if os.path.lexists(folder):
+            raise
+        return {}
+    matches = filter(None, map(_NAME.fullmatch, names))
+    return {int(match[1]): folder / match[0] for match in matches if int(match[1]) < 2**31}
 
 
 def _newest_whole(checkpoints: dict[int, Path], fail: Callable[[str], None]) -> int:

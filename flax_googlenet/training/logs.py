@@ -5,6 +5,7 @@ import json
 import math
 import os
 import struct
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, suppress
@@ -17,12 +18,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from flax_googlenet.checkpoint import write_atomically
+from flax_googlenet.checkpoint import read_regular_file, write_atomically
 from flax_googlenet.status import draws_progress, printable
 
 METRICS = "metrics.jsonl"
 CURVES = "curves.png"
 TRAIN, HELD_OUT = "train", "held_out"
+_MAX_METRICS_BYTES = 2**32  # 10 million steps
 
 _SHOWN = {
     "loss": "loss {:.4f}",
@@ -147,7 +149,7 @@ def draw_curves(workdir: Path, best: tuple[int, str] | None = None) -> Path:
         The picture, ``curves.png`` in the same folder.
 
     Raises:
-        OSError: if there are no metrics, or the picture cannot be written.
+        OSError: if there are no metrics, they cannot be read, or the picture cannot be written.
     """
     from matplotlib.figure import Figure  # not pyplot, which would choose a backend and keep figures alive
     from matplotlib.ticker import LogLocator, NullFormatter
@@ -156,7 +158,7 @@ def draw_curves(workdir: Path, best: tuple[int, str] | None = None) -> Path:
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     for axes, name in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
         for split, color in ((TRAIN, "#0072b2"), (HELD_OUT, "#d55e00")):  # Okabe and Ito's, for the colour-blind too
-            points = [(record["step"], record[name]) for record in records if record["split"] == split]
+            points = [(record["step"], record.get(name)) for record in records if record["split"] == split]
             steps, values = np.array(points, np.float64).reshape(-1, 2).T  # null becomes NaN, a gap in the curve
             if split == TRAIN:
                 axes.plot(steps, values, color=color, alpha=0.25, lw=0.8)
@@ -198,14 +200,28 @@ def _text(metrics: Mapping[str, float]) -> str:
 
 
 def _records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Each line and what it says, but for those that a kill cut off or a loss of power damaged."""
-    for line in path.read_bytes().splitlines(keepends=True):
+    """Each line and what it says, but for what no run has written: a kill cuts lines off, a loss of power damages them.
+
+    Raises:
+        OSError: if the file cannot be read, or is not a regular file.
+    """
+    for line in read_regular_file(path, _MAX_METRICS_BYTES).splitlines(keepends=True):
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if line.endswith(b"\n"):
+        if line.endswith(b"\n") and isinstance(record, dict) and _is_record(**record):
             yield line, record
+
+
+def _is_record(split: Any = None, step: Any = None, **values: Any) -> bool:
+    return (
+        split in (TRAIN, HELD_OUT)
+        and type(step) is int
+        and 0 <= step < 2**31
+        # A float's range bounds integers, too, which have no limit in JSON; null is what is not finite.
+        and all(x is None or (type(x) in (int, float) and abs(x) <= sys.float_info.max) for x in values.values())
+    )
 
 
 def _drop_records(start_step: int, path: Path) -> None:

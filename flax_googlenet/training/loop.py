@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from jax import numpy as jnp
 
-from flax_googlenet.checkpoint import CheckpointError, write_atomically
+from flax_googlenet.checkpoint import CheckpointError, require_replaceable, write_atomically
 from flax_googlenet.compiling import BackendError, require_backend
 from flax_googlenet.files import load_weights
 from flax_googlenet.status import CommandError, Status, printable
@@ -22,7 +22,7 @@ from flax_googlenet.training.data import Batch, eval_batches, made_ahead, train_
 from flax_googlenet.training.datasets import DataError, Dataset, open_data
 from flax_googlenet.training.devices import Devices, joined
 from flax_googlenet.training.logs import RunLog
-from flax_googlenet.training.outcome import BEST, write_outcome, write_weights
+from flax_googlenet.training.outcome import BEST, MODEL, write_outcome, write_weights
 from flax_googlenet.training.recipe import Recipe, schedule
 from flax_googlenet.training.speed import Speed
 from flax_googlenet.training.start import RECIPE, describe_classes, find_head, initial_state, resume, save
@@ -128,6 +128,8 @@ def _begin(
     batches = stack.enter_context(closing(train_batches(train_data, recipe, tally.step, **devices.share)))
     log = None
     if jax.process_index() == 0:
+        for name in (MODEL, BEST):
+            require_replaceable(workdir / name)  # before the work, not after it
         write_atomically(workdir / RECIPE, recipe.to_json().encode())
         log = stack.enter_context(RunLog(workdir, total, tally.step))
     run = Run(workdir, recipe, train_data, held_out, steps_per_epoch, total, devices, identity, tally, state, log)

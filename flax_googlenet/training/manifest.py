@@ -7,7 +7,10 @@ import hashlib
 import os
 from pathlib import Path
 
+from flax_googlenet.checkpoint import read_regular_file
+
 _NAME = "manifest.sha256"
+_MAX_BYTES = 2**30
 
 
 def seal(folder: Path) -> None:
@@ -24,7 +27,7 @@ def seal(folder: Path) -> None:
 def damage(folder: Path) -> str | None:
     """Which files are not as they were when the folder was sealed: changed, missing, added or unreadable; or None."""
     try:
-        stored, computed = (folder / _NAME).read_bytes(), _listing(folder)
+        stored, computed = read_regular_file(folder / _NAME, _MAX_BYTES), _listing(folder)
     except OSError as error:
         return str(error)
     if stored == computed:
@@ -42,4 +45,4 @@ def _listing(folder: Path) -> bytes:
             with open(path, "rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             lines.append(f"{digest}  {path.relative_to(folder).as_posix()}\n")
-    return "".join(lines).encode()
+    return os.fsencode("".join(lines))  # a name may be of any bytes

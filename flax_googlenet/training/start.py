@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ import numpy as np
 from jax import numpy as jnp
 from jaxtyping import Int
 
+from flax_googlenet.checkpoint import CheckpointError, read_regular_file
 from flax_googlenet.files import Weights
 from flax_googlenet.model import MIN_SIZE, GoogLeNet, Variables
 from flax_googlenet.status import CommandError, Status
@@ -24,6 +26,7 @@ from flax_googlenet.training.step import TrainState, create_train_state
 from flax_googlenet.training.tally import Tally
 
 CHECKPOINTS, RECIPE = "checkpoints", "recipe.json"  # in the folder of the run
+_MAX_RECIPE_BYTES = 2**20
 
 UNEQUAL = 10
 """How many times the images of the smallest class the largest one has where a run warns."""
@@ -160,15 +163,19 @@ def resume(
         What was counted, and the state; None if there is no checkpoint.
 
     Raises:
-        CommandError: if the checkpoint is of another recipe, other data or other weights.
-        CheckpointError: if no checkpoint is whole, or it is of another network or optimizer.
+        CommandError: if the checkpoint is of another recipe, other data or other weights, or the recipe of the run
+            cannot be read.
+        CheckpointError: if no checkpoint is whole, if the folder of the checkpoints cannot be read, or if the newest
+            whole one is of another network or optimizer, or of a later version.
     """
     folder, recipe = workdir / CHECKPOINTS, workdir / RECIPE
     differing: list[str] = []
-    if folder.is_dir() and recipe.is_file():  # first: another recipe may make another state
+    if folder.is_dir() and os.path.lexists(recipe):  # first: another recipe may make another state
         try:
-            before = dataclasses.asdict(Recipe.from_json(recipe.read_bytes()))
+            before = dataclasses.asdict(Recipe.from_json(read_regular_file(recipe, _MAX_RECIPE_BYTES)))
             differing = _differing(identity | {"recipe": before}, identity)
+        except OSError as error:
+            raise CommandError(Status.NOT_DONE, f"cannot read {recipe}: {error.strerror}") from error
         except RecipeError as error:
             if not override:
                 raise CommandError(Status.NOT_DONE, f"{recipe}: {error}") from error
@@ -182,10 +189,14 @@ def resume(
         raise _of_another_run(workdir, differing, hint="") from error
     if restored is None:
         return None
-    differing = _differing(restored.extra["identity"], identity)
+    try:
+        differing = _differing(restored.extra["identity"], identity)
+        tally = Tally(step=restored.step, **restored.extra["tally"])
+    except (KeyError, TypeError) as error:
+        message = f"{folder}: the checkpoint of step {restored.step} is of another version of flax_googlenet: {error}"
+        raise CheckpointError(message) from error
     if differing and not override:
         raise _of_another_run(workdir, differing)
-    tally = Tally(step=restored.step, **restored.extra["tally"])
     if restored.extra["identity"]["data"] != identity["data"]:  # accuracies on other images do not compare
         tally = dataclasses.replace(tally, best_step=0, best_accuracy=0.0)
     return tally, restored.state
