@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 File = Annotated[Path, arg(metavar="FILE")]
 OptionalFile = Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")]
 Number = Annotated[int, arg(metavar="N")]
+OptionalNumber = Annotated[int | None, arg(metavar="N", help_behavior_hint="")]
 Flag = Annotated[bool, arg(help_behavior_hint=""), tyro.conf.FlagCreatePairsOff]
 
 
@@ -141,7 +142,7 @@ def export(
     platforms: Annotated[tuple[str, ...], arg(metavar="PLATFORM ...")] = ("cpu", "cuda", "tpu"),
     size: Annotated[tuple[int, int] | None, arg(metavar="HEIGHT WIDTH", help_behavior_hint="")] = None,
     uint8: Flag = False,
-    top: Annotated[int | None, arg(metavar="N", help_behavior_hint="")] = None,
+    top: OptionalNumber = None,
     gradient: Flag = False,
 ) -> int:
     """Write a network with its weights to one file that runs with JAX alone.
@@ -175,6 +176,32 @@ def export(
     sys.stdout.write(told)
     sys.stdout.flush()
     return Status.DONE
+
+
+def summary(*, weights: OptionalFile = None, size: OptionalNumber = None, json: Flag = False) -> int:
+    """Show the stages of a network with their shapes, parameters and multiply-adds.
+
+    Multiply-adds are those of convolutions and dense layers. No weights are computed.
+
+    Exit status:
+      0    the summary is written
+      2    the command line is wrong
+      3    nothing is written: wrong weights, or no device such as JAX_PLATFORMS names
+      70   an unexpected error; its traceback is in the file that the message names
+      130  interrupted
+      141  nobody reads the standard output any more
+
+    Args:
+        weights: File of weights, written by port_weights.py, train or flax_googlenet.save. By default torchvision's
+            network for ImageNet is shown.
+        size: Height and width of the images, in pixels. By default the size that the weights were trained for, or 224.
+        json: Print one line of JSON: {"image_size", "parameters", "parameters_with_auxiliary_heads", "multiply_adds",
+            "stages": [{"name", "output", "parameters", "multiply_adds"}]}.
+    """
+    from flax_googlenet.summary import show_summary
+
+    _require_backend()
+    return show_summary(weights, size, json)
 
 
 def train(
@@ -334,6 +361,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "classify": classify,
                 "evaluate": evaluate,
                 "export": export,
+                "summary": summary,
                 "train": train,
             }
             first = arguments[0] if arguments else ""

@@ -18,7 +18,7 @@ def words(text: str) -> list[str]:
 @pytest.mark.parametrize("width", [80, 100])
 @pytest.mark.parametrize(
     "command",
-    [[], ["classify"], ["evaluate"], ["export"], *(["train", "--preset", preset] for preset in PRESETS)],
+    [[], ["classify"], ["evaluate"], ["export"], ["summary"], *(["train", "--preset", preset] for preset in PRESETS)],
     ids=" ".join,
 )
 def test_help_fits_the_terminal_and_breaks_no_word(
@@ -46,7 +46,7 @@ def test_help_on_training_needs_no_extra() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["clasify", "a.jpg"], "clasify is no command: the commands are classify, evaluate, export, train"),
+        (["clasify", "a.jpg"], "clasify is no command: the commands are classify, evaluate, export, summary, train"),
         (
             ["classify", "a.jpg", "--wieghts", "x"],
             "--wieghts is no argument of this command: did you mean --weights? "
