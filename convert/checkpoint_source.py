@@ -100,6 +100,7 @@ def _download(url: str, scratch: Path, progress: Console) -> Path:
                 sha256=sha256,
                 max_bytes=untrusted.MAX_BYTES,
                 on_progress=lambda done, total: bar.update(task, completed=done, total=total),
+                warn=lambda message: progress.print(f"[bold yellow]warning:[/] {escape(printable(message))}"),
             )
     except download.DownloadError as error:
         way_out = ""

@@ -1,20 +1,21 @@
 """Downloads one file: resumed, checked against its hash, and in its place only when it is whole."""
 
-import fcntl
 import hashlib
 import os
 import re
+import warnings
 from collections.abc import Callable
 from functools import partial
 from http import HTTPStatus
 from http.client import HTTPException, HTTPResponse
-from io import BufferedIOBase
+from io import BufferedIOBase, BufferedRandom
 from pathlib import Path
 from typing import NoReturn
 from urllib.error import HTTPError, URLError
 from urllib.request import FTPHandler, Request, build_opener
 
 from flax_googlenet.checkpoint import replace_synced
+from flax_googlenet.locks import lock
 
 _CHUNK = 1 << 20  # bytes
 
@@ -38,6 +39,7 @@ def fetch(
     max_bytes: int,
     timeout: float = 30.0,
     on_progress: Callable[[int, int | None], None] = lambda done, total: None,
+    warn: Callable[[str], object] = warnings.warn,
 ) -> None:
     """Downloads a file, unless it is there and has the right hash.
 
@@ -53,6 +55,7 @@ def fetch(
         timeout: seconds without any data after which the download fails.
         on_progress: called at the start of a transfer and whenever data has come, with the bytes that are there and
             the bytes in all, None if the server does not say.
+        warn: takes the warning that the file system has no locks: a second download to the same place would spoil both.
 
     Raises:
         DownloadError: if the file cannot be had, is too large or has the wrong hash; ``path`` is as before then.
@@ -71,7 +74,7 @@ def fetch(
     beside = path.with_name(f"{path.name}.partial")
     try:
         with open(beside, "a+b") as file:
-            _lock(file, beside)
+            _lock(file, beside, warn)
             try:
                 _fill(file, sha256 or "", partial(_transfer, file, url, max_bytes, timeout, on_progress))
                 file.flush()
@@ -91,13 +94,13 @@ def _sha256(file: BufferedIOBase) -> str:
     return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _lock(file: BufferedIOBase, path: Path) -> None:
+def _lock(file: BufferedRandom, path: Path, warn: Callable[[str], object] = warnings.warn) -> None:
     """Two processes that append to one partial file would make a mixture of both."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        is_ours = path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())  # or it was renamed since
-    except OSError as error:
-        is_ours = not isinstance(error, BlockingIOError)  # some network file systems have no locks
+        lock(file, warn)
+        is_ours = os.path.samestat(os.fstat(file.fileno()), path.stat())  # or another process has renamed it
+    except (BlockingIOError, FileNotFoundError):
+        is_ours = False
     if not is_ours:
         raise DownloadError(f"another process is downloading it to {path}")
 

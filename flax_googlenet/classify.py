@@ -3,7 +3,6 @@
 import functools
 import itertools
 import json
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -25,7 +24,7 @@ from flax_googlenet.images import describe_unreadable, display_name, find_images
 from flax_googlenet.inference import Predictor, make_predictor
 from flax_googlenet.preprocessing import preprocess
 from flax_googlenet.results import SUFFIXES, Row, open_results
-from flax_googlenet.status import CommandError, Status, draws_progress, printable
+from flax_googlenet.status import CommandError, Status, draws_progress, printable, write_output
 
 DEFAULT_WEIGHTS = (Path("googlenet-imagenet.safetensors"), Path("googlenet-random.safetensors"))
 """The outputs of ``convert/port_weights.py``, looked for in the working folder."""
@@ -50,13 +49,16 @@ def classify(
         raise CommandError(Status.USAGE, "--json is for the standard output: leave it out, or --output")
     if output:
         require_folder_of(output)
-    screen, notes = _Screen(highlight=False), Console(stderr=True, soft_wrap=True, highlight=False)
+    screen, notes = Console(highlight=False), Console(stderr=True, soft_wrap=True, highlight=False)
     failed = done = skipped = 0
 
     def fail(message: str) -> None:
         nonlocal failed
         failed += 1
         notes.print(f"[bold red]error:[/] {escape(printable(message))}")
+
+    def warn(message: str) -> None:
+        notes.print(f"[bold yellow]warning:[/] {escape(printable(message))}")
 
     unreadable = Counter[str]()
     paths = find_images(arguments, fail, unreadable)
@@ -66,10 +68,10 @@ def classify(
     loaded = load_weights(weights or _default_weights(), dtype=jnp.float32)
     top = min(top, loaded.model.num_classes)
     if loaded.metadata.get("source") == "random":
-        notes.print("[bold yellow]warning:[/] these weights are random: the answers mean nothing")
+        warn("these weights are random: the answers mean nothing")
 
     predict = make_predictor(loaded.model, loaded.variables)
-    with nullcontext() if output is None else open_results(output, loaded.digest, top) as results:
+    with nullcontext() if output is None else open_results(output, loaded.digest, top, warn) as results:
 
         def is_new(path: str) -> bool:
             nonlocal skipped
@@ -89,11 +91,12 @@ def classify(
                 if results:
                     results.append(rows)
                 elif as_json:
-                    sys.stdout.write("".join(f"{json.dumps(row)}\n" for row in rows))
-                    sys.stdout.flush()
+                    write_output("".join(f"{json.dumps(row)}\n" for row in rows))
                 else:
-                    for row in rows:
-                        screen.print(_block(row))
+                    with screen.capture() as blocks:
+                        for row in rows:
+                            screen.print(_block(row))
+                    write_output(blocks.get())
                 done += len(rows)
                 progress.update(task, completed=done, rate=done / (time.perf_counter() - start))
         seconds = time.perf_counter() - start
@@ -149,11 +152,6 @@ def rank(logits: np.ndarray, top: int, class_names: Sequence[str] | None) -> lis
         }
         for index in np.argsort(-probabilities, kind="stable")[:top]
     ]
-
-
-class _Screen(Console):
-    def on_broken_pipe(self) -> None:
-        raise BrokenPipeError  # instead of rich's own exit, with the status of images that could not be read
 
 
 def _block(row: Row) -> Group:

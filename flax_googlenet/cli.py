@@ -15,7 +15,6 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -31,6 +30,7 @@ from flax_googlenet.status import (
     escape_what_cannot_be_encoded,
     install_advice,
     printable,
+    write_output,
 )
 
 if TYPE_CHECKING:
@@ -173,8 +173,7 @@ def export(
 
     _require_backend()
     told = export_file(weights, output, platforms, size=size, uint8=uint8, top=top, gradient=gradient)
-    sys.stdout.write(told)
-    sys.stdout.flush()
+    write_output(told)
     return Status.DONE
 
 
@@ -354,8 +353,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             warnings.simplefilter("ignore")  # of JAX's cache, of Pillow's readers: what is wrong is said in our words
             arguments = list(sys.argv[1:] if argv is None else argv)
             if arguments == ["--version"]:
-                sys.stdout.write(f"flax-googlenet {flax_googlenet.__version__}\n")
-                sys.stdout.flush()
+                write_output(f"flax-googlenet {flax_googlenet.__version__}\n")
                 return Status.DONE
             commands: dict[str, Callable[..., int]] = {
                 "classify": classify,
@@ -377,15 +375,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
     except CommandError as error:
         return _fail(error.status, str(error))
+    except BrokenPipeError:
+        return Status.CLOSED_PIPE
     except OSError as error:
-        if error.filename is not None:
-            return _fail(Status.NOT_DONE, f"{error.filename}: {error.strerror}")
-        # Python flushes standard output once more at its end, and would complain if that is what failed.
-        with suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):
-            return Status.CLOSED_PIPE
-        return _fail(Status.NOT_DONE, f"cannot write standard output: {error.strerror}")
+        return _fail(Status.NOT_DONE, f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except Exception as error:  # last: what no code expected
         return _fail(Status.CRASHED, describe_crash(error))
 

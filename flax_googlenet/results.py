@@ -13,17 +13,18 @@ Parquet cannot grow, so its rows wait as JSON lines in ``FILE.parquet.part`` for
 """
 
 import csv
-import fcntl
 import io
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from flax_googlenet.checkpoint import write_atomically
+from flax_googlenet.locks import lock
 from flax_googlenet.status import CommandError, Status, install_advice, printable
 
 SUFFIXES = (".csv", ".jsonl", ".parquet")
@@ -96,13 +97,16 @@ class Results:
 
 
 @contextmanager
-def open_results(path: Path, weights: str, top: int) -> Iterator[Results]:
+def open_results(
+    path: Path, weights: str, top: int, warn: Callable[[str], object] = warnings.warn
+) -> Iterator[Results]:
     """Opens an output, or makes it, and locks it against other runs.
 
     Args:
         path: the file, with one of ``SUFFIXES``.
         weights: what the rows have as ``weights``.
         top: the number of predictions in a row.
+        warn: takes the warning that the file system has no locks.
 
     Raises:
         CommandError: if it holds anything but rows of these weights and this number, or another run is writing it.
@@ -118,7 +122,7 @@ def open_results(path: Path, weights: str, top: int) -> Iterator[Results]:
     with growing.open("a+b") as file:
         results = Results(file, is_csv=path.suffix == ".csv", weights=weights, top=top)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(file, warn)
             results.recover()
             if is_parquet and path.exists():
                 results.admit(_parquet_rows(path))
@@ -134,7 +138,11 @@ def open_results(path: Path, weights: str, top: int) -> Iterator[Results]:
         yield results
         if is_parquet:
             file.seek(0)
-            _add_to_parquet(path, (row for row, _ in _json_rows(file)))
+            try:
+                _add_to_parquet(path, (row for row, _ in _json_rows(file)))
+            except OSError as error:
+                message = f"cannot write {path}: {error.strerror}; its rows are in {growing}, for the next run"
+                raise CommandError(Status.NOT_DONE, message) from error
             growing.unlink()
 
 

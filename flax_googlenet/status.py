@@ -4,6 +4,7 @@ import io
 import os
 import re
 import sys
+from contextlib import suppress
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
@@ -67,6 +68,24 @@ def escape_what_cannot_be_encoded() -> None:
     """Lets standard output escape the characters that its encoding lacks, as standard error does by itself."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # a notebook's takes every character
         sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def write_output(text: str) -> None:
+    """Writes to standard output at once.
+
+    Raises:
+        BrokenPipeError: if nobody reads it any more.
+        CommandError: NOT_DONE if it cannot be written.
+    """
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as error:
+        with suppress(OSError):  # Python flushes it once more at its end, and would complain
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise CommandError(Status.NOT_DONE, f"cannot write standard output: {error.strerror}") from error
 
 
 def draws_progress(console: "Console") -> bool:

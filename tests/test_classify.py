@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pty
+import resource
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import time
 import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -574,6 +576,23 @@ def test_a_kill_after_the_parquet_file_was_written_leaves_no_row_twice(tmp_path:
         results.append([row("c.jpg")])
     assert images_of(str(path)) == ["a.jpg", "b.jpg", "c.jpg"]
     assert not part.exists()
+
+
+def test_a_full_disk_at_the_end_leaves_the_rows_for_the_next_run(tmp_path: Path) -> None:
+    path = tmp_path / "answers.parquet"
+    with ExitStack() as run:
+        run.enter_context(open_results(path, "w", 1)).append([row("a.jpg")])
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300, limits[1]))  # bytes: enough for the row, not for the whole file
+        try:
+            with pytest.raises(CommandError, match=r"cannot write .+: File too large; its rows are in .+\.part"):
+                run.close()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with open_results(path, "w", 1) as results:
+        assert not results.claim("a.jpg")
+    assert images_of(str(path)) == ["a.jpg"]
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_parquet_without_pyarrow_says_what_to_install(

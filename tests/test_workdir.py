@@ -1,13 +1,19 @@
 """One run at a time in a folder, whatever ends the one before."""
 
+import errno
+import fcntl
+import hashlib
 import os
+import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from download import fetch
 
+from flax_googlenet.results import open_results
 from flax_googlenet.training.workdir import WorkdirInUseError, claim
 
 HOLD = """
@@ -39,6 +45,46 @@ def test_a_second_run_is_refused_with_the_process_of_the_first_until_that_is_kil
         process.send_signal(signal.SIGKILL)
     with claim(folder):
         assert (folder / ".lock").read_text().startswith(f"process {os.getpid()} on ")
+
+
+@pytest.mark.parametrize("reason", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_locks_stops_nothing_and_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: int
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(reason, os.strerror(reason))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)  # as on NFS or Lustre; no such file system can be made for a test
+    row = {"image": "a.jpg", "predictions": [{"index": 1, "label": None, "probability": 0.5}]}
+    said: list[str] = []
+    with claim(tmp_path / "run", said.append):
+        pass
+    for name in ("answers.csv", "answers.parquet"):
+        with open_results(tmp_path / name, "w", 1, said.append) as results:
+            results.append([row])
+        assert (tmp_path / name).stat().st_size > 0
+    (tmp_path / "old.bin.partial").write_bytes(b"whole")
+    fetch(
+        "http://localhost/old.bin",
+        tmp_path / "old.bin",
+        sha256=hashlib.sha256(b"whole").hexdigest(),
+        max_bytes=9,
+        warn=said.append,
+    )
+    assert (tmp_path / "old.bin").read_bytes() == b"whole"
+    files = ("run/.lock", "answers.csv", "answers.parquet.part", "old.bin.partial")
+    assert said == [
+        f"{tmp_path / name} is on a file system without locks: start no second run that writes there" for name in files
+    ]
+
+
+def test_another_error_of_a_lock_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(OSError, match=re.escape(str(tmp_path / ".lock"))), claim(tmp_path):
+        pytest.fail("claimed")
 
 
 def test_a_folder_is_free_after_the_block_even_one_that_raised(tmp_path: Path) -> None:

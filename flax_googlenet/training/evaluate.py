@@ -1,7 +1,6 @@
 """What ``flax-googlenet evaluate`` does: accuracies and the confusion matrix of weights, or of several together."""
 
 import json
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from flax_googlenet.files import load_weights, require_folder_of
 from flax_googlenet.images import display_name
-from flax_googlenet.status import CommandError, Status, draws_progress, printable
+from flax_googlenet.status import CommandError, Status, draws_progress, printable, write_output
 from flax_googlenet.training.classes import listing
 from flax_googlenet.training.confusion import Score, draw_confusion
 from flax_googlenet.training.datasets import DataError, Dataset, Training, find_data
@@ -81,13 +80,12 @@ def evaluate(
     if as_json:
         named = {"data": display_name(data), "weights": [display_name(path) for path in paths]}
         figures = {**named, "crops": num_crops, "image_size": size, "unreadable": failed, **_figures(tally, dataset)}
-        sys.stdout.write(json.dumps(figures) + "\n")
+        write_output(json.dumps(figures) + "\n")
     else:
         printed = {"top-1": tally.top1, "top-5": tally.top5, "balanced accuracy": tally.balanced_accuracy}
         if len(match.wanted) <= 5:
             del printed["top-5"]  # it is always right
-        sys.stdout.write("".join(f"{name:17} {value:7.2%}\n" for name, value in printed.items()))
-    sys.stdout.flush()
+        write_output("".join(f"{name:17} {value:7.2%}\n" for name, value in printed.items()))
     if confusion:
         try:
             numbered = draw_confusion(confusion, tally.matrix, dataset.class_names)

@@ -68,7 +68,7 @@ def train(
         try:
             require_backend()
             if jax.process_index() == 0:
-                stack.enter_context(claim(workdir))
+                stack.enter_context(claim(workdir, _warn_here))
             run, batches = _begin(data, workdir, recipe, weights, override, stack)
         except (BackendError, DataError, CheckpointError, WorkdirInUseError) as error:
             raise CommandError(Status.NOT_DONE, error) from error
@@ -337,6 +337,10 @@ def _one_step(learning_rate: optax.Schedule, recipe: Recipe) -> Callable[..., tu
 
 def _evaluate_batch(state: TrainState, batch: DeviceBatch, stop: jax.Array) -> Metrics:
     return eval_step(state, batch) | {"stop": stop.any()}
+
+
+def _warn_here(message: str) -> None:
+    _say_here(f"warning: {message}")
 
 
 def _say_here(message: str) -> None:

@@ -1,12 +1,13 @@
 """One run at a time in a run's folder."""
 
-import fcntl
 import os
 import socket
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from flax_googlenet.locks import lock
 from flax_googlenet.status import printable
 
 
@@ -15,20 +16,24 @@ class WorkdirInUseError(RuntimeError):
 
 
 @contextmanager
-def claim(workdir: str | os.PathLike[str]) -> Iterator[None]:
+def claim(workdir: str | os.PathLike[str], warn: Callable[[str], object] = warnings.warn) -> Iterator[None]:
     """Holds ``workdir``, which is made if it is not there, for this run alone until the block ends.
 
     The claim is the kernel's lock on ``workdir/.lock``, not the file itself: it ends with the process, killed or not.
 
+    Args:
+        workdir: the folder of the run.
+        warn: takes the warning that its file system has no locks, and the claim keeps nobody out.
+
     Raises:
         WorkdirInUseError: if another run has it.
-        OSError: if the folder cannot be made or the file system has no locks.
+        OSError: if the folder cannot be made.
     """
     folder = Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a+", encoding="utf-8") as file:  # not "w": the holder's line is read below
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(file, warn)
         except BlockingIOError:
             file.seek(0)
             holder = printable(file.read().strip()) or "another process"
