@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flax_googlenet import compiling, cpu, winograd
-from flax_googlenet.model import BatchNorm, GoogLeNet, Variables, check_images, transform_input
+from flax_googlenet.model import BatchNorm, GoogLeNet, Variables, check_images, plain_dicts, transform_input
 
 Predictor = Callable[[Any], jax.Array]
 """images [N, H, W, 3] -> logits [N, num_classes]"""
@@ -28,6 +28,7 @@ def fold_batch_norm(model: GoogLeNet, variables: Variables) -> tuple[GoogLeNet, 
         float64 and rounded once to the dtype of the kernels, the others as they are. A network without BatchNorm comes
         back as it is. The fold is for inference: what BatchNorm does in training is gone.
     """
+    variables = plain_dicts(variables)
     params = {"params": variables["params"]}
     if model.batch_norm:
         params = {"params": _fold(variables["params"], variables["batch_stats"])}

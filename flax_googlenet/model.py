@@ -7,10 +7,11 @@ References:
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from flax import linen as nn
 from flax.typing import Dtype
 from jax import numpy as jnp
@@ -52,6 +53,11 @@ BLOCKS = ("conv1", "conv2", "conv3", *WIDTHS, *HEADS)
 
 # scipy.stats.truncnorm(-2, 2, scale=0.01): two deviations. torchvision's trunc_normal_(a=-2, b=2) cuts at 2.0 itself.
 _kernel_init = nn.initializers.truncated_normal(stddev=0.01, lower=-2.0, upper=2.0)
+
+MISSING_HEAD = (
+    "aux_logits is True and the variables have no {0}: "
+    "train model.clone(aux_logits=False), or add the {0} of model.init"
+)
 
 _OUTPUT = "_output"  # Flax keeps submodules and sown values in one name space: conv1 is taken
 
@@ -234,6 +240,10 @@ class GoogLeNet(nn.Module):
         frozen: names of blocks (``BLOCKS``) that compute in training as at inference, as ``module.eval()`` has it in
             PyTorch: their BatchNorm normalises with the running statistics and leaves them as they are.
             ``training.train_step`` leaves their parameters, too. A setting of the training: ``save`` does not store it.
+
+    Raises:
+        TypeError: if ``frozen`` is a string.
+        ValueError: if ``frozen`` has names that no block has.
     """
 
     num_classes: int = 1000
@@ -247,6 +257,10 @@ class GoogLeNet(nn.Module):
     precision: jax.lax.PrecisionLike = None
     frozen: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        self.frozen = check_frozen(self.frozen, BLOCKS)
+        super().__post_init__()
+
     @nn.compact
     def __call__(self, images: Float[Array, "n h w 3"], *, train: bool = False) -> GoogLeNetOutput:
         """Computes the logits.
@@ -259,12 +273,9 @@ class GoogLeNet(nn.Module):
         Raises:
             TypeError: if ``images`` is no array of JAX's or NumPy's.
             ValueError: if ``images`` has another rank, layout, number of channels or dtype, or is smaller than 15x15;
-                if ``frozen`` has names that no block has; in training with ``aux_logits``, if the variables have no
-                auxiliary heads.
+                in training with ``aux_logits``, if the variables have no auxiliary heads.
         """
         check_images(images)
-        if unknown := [name for name in self.frozen if name not in BLOCKS]:
-            raise ValueError(f"frozen: no block is named {', '.join(unknown)}; the blocks are {', '.join(BLOCKS)}")
         options = _options(self)
         conv_bn: Callable[..., ConvBN] = functools.partial(ConvBN, **options)
 
@@ -285,10 +296,7 @@ class GoogLeNet(nn.Module):
             if not self.aux_logits or not (train or self.is_initializing()):
                 return None
             if not (self.is_initializing() or self.has_variable("params", name)):
-                raise ValueError(
-                    f"aux_logits is True and the variables have no {name}: train model.clone(aux_logits=False), or add "
-                    f"the {name} of model.init"
-                )
+                raise ValueError(MISSING_HEAD.format(name))
             return InceptionAux(self.num_classes, self.dropout_aux, **options, name=name)(x, trains(name))
 
         x = jnp.asarray(images)
@@ -402,12 +410,37 @@ def transform_input(images: jax.Array) -> jax.Array:
     return images * jnp.asarray(scale, images.dtype) + jnp.asarray(shift, images.dtype)
 
 
+def check_frozen(frozen: Sequence[str], blocks: Iterable[str]) -> tuple[str, ...]:
+    """Return the names as a tuple; raise TypeError for a string, and ValueError for names that no block has."""
+    if isinstance(frozen, str):
+        raise TypeError(f'frozen: expected several names, got a string: write ("{frozen}",)')
+    if unknown := [name for name in frozen if name not in blocks]:
+        raise ValueError(f"frozen: no block is named {', '.join(unknown)}; the blocks are {', '.join(blocks)}")
+    return tuple(frozen)
+
+
+def plain_dicts(tree: Variables) -> dict[str, Any]:
+    """Return nested dicts for nested mappings, such as ``flax.core.FrozenDict``; the arrays stay the same."""
+    return {name: plain_dicts(value) if isinstance(value, Mapping) else value for name, value in tree.items()}
+
+
+def check_array(array: Any, name: str) -> None:
+    """Raise TypeError, with the way out, unless ``array`` is an array of JAX or NumPy."""
+    if isinstance(array, jax.Array | np.ndarray):
+        return
+    kind = f"{type(array).__module__}.{type(array).__name__}".removeprefix("builtins.")
+    way_out = f"pass numpy.asarray({name})"
+    if name == "images" and not hasattr(array, "__dlpack__"):  # neither PyTorch's nor TensorFlow's nor CuPy's
+        way_out = "pass flax_googlenet.preprocess_batch([...]), which takes files, pictures and uint8 arrays"
+        if isinstance(array, list | tuple):
+            way_out += ", or numpy.stack(images) if they are arrays and normalised"
+    raise TypeError(f"expected an array of JAX or NumPy, got {kind}: {way_out}")
+
+
 def check_images(images: Any) -> None:
-    try:
-        shape, dtype = jnp.shape(images), jnp.result_type(images)
-    except TypeError as error:
-        kind = f"{type(images).__module__}.{type(images).__name__}"
-        raise TypeError(f"expected an array of JAX or NumPy, got {kind}: pass numpy.asarray(images)") from error
+    """Raise TypeError or ValueError, with the way out, unless ``images`` is what the network takes; costs nothing."""
+    check_array(images, "images")
+    shape, dtype = images.shape, images.dtype
     expected = f"expected floating point images [N, H, W, 3] with H and W at least {MIN_SIZE}, got shape {shape}"
     if len(shape) != 4:
         raise ValueError(f"{expected}: add the batch axis with images[None]" if len(shape) == 3 else expected)
@@ -416,4 +449,6 @@ def check_images(images: Any) -> None:
     if any(size < MIN_SIZE for size in shape[1:3]):  # min would compare symbolic sizes with each other
         raise ValueError(expected)
     if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"{expected} of {dtype}: scale to [0, 1] and normalise first")
+        raise ValueError(
+            f"{expected} of {dtype}: scale to [0, 1] and normalise first, as flax_googlenet.preprocess_batch does"
+        )

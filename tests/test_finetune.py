@@ -122,7 +122,12 @@ def test_names_that_no_block_has_are_refused(variables: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"no block is named conv9; the blocks are .*conv1"):
         create_train_state(GoogLeNet(frozen=("conv1", "conv9")), variables, optax.sgd(0.1))
     with pytest.raises(ValueError, match=r"no block is named conv9; the blocks are conv1"):
-        GoogLeNet(frozen=("conv9",)).apply(variables, np.zeros((1, 32, 32, 3), np.float32))
+        GoogLeNet(frozen=("conv9",))
+    with pytest.raises(TypeError, match=r'got a string: write \("conv1",\)'):
+        GoogLeNet(frozen="conv1")
+    with pytest.raises(TypeError, match=r'got a string: write \("conv1",\)'):
+        freeze(optax.sgd(0.1), "conv1").init(variables["params"])
+    assert hash(GoogLeNet(frozen=["conv1"])) == hash(GoogLeNet(frozen=("conv1",)))  # the step is compiled by it
 
 
 def test_frozen_is_not_saved(tmp_path: Path, variables: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ import pytest
 import reference
 import torch
 from flax import linen as nn
+from flax.core import freeze
 from flax.traverse_util import flatten_dict
 from jax import numpy as jnp
 from torchvision.models import GoogLeNet as TorchGoogLeNet
@@ -163,6 +164,10 @@ def test_the_callers_variables_outlive_a_donated_state(lockstep: dict[str, Any],
     state = jax.tree.map(jnp.array, lockstep["state"])
     train_step(state, lockstep["batches"][0], KEY)
     assert all(x.is_deleted() for x in jax.tree.leaves(state))
+    with pytest.raises(ValueError, match="train_step has had it before: go on with the state that it returned"):
+        train_step(state, lockstep["batches"][0], KEY)
+    with pytest.raises(ValueError, match="train_step has had it before"):
+        eval_step(state, lockstep["batches"][0])
 
 
 def overflowing(state: TrainState) -> TrainState:
@@ -324,16 +329,137 @@ def test_accumulated_gradients_with_batch_norm_are_those_of_torch(
         assert largest_error(tensors(state), torch_tensors(model)) < 1e-13, step  # 5e-15 measured
 
 
+@pytest.mark.parametrize("kind", ["numbers", "probabilities"])
 @pytest.mark.parametrize("class_weights", [None, np.arange(17) / 5.0])
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 1.0])
-def test_cross_entropy_is_torchs(label_smoothing: float, class_weights: np.ndarray | None) -> None:
+def test_cross_entropy_is_torchs(label_smoothing: float, class_weights: np.ndarray | None, kind: str) -> None:
     rng = np.random.default_rng(0)
     logits, labels = 10 * rng.standard_normal((64, 17)), rng.integers(0, 17, 64)
+    if kind == "probabilities":
+        labels = rng.dirichlet(np.ones(17), 64)
     weight = None if class_weights is None else torch.from_numpy(class_weights)
     loss = torch.nn.CrossEntropyLoss(weight, label_smoothing=label_smoothing, reduction="none")
     expected = loss(torch.from_numpy(logits), torch.from_numpy(labels)).numpy()
     actual = cross_entropy(logits, labels, label_smoothing, class_weights)
     np.testing.assert_allclose(actual, expected, atol=1e-14, rtol=1e-14)
+
+
+@pytest.fixture(scope="module")
+def soft(variables64: dict[str, Any]) -> dict[str, Any]:
+    """One step of the last layer alone, whose logits are its bias, on soft labels and with variables in FrozenDicts."""
+    frozen = tuple(name for name in BLOCKS if name != "fc")
+    model, folded = flax_googlenet.fold_batch_norm(NO_DROPOUT64.clone(aux_logits=False, frozen=frozen), variables64)
+    rng = np.random.default_rng(0)
+    bias, class_weights = rng.standard_normal(1000), rng.uniform(0, 2, 1000)
+    folded["params"]["fc"] = {"kernel": np.zeros((1024, 1000)), "bias": bias}
+    labels = rng.dirichlet(np.ones(1000), 3)
+    labels[0, bias.argmax()] = 1  # a sum of two: PyTorch takes it as it is
+    optimizer = optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau())
+    state = create_train_state(model, freeze(folded), optimizer, label_smoothing=0.1, class_weights=class_weights)
+    batch = {"image": np.zeros((3, 16, 16, 3)), "label": labels}
+    after, metrics = train_step(state, batch, KEY)
+    return {"batch": batch, "bias": bias, "class_weights": class_weights, "state": after, "metrics": metrics}
+
+
+def test_soft_labels_are_learnt_and_evaluated_as_in_torch(soft: dict[str, Any]) -> None:
+    labels = torch.from_numpy(soft["batch"]["label"])
+    logits = torch.from_numpy(soft["bias"]).expand(3, -1).clone().requires_grad_()
+    loss = torch.nn.CrossEntropyLoss(torch.from_numpy(soft["class_weights"]), label_smoothing=0.1)(logits, labels)
+    loss.backward()
+    assert float(soft["metrics"]["loss"]) == pytest.approx(loss.item(), rel=1e-14)
+    assert float(soft["metrics"]["accuracy"]) == pytest.approx(1 / 3)
+    bias = soft["bias"] - 0.1 * logits.grad.sum(0).numpy()
+    np.testing.assert_allclose(soft["state"].params["fc"]["bias"], bias, rtol=0, atol=1e-14)
+
+
+def test_an_optimizer_that_needs_the_loss_gets_it(soft: dict[str, Any]) -> None:
+    plateau = soft["state"].opt_state.inner_states["trained"].inner_state[1]
+    assert float(plateau.best_value) == pytest.approx(float(soft["metrics"]["loss"]), rel=1e-6)  # it keeps float32
+
+
+def test_an_optimizer_that_needs_more_is_refused_by_what_it_needs(variables: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"it needs more \(.*value_fn.*\): choose one without a line search"):
+        create_train_state(GoogLeNet(aux_logits=False), {"params": {"fc": variables["params"]["fc"]}}, optax.lbfgs())
+
+
+STATE = TrainState(
+    {}, {}, (), jnp.int32(0), None, None, GoogLeNet(), optax.with_extra_args_support(sgd()), 0, 0.3, None
+)
+LABELS = np.array([0, 1, 2, 3])
+ONE_HOT = np.eye(1000)[LABELS]
+
+
+@pytest.mark.parametrize(
+    ("label", "error", "message"),
+    [
+        (LABELS[:, None], ValueError, r"got int64 of shape \(4, 1\): use labels\[:, 0\]"),
+        (LABELS[:1], ValueError, r"got int64 of shape \(1,\): there must be one for each image"),
+        (LABELS[:3], ValueError, r"got int64 of shape \(3,\): there must be one for each image"),
+        (np.asarray(1), ValueError, r"got int64 of shape \(\): there must be one for each image"),
+        (LABELS.astype(float), ValueError, r"got float64 of shape \(4,\): use labels.astype\(numpy.int32\)"),
+        (ONE_HOT.astype(int), ValueError, r"got int64 of shape \(4, 1000\): use labels.argmax\(-1\)"),
+        (ONE_HOT.astype(bool), ValueError, r"got bool of shape \(4, 1000\): use labels.argmax\(-1\)"),
+        (ONE_HOT[:, :999], ValueError, r"soft labels floating point \[4, 1000\], got float64 of shape \(4, 999\)"),
+        (LABELS.tolist(), TypeError, r"got list: pass numpy.asarray\(labels\)"),
+        (torch.from_numpy(LABELS), TypeError, r"got torch.Tensor: pass numpy.asarray\(labels\)"),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused_with_the_way_out(label: Any, error: Any, message: str) -> None:
+    batch = {"image": np.zeros((4, 32, 32, 3), np.float32), "label": label}
+    for step in (lambda: train_step(STATE, batch, KEY), lambda: eval_step(STATE, batch)):
+        with pytest.raises(error, match=message):
+            step()
+    if error is ValueError:
+        with pytest.raises(error, match=message):
+            jax.eval_shape(lambda label: train_step(STATE, batch | {"label": label}, KEY), label)
+        with pytest.raises(error, match=message):
+            cross_entropy(np.zeros((4, 1000)), label)
+
+
+BATCH = {"image": np.zeros((4, 32, 32, 3), np.float32), "label": LABELS}
+
+
+@pytest.mark.parametrize(
+    ("batch", "key", "error", "message"),
+    [
+        (tuple(BATCH.values()), KEY, TypeError, r'got a tuple: pass {"image": images, "label": labels}'),
+        (
+            {"pixel_values": 0, "labels": 0},
+            KEY,
+            ValueError,
+            "without image and label; its keys are pixel_values, labels",
+        ),
+        ({"image": BATCH["image"]}, KEY, ValueError, "without label; its keys are image"),
+        (
+            {**BATCH, "image": torch.zeros(4, 32, 32, 3)},
+            KEY,
+            TypeError,
+            r"got torch.Tensor: pass numpy.asarray\(images\)",
+        ),
+        ({**BATCH, "image": np.zeros((4, 32, 32, 3), np.uint8)}, KEY, ValueError, "uint8: scale to"),
+        ({**BATCH, "image": np.zeros((4, 3, 32, 32))}, KEY, ValueError, r"NCHW\? use images.transpose"),
+        (BATCH, 0, TypeError, r"one random key such as jax.random.key\(0\), got int"),
+        (BATCH, None, TypeError, r"one random key such as jax.random.key\(0\), got NoneType"),
+        (BATCH, jax.random.split(KEY), TypeError, r"got key<fry> of shape \(2,\)"),
+    ],
+)
+def test_a_batch_or_key_that_does_not_fit_is_refused_with_the_way_out(
+    batch: Any, key: Any, error: Any, message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        train_step(STATE, batch, key)
+
+
+def test_heads_that_do_not_fit_the_model_are_refused_before_any_step(variables: dict[str, Any]) -> None:
+    with pytest.raises(
+        ValueError, match=r"fc is for 1000 classes and the model for 5: use new_head\(model, variables, 5, "
+    ):
+        create_train_state(GoogLeNet(num_classes=5), variables, sgd())
+    params = {name: block for name, block in variables["params"].items() if name != "aux1"}
+    with pytest.raises(
+        ValueError, match=r"no aux1: train model\.clone\(aux_logits=False\), or add the aux1 of model.init"
+    ):
+        create_train_state(GoogLeNet(), {**variables, "params": params}, sgd())
 
 
 def test_the_loss_is_float32_at_least_and_not_a_number_for_a_label_that_is_no_class() -> None:

@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import numpy as jnp
 from jaxtyping import Float, Int
 
-from flax_googlenet.model import HEADS, MIN_SIZE, BatchNorm, GoogLeNet, Variables
+from flax_googlenet.model import HEADS, MIN_SIZE, BatchNorm, GoogLeNet, Variables, check_frozen, plain_dicts
 
 _LAST_LAYERS = (("fc",), ("aux1", "fc2"), ("aux2", "fc2"))
 
@@ -30,8 +30,8 @@ def new_head(
         The network, and its variables: ``fc`` and the ``fc2`` of the auxiliary heads are those of
         ``model.init(key, images)``, the others are the arrays that were given.
     """
-    model = model.clone(num_classes=num_classes)
-    params = flatten_dict(dict(variables["params"]))
+    model, variables = model.clone(num_classes=num_classes), plain_dicts(variables)
+    params = flatten_dict(variables["params"])
     replaced = [path for path in params if path[:-1] in _LAST_LAYERS]
 
     @jax.jit  # the layers that are kept are not computed
@@ -65,14 +65,14 @@ def freeze(optimizer: optax.GradientTransformation, frozen: Sequence[str]) -> op
         frozen: names in the first level of the parameters.
 
     Raises:
+        TypeError: by the optimizer's ``init``, if ``frozen`` is a string.
         ValueError: by the optimizer's ``init``, if the parameters have no block of such a name.
     """
     if not frozen:
         return optimizer
 
     def labels(params: Mapping[str, Any]) -> dict[str, str]:
-        if unknown := [name for name in frozen if name not in params]:
-            raise ValueError(f"frozen: no block is named {', '.join(unknown)}; the blocks are {', '.join(params)}")
+        check_frozen(frozen, params)
         return {name: "frozen" if name in frozen else "trained" for name in params}
 
     return optax.partition({"trained": optimizer, "frozen": optax.set_to_zero()}, labels)
@@ -118,7 +118,7 @@ def reestimate_batch_norm(
     Raises:
         ValueError: if there is no batch.
     """
-    model = model.clone(dropout=0.0, dropout_aux=0.0)
+    model, variables = model.clone(dropout=0.0, dropout_aux=0.0), plain_dicts(variables)
     frozen = {name: stats for name, stats in variables["batch_stats"].items() if name in model.frozen}
     zeros = jax.tree.map(jnp.zeros_like, variables["batch_stats"]) | frozen
 

@@ -5,17 +5,31 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from flax import struct
 from jax import numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from flax_googlenet.compiling import jit
-from flax_googlenet.model import GoogLeNet, GoogLeNetOutput, Variables, at_least_float32
+from flax_googlenet.model import (
+    HEADS,
+    MISSING_HEAD,
+    GoogLeNet,
+    GoogLeNetOutput,
+    Variables,
+    at_least_float32,
+    check_array,
+    check_images,
+    plain_dicts,
+)
 from flax_googlenet.training.finetune import freeze
 
 Batch = Mapping[str, jax.Array]
-"""``{"image": [N, H, W, 3], "label": int [N]}``: images as for the model, labels from 0 to num_classes - 1."""
+"""``{"image": [N, H, W, 3], "label": int [N]}``: images as for the model, labels from 0 to num_classes - 1.
+
+Labels may be soft, too: floating point [N, num_classes], the probability of each class, as of mixup or one-hot.
+"""
 
 Metrics = dict[str, jax.Array]
 """Scalars by name."""
@@ -45,7 +59,7 @@ class TrainState(struct.PyTreeNode):
     average: dict[str, Any] | None
     class_weights: jax.Array | None
     model: GoogLeNet = struct.field(pytree_node=False)
-    optimizer: optax.GradientTransformation = struct.field(pytree_node=False)
+    optimizer: optax.GradientTransformationExtraArgs = struct.field(pytree_node=False)
     label_smoothing: float = struct.field(pytree_node=False)
     aux_weight: float = struct.field(pytree_node=False)
     average_decay: float | None = struct.field(pytree_node=False)
@@ -67,37 +81,44 @@ def create_train_state(
     aux_weight: float = 0.3,
     average_decay: float | None = None,
 ) -> TrainState:
-    """The state before the first step.
+    """Return the state before the first step.
 
     Args:
         model: the network. The blocks in ``model.frozen`` stay as they are: parameters, weight decay included, and
             statistics.
         variables: its variables. They are copied: a step that donates its state leaves the caller's alone.
-        optimizer: any of optax's, ``optax.MultiSteps(...).gradient_transformation()`` included: a step is then one of
-            the small ones.
+        optimizer: an optimizer of optax that needs the gradient and the loss, which it is given as ``value``;
+            ``optax.contrib.reduce_on_plateau`` in an ``optax.chain`` is one. With
+            ``optax.MultiSteps(...).gradient_transformation()`` a step is one of the small ones.
         label_smoothing: as in ``torch.nn.CrossEntropyLoss``.
         class_weights: the weight of each class in the loss of every head, as ``weight`` of
-            ``torch.nn.CrossEntropyLoss``: the loss is the weighted mean over the batch. None weighs all classes alike.
+            ``torch.nn.CrossEntropyLoss``: the loss is the weighted mean over the batch, and with soft labels the sum
+            divided by N, as there. None weighs all classes alike.
         aux_weight: the weight of the loss of each auxiliary head; 0.3 is the paper's.
         average_decay: the decay of an exponential moving average of parameters and BatchNorm statistics, which
             ``eval_step`` then uses. It starts as ``(1 + step) / (10 + step)`` if that is less, so that the initial
             parameters are soon forgotten. None keeps no average.
 
     Raises:
-        ValueError: if ``model.frozen`` has names that the parameters have not, or if ``class_weights`` is not of shape
-            [num_classes].
+        ValueError: if the heads in the variables do not fit the model; if ``model.frozen`` has names that the
+            parameters have not; if ``class_weights`` is not of shape [num_classes]; if the optimizer needs more than
+            the gradient and the loss, as ``optax.lbfgs`` does.
     """
+    variables = plain_dicts(variables)
+    params, batch_stats = variables["params"], variables.get("batch_stats", {})
+    _check_heads(model, params)
     if class_weights is not None and jnp.shape(class_weights) != (model.num_classes,):
         shape = jnp.shape(class_weights)
         raise ValueError(
             f"class_weights: expected one weight for each of {model.num_classes} classes, got shape {shape}"
         )
-    params, batch_stats = dict(variables["params"]), dict(variables.get("batch_stats", {}))
-    optimizer = freeze(optimizer, model.frozen)
+    optimizer = optax.with_extra_args_support(freeze(optimizer, model.frozen))
+    opt_state = jax.jit(optimizer.init)(params)  # otherwise each shape of a parameter is compiled for: 8 s
+    _check_needs(optimizer, opt_state, params)
     state = TrainState(
         params=params,
         batch_stats=batch_stats,
-        opt_state=jax.jit(optimizer.init)(params),  # otherwise each shape of a parameter is compiled for: 8 s
+        opt_state=opt_state,
         step=jnp.asarray(0, jnp.int32),
         average=None if average_decay is None else {"params": params, "batch_stats": batch_stats},
         class_weights=None if class_weights is None else jnp.asarray(class_weights, float),
@@ -110,9 +131,8 @@ def create_train_state(
     return jax.tree.map(jnp.array, state)  # a copy of each: no buffer is the caller's, and none is donated twice
 
 
-@functools.partial(jit, donate_argnums=0)
 def train_step(state: TrainState, batch: Batch, dropout_key: jax.Array) -> tuple[TrainState, Metrics]:
-    """One step: the loss of all heads, its gradient, the optimizer, the statistics and the average.
+    """Take one step: the loss of all heads, its gradient, the optimizer, the statistics and the average.
 
     It is jitted, on a CPU with the options that make its convolutions fast, and the arrays of the state that it was
     given are gone afterwards; inside the caller's ``jax.jit`` it is a plain function.
@@ -131,9 +151,21 @@ def train_step(state: TrainState, batch: Batch, dropout_key: jax.Array) -> tuple
     Returns:
         The state after, and scalars: ``loss``, the one that is minimised, auxiliary heads and label smoothing included,
         ``accuracy`` in training, ``grad_norm``, the length of the gradient, and ``finite``. If the loss or the gradient
-        is not finite, ``finite`` is False and the state after is the state before, in every bit.
-    """
+        is not finite, ``finite`` is False and the state after is the state before, in every bit. Of soft labels, the
+        likeliest class counts for the accuracy.
 
+    Raises:
+        TypeError: if the batch is no mapping, the images or labels no arrays of JAX or NumPy, or ``dropout_key`` no
+            random key.
+        ValueError: if the batch lacks the images or the labels, or they do not have the shape and dtype that ``Batch``
+            says; if the state has been given to a step before.
+    """
+    _check_key(dropout_key)
+    return _train_step(state, _checked(state, batch), dropout_key)
+
+
+@functools.partial(jit, donate_argnums=0)
+def _train_step(state: TrainState, batch: Batch, dropout_key: jax.Array) -> tuple[TrainState, Metrics]:
     def objective(params: dict[str, Any]) -> tuple[jax.Array, tuple[jax.Array, dict[str, Any]]]:
         # Nothing is computed backwards into a frozen block, or below the lowest that is not.
         params = {k: jax.lax.stop_gradient(v) if k in state.model.frozen else v for k, v in params.items()}
@@ -152,7 +184,7 @@ def train_step(state: TrainState, batch: Batch, dropout_key: jax.Array) -> tuple
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
     with jax.numpy_dtype_promotion("standard"):  # optax's schedules and MultiSteps mix integers and floats
-        updates, opt_state = state.optimizer.update(grads, state.opt_state, state.params)
+        updates, opt_state = state.optimizer.update(grads, state.opt_state, state.params, value=loss)
     params, step = optax.apply_updates(state.params, updates), state.step + 1
     new_state = state.replace(
         params=params,
@@ -166,22 +198,30 @@ def train_step(state: TrainState, batch: Batch, dropout_key: jax.Array) -> tuple
     return new_state, {"loss": loss, "accuracy": accuracy, "grad_norm": grad_norm, "finite": finite}
 
 
-@jit
 def eval_step(state: TrainState, batch: Batch) -> Metrics:
-    """The figures of one batch at inference, by ``state.eval_variables``.
+    """Return the figures of one batch at inference, by ``state.eval_variables``.
 
     Args:
         state: the state; it is not changed and not donated.
         batch: the images and their labels. Rows with label -1 only fill the batch up, and count nowhere.
 
     Returns:
-        Scalars: means over the other rows of ``loss``, the cross entropy of the main head without label smoothing, of
-        ``accuracy`` and of ``top5``; and ``count``, int32, how many rows these are. All are 0 if there is none.
+        Scalars: means over the other rows of ``loss``, the cross entropy of the main head without label smoothing and
+        class weights, of ``accuracy`` and of ``top5``; and ``count``, int32, how many rows these are. All are 0 if
+        there is none.
+
+    Raises:
+        TypeError, ValueError: as ``train_step`` does.
     """
+    return _eval_step(state, _checked(state, batch))
+
+
+@jit
+def _eval_step(state: TrainState, batch: Batch) -> Metrics:
     output: Any = state.model.apply(state.eval_variables, batch["image"])
     logits = _float32(output.logits)
     labels = batch["label"]
-    counts = labels >= 0
+    counts = jnp.ones(len(labels), bool) if _are_soft(labels) else labels >= 0
     count = counts.sum(dtype=jnp.int32)
 
     def mean(values: jax.Array) -> jax.Array:
@@ -198,7 +238,7 @@ def eval_step(state: TrainState, batch: Batch) -> Metrics:
 
 def cross_entropy(
     logits: Float[Array, "n classes"],
-    labels: Int[Array, " n"],
+    labels: Int[Array, " n"] | Float[Array, "n classes"],
     label_smoothing: float = 0.0,
     class_weights: Float[Array, " classes"] | None = None,
 ) -> Float[Array, " n"]:
@@ -206,27 +246,46 @@ def cross_entropy(
 
     It is ``torch.nn.CrossEntropyLoss(weight=class_weights, label_smoothing=..., reduction="none")``. A label that is no
     class gives NaN, where indexing alone would take -1 for the last class.
+
+    Args:
+        logits: the logits.
+        labels: the number of the class of each row, or the probabilities of all classes.
+        label_smoothing: the share of a label that is spread evenly over all classes.
+        class_weights: the weight of each class.
+
+    Raises:
+        TypeError: if ``labels`` is no array of JAX or NumPy.
+        ValueError: if ``labels`` has another shape or dtype.
     """
+    _check_labels(labels, logits.shape)
     costs = -jax.nn.log_softmax(_float32(logits))  # [n, classes]
     if class_weights is not None:
         costs *= class_weights.astype(costs.dtype)[None]
-    targets = _one_hot(labels, costs)
+    targets = _probabilities(labels, costs)
     return (((1 - label_smoothing) * targets + label_smoothing / costs.shape[-1]) * costs).sum(-1)
 
 
 def _loss(state: TrainState, output: GoogLeNetOutput, labels: jax.Array) -> jax.Array:
     def mean(logits: jax.Array) -> jax.Array:
         rows = cross_entropy(logits, labels, state.label_smoothing, state.class_weights)
-        if state.class_weights is None:
+        if state.class_weights is None or _are_soft(labels):
             return rows.mean()
-        return rows.sum() / (_one_hot(labels, _float32(logits)) * state.class_weights.astype(rows.dtype)[None]).sum()
+        return (
+            rows.sum() / (_probabilities(labels, _float32(logits)) * state.class_weights.astype(rows.dtype)[None]).sum()
+        )
 
     heads = [mean(logits) for logits in output if logits is not None]
     return heads[0] + state.aux_weight * sum(heads[1:])
 
 
-def _one_hot(labels: jax.Array, logits: jax.Array) -> jax.Array:
-    """Return the labels one-hot, in the shape and dtype of the logits; a label that is no class gives a row of NaN."""
+def _are_soft(labels: jax.Array) -> bool:
+    return labels.ndim == 2
+
+
+def _probabilities(labels: jax.Array, logits: jax.Array) -> jax.Array:
+    """Return the labels as [n, classes] of the logits' dtype; a label that is no class gives a row of NaN."""
+    if _are_soft(labels):
+        return labels.astype(logits.dtype)
     num_classes = logits.shape[-1]
     labels = labels.astype(jnp.int32)  # 8 bits would not hold the number of classes
     is_class = (labels >= 0) & (labels < num_classes)
@@ -234,8 +293,9 @@ def _one_hot(labels: jax.Array, logits: jax.Array) -> jax.Array:
 
 
 def _hits(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
-    """Which of the labels are among the ``k`` likeliest classes of their row: bool [N]."""
+    """Return which of the labels are among the ``k`` likeliest classes of their row: bool [N]."""
     _, likeliest = jax.lax.top_k(logits, min(k, logits.shape[-1]))
+    labels = labels.argmax(-1) if _are_soft(labels) else labels
     return (likeliest == labels.astype(jnp.int32)[:, None]).any(-1)
 
 
@@ -250,3 +310,78 @@ def _average(state: TrainState, variables: dict[str, Any], step: jax.Array) -> d
 
 def _float32(x: jax.Array) -> jax.Array:
     return x.astype(at_least_float32(x.dtype))
+
+
+def _check_heads(model: GoogLeNet, params: Mapping[str, Any]) -> None:
+    for name in HEADS:
+        if name not in params:
+            if name == "fc" or model.aux_logits:
+                raise ValueError(MISSING_HEAD.format(name))
+            continue
+        layer = params[name] if name == "fc" else params[name]["fc2"]
+        classes = layer["kernel"].shape[-1]
+        if classes != model.num_classes:
+            raise ValueError(
+                f"the variables' {name} is for {classes} classes and the model for {model.num_classes}: use "
+                f"new_head(model, variables, {model.num_classes}, jax.random.key(0))"
+            )
+
+
+def _check_needs(optimizer: optax.GradientTransformationExtraArgs, opt_state: optax.OptState, params: Any) -> None:
+    try:
+        with jax.numpy_dtype_promotion("standard"):
+            jax.eval_shape(optimizer.update, params, opt_state, params, value=jnp.float32(0))
+    except TypeError as error:  # a keyword argument is missing
+        raise ValueError(
+            f"optimizer: a step gives it the gradient and the loss, and it needs more ({error}): choose one without a "
+            "line search, which optax.lbfgs has"
+        ) from error
+
+
+def _checked(state: TrainState, batch: Any) -> Batch:
+    """Return the images and labels of a batch, once the batch and the state are fit for a step. Costs microseconds."""
+    wanted = 'expected a batch {"image": [N, H, W, 3], "label": int [N]}'
+    if not isinstance(batch, Mapping):
+        raise TypeError(f'{wanted}, got a {type(batch).__name__}: pass {{"image": images, "label": labels}}')
+    if missing := [name for name in ("image", "label") if name not in batch]:
+        raise ValueError(
+            f"{wanted}, got one without {' and '.join(missing)}; its keys are {', '.join(map(str, batch))}"
+        )
+    check_images(batch["image"])
+    _check_labels(batch["label"], (batch["image"].shape[0], state.model.num_classes))
+    if not isinstance(state.step, jax.core.Tracer) and state.step.is_deleted():
+        raise ValueError(
+            "the arrays of this state are gone, because train_step has had it before: go on with the state that it "
+            "returned, as in state, metrics = train_step(state, batch, key)"
+        )
+    return {name: batch[name] for name in ("image", "label")}
+
+
+def _check_labels(labels: Any, shape: tuple[int, ...]) -> None:
+    """Raise TypeError or ValueError, with the way out, unless ``labels`` fit logits of ``shape`` [N, num_classes]."""
+    check_array(labels, "labels")
+    is_integer, is_floating = (jnp.issubdtype(labels.dtype, kind) for kind in (jnp.integer, jnp.floating))
+    if (is_integer and labels.shape == shape[:1]) or (is_floating and labels.shape == shape):
+        return
+    way_out = "there must be one for each image"
+    if labels.shape == shape:
+        way_out = "use labels.argmax(-1)"
+    elif labels.shape == (shape[0], 1):
+        way_out = "use labels[:, 0]"
+    elif is_floating and labels.shape == shape[:1]:
+        way_out = "use labels.astype(numpy.int32)"
+    raise ValueError(
+        f"expected labels int [{shape[0]}], or soft labels floating point [{shape[0]}, {shape[1]}], got {labels.dtype} "
+        f"of shape {labels.shape}: {way_out}"
+    )
+
+
+def _check_key(key: Any) -> None:
+    if isinstance(key, jax.Array | np.ndarray):
+        is_typed, is_raw = jnp.issubdtype(key.dtype, jax.dtypes.prng_key), key.dtype == jnp.uint32
+        if (is_typed and key.ndim == 0) or (is_raw and key.ndim == 1):
+            return
+        kind = f"{key.dtype} of shape {key.shape}"
+    else:
+        kind = type(key).__name__
+    raise TypeError(f"dropout_key: expected one random key such as jax.random.key(0), got {kind}")
