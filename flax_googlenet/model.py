@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from flax import linen as nn
-from flax.typing import Dtype
+from flax.typing import Dtype, Initializer
 from jax import numpy as jnp
 from jaxtyping import Array, Float
 
@@ -53,6 +53,8 @@ BLOCKS = ("conv1", "conv2", "conv3", *WIDTHS, *HEADS)
 
 # scipy.stats.truncnorm(-2, 2, scale=0.01): two deviations. torchvision's trunc_normal_(a=-2, b=2) cuts at 2.0 itself.
 _kernel_init = nn.initializers.truncated_normal(stddev=0.01, lower=-2.0, upper=2.0)
+
+_BLOCK = 2**20  # values in one draw of the network's initial kernels
 
 MISSING_HEAD = (
     "aux_logits is True and the variables have no {0}: "
@@ -139,6 +141,7 @@ class ConvBN(nn.Module):
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     precision: jax.lax.PrecisionLike = None
+    kernel_init: Initializer = _kernel_init
 
     @nn.compact
     def __call__(self, x: Float[Array, "n h w c"], train: bool) -> Float[Array, "n h2 w2 {self.features}"]:
@@ -149,7 +152,7 @@ class ConvBN(nn.Module):
             strides=(self.stride, self.stride),
             padding=((self.padding, self.padding), (self.padding, self.padding)),
             use_bias=not self.batch_norm,
-            kernel_init=_kernel_init,
+            kernel_init=self.kernel_init,
             # At inference the plain one, by which ports are proven; make_predictor has its own.
             conv_general_dilated=winograd.convolution if train else None,
             dtype=self.dtype,
@@ -170,11 +173,12 @@ class Inception(nn.Module):
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     precision: jax.lax.PrecisionLike = None
+    kernel_init: Initializer = _kernel_init
 
     @nn.compact
     def __call__(self, x: Float[Array, "n h w c"], train: bool) -> Float[Array, "n h w c2"]:
         """Maps ``x`` [N, H, W, C] to [N, H, W, w0 + w2 + w4 + w5]."""
-        conv: Callable[..., ConvBN] = functools.partial(ConvBN, **_options(self))
+        conv: Callable[..., ConvBN] = functools.partial(ConvBN, **_options(self, self.kernel_init))
         width1, reduce2, width2, reduce3, width3, width4 = self.widths
 
         branch1 = conv(width1, name="branch1")(x, train)
@@ -197,18 +201,19 @@ class InceptionAux(nn.Module):
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     precision: jax.lax.PrecisionLike = None
+    kernel_init: Initializer = _kernel_init
 
     @nn.compact
     def __call__(self, x: Float[Array, "n h w c"], train: bool) -> Float[Array, "n {self.num_classes}"]:
         """Maps ``x`` [N, H, W, C] to logits [N, num_classes]; dropout is on in training alone."""
         x = adaptive_avg_pool(x, 4)
-        x = ConvBN(128, **_options(self), name="conv")(x, train)
+        x = ConvBN(128, **_options(self, self.kernel_init), name="conv")(x, train)
         x = x.transpose(0, 3, 1, 2).reshape(
             x.shape[0], 128 * 4 * 4
         )  # channels first: fc1 reads them in PyTorch's order
-        x = nn.relu(_dense(self, 1024, x.shape[-1], "fc1")(x))
+        x = nn.relu(_dense(self, 1024, x.shape[-1], self.kernel_init, "fc1")(x))
         x = nn.Dropout(self.dropout, name="dropout")(x, deterministic=not train)
-        return _dense(self, self.num_classes, x.shape[-1], "fc2")(x)
+        return _dense(self, self.num_classes, x.shape[-1], self.kernel_init, "fc2")(x)
 
 
 class GoogLeNet(nn.Module):
@@ -276,7 +281,8 @@ class GoogLeNet(nn.Module):
                 in training with ``aux_logits``, if the variables have no auxiliary heads.
         """
         check_images(images)
-        options = _options(self)
+        kernel_init = _drawn_in_blocks(self.make_rng("params")) if self.is_initializing() else _kernel_init
+        options = _options(self, kernel_init)
         conv_bn: Callable[..., ConvBN] = functools.partial(ConvBN, **options)
 
         def stage(name: str, x: jax.Array) -> jax.Array:
@@ -328,7 +334,7 @@ class GoogLeNet(nn.Module):
         x = stage("avgpool", x.mean((1, 2), keepdims=True))
         x = x[:, 0, 0, :]
         x = nn.Dropout(self.dropout, name="dropout")(x, deterministic=not train)
-        logits = stage("fc", _dense(self, self.num_classes, x.shape[-1], "fc")(x))
+        logits = stage("fc", _dense(self, self.num_classes, x.shape[-1], kernel_init, "fc")(x))
 
         if not train:
             return GoogLeNetOutput(logits, None, None)
@@ -359,16 +365,38 @@ def variable_shapes(model: GoogLeNet) -> dict[str, Any]:
     return jax.eval_shape(model.init, jax.eval_shape(lambda: jax.random.key(0)), images)
 
 
-def _options(module: nn.Module) -> dict[str, Any]:
-    """The fields that every block hands down to the blocks inside it."""
-    return {name: getattr(module, name) for name in ("batch_norm", "dtype", "param_dtype", "precision")}
+def _options(module: nn.Module, kernel_init: Initializer) -> dict[str, Any]:
+    """Return the fields that every block hands down to the blocks inside it."""
+    fields = {name: getattr(module, name) for name in ("batch_norm", "dtype", "param_dtype", "precision")}
+    return {**fields, "kernel_init": kernel_init}
+
+
+def _drawn_in_blocks(key: jax.Array) -> Initializer:
+    """Return an initialiser that cuts kernels, one after the other, from blocks that ``_kernel_init`` draws.
+
+    XLA compiles each draw of a shape of its own: to compile ``model.init`` took 29 s of a CPU with one draw for each of
+    64 kernels, and takes 5 s with blocks. The key that Flax gives for a single kernel is not used.
+    """
+    rest, blocks = None, 0
+
+    def init(_key: jax.Array, shape: Sequence[int], dtype: Any, _sharding: Any = None) -> jax.Array:
+        nonlocal rest, blocks
+        size = math.prod(shape)
+        while rest is None or rest.size < size:
+            block = _kernel_init(jax.random.fold_in(key, blocks), (_BLOCK,), dtype)
+            rest = block if rest is None else jnp.concatenate([rest, block])
+            blocks += 1
+        kernel, rest = rest[:size], rest[size:]
+        return kernel.reshape(shape)
+
+    return init
 
 
 def at_least_float32(dtype: Dtype) -> Dtype:
     return dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32
 
 
-def _dense(module: nn.Module, features: int, fan_in: int, name: str) -> nn.Dense:
+def _dense(module: nn.Module, features: int, fan_in: int, kernel_init: Initializer, name: str) -> nn.Dense:
     bound = 1 / math.sqrt(fan_in)  # torch.nn.Linear's default for the bias
 
     def bias_init(key: jax.Array, shape: tuple[int, ...], dtype: Dtype) -> jax.Array:
@@ -376,7 +404,7 @@ def _dense(module: nn.Module, features: int, fan_in: int, name: str) -> nn.Dense
 
     return nn.Dense(
         features,
-        kernel_init=_kernel_init,
+        kernel_init=kernel_init,
         bias_init=bias_init,
         dtype=module.dtype,
         param_dtype=module.param_dtype,

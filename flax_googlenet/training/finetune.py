@@ -27,8 +27,8 @@ def new_head(
         key: a random key.
 
     Returns:
-        The network, and its variables: ``fc`` and the ``fc2`` of the auxiliary heads are those of
-        ``model.init(key, images)``, the others are the arrays that were given.
+        The network, and its variables: ``fc`` and the ``fc2`` of the auxiliary heads start anew, as ``model.init`` has
+        them, and the other arrays are those that were given.
     """
     model, variables = model.clone(num_classes=num_classes), plain_dicts(variables)
     params = flatten_dict(variables["params"])
