@@ -12,36 +12,43 @@ from interrupt import ends_the_process
 from flax_googlenet.status import describe_crash, draws_progress, escape_what_cannot_be_encoded
 
 DESCRIPTION = """\
-Turn a torchvision GoogLeNet checkpoint into Flax variables, and prove it: torchvision's network and ours run on the
-same photographs and random images, in float64 and float32, and every stage is compared. Nothing is written unless all
+Turn a torchvision GoogLeNet checkpoint into Flax variables, and prove it:
+torchvision's network and ours run on the same photographs and random images, in
+float64 and float32, and every stage is compared. Nothing is written unless all
 of them agree.
 """
 
 EPILOG = """\
 CHECKPOINT is one of
-  imagenet            torchvision's IMAGENET1K_V1, downloaded into PyTorch's cache (the default)
-  random              a torchvision GoogLeNet with seeded random weights; needs no network
-  FILE.pth            a state dict, or a training checkpoint with one under "model" or "state_dict"
-  FILE.safetensors    the same in PyTorch's layout; with --to-torchvision, a file that this command wrote
-  http(s)://...       a file to download; a name like googlenet-1378be20.pth is checked against its hash
+  imagenet          torchvision's IMAGENET1K_V1, downloaded into PyTorch's cache
+                    (the default)
+  random            a torchvision GoogLeNet with seeded random weights; needs no
+                    network
+  FILE.pth          a state dict, or a training checkpoint with one under
+                    "model" or "state_dict"
+  FILE.safetensors  the same in PyTorch's layout; with --to-torchvision, a file
+                    that this command wrote
+  http(s)://...     a file to download; a name like googlenet-1378be20.pth is
+                    checked against its hash
 
 examples
   python convert/port_weights.py random
   python convert/port_weights.py imagenet --report report.html
-  python convert/port_weights.py finetuned.pth --key model_ema --output finetuned.safetensors
+  python convert/port_weights.py tuned.pth --key model_ema
   python convert/port_weights.py imagenet --output mine.safetensors --diagnose
-  python convert/port_weights.py finetuned.safetensors --to-torchvision finetuned.pth
+  python convert/port_weights.py tuned.safetensors --to-torchvision tuned.pth
 
 exit status
   0    proven and written; with --diagnose, the port agrees
   2    the command line is wrong
-  3    the checkpoint cannot be had: no such file, no network, a wrong hash; or JAX_PLATFORMS names no
-       device of this machine
-  4    the checkpoint is refused: damaged, unsafe, or not a GoogLeNet of torchvision's
+  3    the checkpoint cannot be had: no such file, no network, a wrong hash; or
+       JAX_PLATFORMS names no device of this machine
+  4    the checkpoint is refused: damaged, unsafe, or not torchvision's GoogLeNet
   5    not proven: a stage differs, and nothing is written
   6    the output cannot be written
   70   an unexpected error; its traceback is in the file that the message names
-  130  interrupted; no output is half-written, and a broken download goes on the next time
+  130  interrupted; no output is half-written, and a broken download goes on the
+       next time
 """
 
 

@@ -234,9 +234,10 @@ try:
 finally:
     assert not {"torch", "jax"} & sys.modules.keys()
 """
-    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent)}
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent), "COLUMNS": "80"}
     process = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert (process.returncode, process.stderr) == (0, "")
+    assert max(map(len, process.stdout.splitlines())) <= 80  # a terminal would break a longer line inside a word
     for status in (
         "0    proven",
         "2    the command",

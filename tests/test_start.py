@@ -14,6 +14,7 @@ from flax_googlenet.checkpoint import CheckpointError
 from flax_googlenet.files import Weights
 from flax_googlenet.model import GoogLeNet
 from flax_googlenet.status import CommandError
+from flax_googlenet.training import checkpoints
 from flax_googlenet.training.datasets import Dataset
 from flax_googlenet.training.devices import Devices
 from flax_googlenet.training.finetune import reorder_head
@@ -122,6 +123,14 @@ def test_what_was_counted_comes_back_with_the_state(workdir: Path, tmp_path: Pat
     assert found[0] == TALLY
     np.testing.assert_array_equal(found[1]["weights"], STATE["weights"])  # type: ignore[index]
     assert resume(tmp_path / "another", STATE, identity(), False, pytest.fail) is None
+
+
+def test_a_checkpoint_of_a_version_that_did_not_know_the_best_evaluation_is_continued(tmp_path: Path) -> None:
+    extra = {"identity": identity(), "tally": {"unreadable": ["a.jpg"], "not_finite": 2, "not_finite_in_a_row": 1}}
+    checkpoints.save(tmp_path / "checkpoints", 7, STATE, extra)
+    found = resume(tmp_path, STATE, identity(), False, pytest.fail)
+    assert found is not None
+    assert found[0] == dataclasses.replace(TALLY, best_step=0, best_accuracy=0.0)
 
 
 def test_another_recipe_or_other_data_are_refused_unless_told(workdir: Path) -> None:
