@@ -29,11 +29,12 @@ import flax_googlenet
 from flax_googlenet.cli import main
 from flax_googlenet.files import Weights, load_weights
 from flax_googlenet.preprocessing import ImageError, normalise
+from flax_googlenet.status import CommandError
 from flax_googlenet.training.classes import find_classes
 from flax_googlenet.training.confusion import Score, draw_confusion
 from flax_googlenet.training.crops import crops
 from flax_googlenet.training.datasets import DataError, Training, find_data, open_data
-from flax_googlenet.training.ensemble import answers, make_networks
+from flax_googlenet.training.ensemble import Network, answers, make_networks
 from flax_googlenet.training.recipe import PRESETS
 
 NAMES = ["flower", "goat", "temple", "zebra"]
@@ -221,6 +222,14 @@ def test_an_ensemble_is_the_mean_of_its_networks(
         same_figures(figures("weights.safetensors", f"{second}.safetensors", "photos"), expected, images())
 
 
+def test_the_network_whose_answers_are_not_finite_is_named(here: Path) -> None:
+    photos, _ = find_data("photos", [])
+    logits = {"sound": np.eye(4), "broken": np.where(np.eye(4), np.inf, 0)}
+    networks = [Network(name, lambda images, x=x: x[: len(images)], np.arange(4)) for name, x in logits.items()]
+    with pytest.raises(CommandError, match="broken is damaged: its answers are not finite"):
+        next(answers(networks, photos, 1, 32, 2, pytest.fail))
+
+
 def test_top5_and_the_confusion_matrix_are_counted_by_hand() -> None:
     wanted = np.array([-1, -1, 1, -1, -1, -1, 0, -1])  # the data has two of the network's eight classes
     tally = Score(wanted, num_classes=2)
@@ -391,6 +400,7 @@ def test_what_cannot_be_evaluated_is_said_in_one_line(
         ([], "error: name the weights and then the data"),
         (["photos"], "error: name the weights and then the data"),
         (["photos", "weights.safetensors"], "error: photos is a folder: name the weights and then the data"),
+        (["digits", "weights.safetensors"], "error: weights.safetensors is a file: name the weights and then the data"),
         (["weights.safetensors", "photos", "--batch-size", "0"], "--batch-size must be at least 1"),
         (["a", "b", "--confusion", "x.txt"], "x.txt: --confusion must end in .png"),
     ],
@@ -414,14 +424,19 @@ def test_an_unreadable_image_is_named_and_the_others_are_evaluated(
         copy.write_bytes(path.read_bytes())
     Path("broken/temple/02.jpg").write_bytes(b"no image")
     Path("broken/flower/raw.NEF").write_bytes(b"a camera's own format")
+    Path("broken/zebra").mkdir()
+    Path("broken/zebra/0.png").write_bytes(b"no image")
     assert main(["evaluate", "weights.safetensors", "broken", "--json", "--batch-size", "1"]) == 1
     captured = capfd.readouterr()
     result = json.loads(captured.out)
-    assert (result["count"], result["unreadable"]) == (10, 2)
+    assert (result["count"], result["unreadable"]) == (10, 3)
+    assert result["balanced_accuracy"] == np.mean([result["classes"][name]["top1"] for name in ("flower", "temple")])
+    assert result["classes"]["zebra"] == {"count": 0, "top1": None}
+    assert "no image is evaluated of the class 'zebra'\n" in captured.err
     assert "1 picture is in a format that cannot be read here (broken/flower/*.NEF): convert to JPEG" in captured.err
     assert "broken/temple/02.jpg is not an image" in captured.err
     assert "10 images in" in captured.err
-    assert "2 could not be read" in captured.err
+    assert "3 could not be read" in captured.err
 
 
 def test_of_a_folder_with_val_it_is_val(here: Path) -> None:
@@ -545,7 +560,8 @@ def write_font(path: Path, character: str) -> None:
 
 
 def test_a_name_is_drawn_in_whatever_installed_font_has_it_and_is_a_number_where_none_has(tmp_path: Path) -> None:
-    names = ["\U00030000", "caf\u00e9", "\U0003134a"]  # Chinese characters of rare names: no usual font has them
+    # Two Chinese characters that no usual font has; letters with a blank and a selector that have no outline anywhere.
+    names = ["\U00030000", "caf\u00e9\u3000\u2764\ufe0f", "\U0003134a"]
     write_font(tmp_path / "fonts" / "squares.ttf", names[0])
     script = f"""if True:
         import numpy as np

@@ -1,6 +1,7 @@
 """The confusion matrix: counted, and as a picture that is readable with ten classes and with a thousand."""
 
 import io
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -136,6 +137,9 @@ def _find_fonts(characters: set[str]) -> tuple[list[str], set[str]]:
     """
     from matplotlib import font_manager
 
+    # Blanks, the joiners of Persian words, and the variation selectors of emoji have no outline in any font.
+    blank = {c for c in characters if unicodedata.category(c) in ("Zs", "Cf") or "\ufe00" <= c <= "\ufe0f"}
+    characters = characters - blank
     usual = font_manager.FontProperties()
     families, missing = [*usual.get_family()], characters - _drawable(characters, font_manager.findfont(usual))
     files = font_manager.findSystemFonts() if missing else []
@@ -157,7 +161,7 @@ def _drawable(characters: set[str], file: str) -> set[str]:
         if not font.get_char_index(ord(character)):
             return False
         font.load_char(ord(character))
-        return character == " " or len(font.get_path()[0]) > 0
+        return len(font.get_path()[0]) > 0
 
     try:
         font = get_font(file)

@@ -20,8 +20,10 @@ from flax_googlenet.training.recipe import Recipe, RecipeError
 
 
 class Network(NamedTuple):
-    """One of an ensemble."""
+    """One network of an ensemble."""
 
+    name: str
+    """What to call it in messages."""
     predict: Predictor
     order: Int[np.ndarray, "num_classes"]
     """Where the classes of the ensemble's answers stand among this network's."""
@@ -56,11 +58,12 @@ def answers(
     images = read_ahead(iter(range(len(dataset))), read, 2 * in_batch, fail)
     while batch := list(itertools.islice(images, in_batch)):
         views = np.concatenate([views for _, views in batch])
-        total = sum(
-            softmax(np.asarray(network.predict(views), np.float64), axis=1)[:, network.order] for network in networks
-        )
-        if not np.isfinite(total).all():
-            raise CommandError(Status.NOT_DONE, "the weights are wrong: their answers are not finite")
+        total = 0.0
+        for network in networks:
+            logits = np.asarray(network.predict(views), np.float64)
+            if not np.isfinite(logits).all():
+                raise CommandError(Status.NOT_DONE, f"{network.name} is damaged: its answers are not finite")
+            total = total + softmax(logits, axis=1)[:, network.order]
         yield [index for index, _ in batch], np.mean(np.split(total / len(networks), len(batch)), axis=1)
 
 
@@ -102,7 +105,7 @@ def make_networks(
     for path, weights in ensemble.items():
         found = find_classes(names or class_names, reference if names else data, weights, path)
         notes += found.notes
-        networks.append(Network(make_predictor(weights.model, weights.variables), np.argsort(found.wanted)))
+        networks.append(Network(path, make_predictor(weights.model, weights.variables), np.argsort(found.wanted)))
     return networks, match._replace(notes=tuple(dict.fromkeys(notes)))
 
 

@@ -38,6 +38,8 @@ def evaluate(
     for path in paths:
         if Path(path).is_dir():
             raise CommandError(Status.USAGE, f"{path} is a folder: {usage}")
+    if data != "digits" and Path(data).is_file():
+        raise CommandError(Status.USAGE, f"{data} is a file: {usage}")
     if batch_size < 1:
         raise CommandError(Status.USAGE, "--batch-size must be at least 1")
     if confusion:
@@ -86,6 +88,8 @@ def evaluate(
         if len(match.wanted) <= 5:
             del printed["top-5"]  # it is always right
         write_output("".join(f"{name:17} {value:7.2%}\n" for name, value in printed.items()))
+    if empty := [name for name, count in zip(dataset.class_names, tally.matrix.sum(1), strict=True) if not count]:
+        notes.print(escape(printable(f"no image is evaluated of the class{'es' * (len(empty) > 1)} {listing(empty)}")))
     if confusion:
         try:
             numbered = draw_confusion(confusion, tally.matrix, dataset.class_names)
