@@ -125,8 +125,19 @@ def test_more_batches_to_accumulate_than_there_are_are_refused(refusal: Callable
     said = refusal("digits", "--recipe.accumulate=10000")
     assert "takes 10000: choose --recipe.accumulate 528 or less, or more epochs" in said
     assert "1438 images make 528 steps, and a change of the weights " in said
-    said = refusal("digits", "--recipe.batch-size=2000")
-    assert "1438 images are less than a batch of 2000: choose --recipe.batch-size 1438 or less" in said
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        (2000, "1438 images are less than a batch of 2000: choose --recipe.batch-size 1438 or less"),
+        (1, "BatchNorm cannot train on one image of 32x32 pixels at a time: choose --recipe.batch-size 2 or more"),
+    ],
+)
+def test_a_batch_that_is_too_large_or_too_small_is_refused_with_the_size_to_choose(
+    size: int, message: str, refusal: Callable[..., str]
+) -> None:
+    assert message in refusal("digits", f"--recipe.batch-size={size}")
 
 
 def test_a_run_in_use_is_refused(tmp_path: Path, refusal: Callable[..., str]) -> None:

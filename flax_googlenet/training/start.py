@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -106,7 +107,7 @@ def initial_state(
         head: what becomes of their last layers; None where there are no weights.
 
     Raises:
-        CommandError: if the recipe freezes blocks that the weights have not.
+        CommandError: if the recipe freezes blocks that the weights have not, or a batch is too small for BatchNorm.
     """
     if weights and (unknown := set(recipe.frozen) - weights.variables["params"].keys()):
         raise CommandError(Status.NOT_DONE, f"frozen: the weights have no {', '.join(sorted(unknown))}")
@@ -144,7 +145,21 @@ def initial_state(
         )
 
     variables = weights.variables if weights else None
-    return devices.shapes(jax.eval_shape(make, variables)), lambda: make(variables)
+    shapes = jax.eval_shape(make, variables)
+    if recipe.batch_size == 1:
+        _require_statistics(shapes, recipe.image_size)
+    return devices.shapes(shapes), lambda: make(variables)
+
+
+def _require_statistics(state: TrainState, image_size: int) -> None:
+    """Refuse one small image a batch: where the layers leave one pixel of it, BatchNorm has no variance."""
+    image = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
+    apply = partial(state.model.apply, train=True, mutable=["batch_stats"], rngs={"dropout": jax.random.key(0)})
+    try:
+        jax.eval_shape(apply, {"params": state.params, "batch_stats": state.batch_stats}, image)
+    except ValueError as error:
+        reason = f"BatchNorm cannot train on one image of {image_size}x{image_size} pixels at a time"
+        raise CommandError(Status.NOT_DONE, f"{reason}: choose --recipe.batch-size 2 or more") from error
 
 
 def resume(
