@@ -43,7 +43,7 @@ exit status
   2    the command line is wrong
   3    the checkpoint cannot be had: no such file, no network, a wrong hash; or
        JAX_PLATFORMS names no device of this machine
-  4    the checkpoint is refused: damaged, unsafe, or not torchvision's GoogLeNet
+  4    the checkpoint is refused: damaged, unsafe or not torchvision's GoogLeNet
   5    not proven: a stage differs, and nothing is written
   6    the output cannot be written
   70   an unexpected error; its traceback is in the file that the message names
