@@ -1,5 +1,6 @@
-"""How commands end when something happens that nobody expected, or when JAX cannot start."""
+"""How commands end when something happens that nobody expected, or when JAX cannot start; and what they draw."""
 
+import io
 import os
 import re
 import subprocess
@@ -8,9 +9,10 @@ from pathlib import Path
 
 import port_weights
 import pytest
+from rich.console import Console
 
 from flax_googlenet import cli
-from flax_googlenet.status import describe_crash
+from flax_googlenet.status import describe_crash, draws_progress
 from flax_googlenet.training import loop
 
 CLASSIFY = ("-m", "flax_googlenet", "classify", "photo.jpg")
@@ -77,3 +79,34 @@ def test_a_platform_that_is_not_there_is_refused_by_name_with_status_3(
     assert error.startswith(f"error: JAX cannot start with JAX_PLATFORMS={platform}: ")
     assert error.endswith("; unset it to compute on what this machine has, or set it to cpu")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("variables", "encoding", "is_drawn"),
+    [
+        ({}, "utf-8", True),
+        ({"TERM": "dumb"}, "utf-8", False),
+        ({"TTY_COMPATIBLE": "0"}, "utf-8", False),
+        ({"TTY_INTERACTIVE": "0"}, "utf-8", False),
+        ({"JPY_PARENT_PID": "1", "FORCE_COLOR": "1"}, "utf-8", False),  # as Jupyter sets them
+        ({}, "latin-1", False),
+    ],
+)
+def test_bars_are_drawn_on_terminals_that_can_show_them(
+    variables: dict[str, str], encoding: str, is_drawn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("JPY_PARENT_PID", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in ({"TERM": "xterm"} | variables).items():
+        monkeypatch.setenv(name, value)
+    ours, theirs = os.openpty()
+    with open(theirs, "w", encoding=encoding) as terminal:
+        assert draws_progress(Console(file=terminal)) == is_drawn
+    os.close(ours)
+
+
+@pytest.mark.parametrize("name", ["FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"])
+def test_no_variable_has_bars_drawn_into_a_pipe(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv(name, "1")
+    assert not draws_progress(Console(file=io.StringIO()))
