@@ -9,7 +9,7 @@ from pathlib import Path
 from exit_status import PortFailureError, Status
 from interrupt import ends_the_process
 
-from flax_googlenet.status import describe_crash, draws_progress, escape_what_cannot_be_encoded
+from flax_googlenet.status import describe_crash, draws_progress, escape_what_cannot_be_encoded, message_console
 
 DESCRIPTION = """\
 Turn a torchvision GoogLeNet checkpoint into Flax variables, and prove it:
@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
         from rich.markup import escape
 
         escape_what_cannot_be_encoded()
-        progress = Console(stderr=True, soft_wrap=True, highlight=False)
+        progress = message_console()
         try:
             with progress.status("starting PyTorch and JAX") if draws_progress(progress) else nullcontext():
                 _require_backend()

@@ -24,7 +24,7 @@ from flax_googlenet.images import describe_unreadable, display_name, find_images
 from flax_googlenet.inference import Predictor, make_predictor
 from flax_googlenet.preprocessing import preprocess
 from flax_googlenet.results import SUFFIXES, Row, open_results
-from flax_googlenet.status import CommandError, Status, draws_progress, printable, write_output
+from flax_googlenet.status import CommandError, Status, draws_progress, message_console, printable, write_output
 
 DEFAULT_WEIGHTS = (Path("googlenet-imagenet.safetensors"), Path("googlenet-random.safetensors"))
 """The outputs of ``convert/port_weights.py``, looked for in the working folder."""
@@ -49,7 +49,7 @@ def classify(
         raise CommandError(Status.USAGE, "--json is for the standard output: leave it out, or --output")
     if output:
         require_folder_of(output)
-    screen, notes = Console(highlight=False), Console(stderr=True, soft_wrap=True, highlight=False)
+    screen, notes = Console(highlight=False), message_console()
     failed = done = skipped = 0
 
     def fail(message: str) -> None:

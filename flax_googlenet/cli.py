@@ -29,6 +29,7 @@ from flax_googlenet.status import (
     describe_crash,
     escape_what_cannot_be_encoded,
     install_advice,
+    message_console,
     printable,
     write_output,
 )
@@ -384,10 +385,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(status: Status, message: str) -> Status:
-    from rich.console import Console
     from rich.markup import escape
 
-    Console(stderr=True, soft_wrap=True, highlight=False).print(f"[bold red]error:[/] {escape(printable(message))}")
+    message_console().print(f"[bold red]error:[/] {escape(printable(message))}")
     return status
 
 

@@ -88,6 +88,20 @@ def write_output(text: str) -> None:
         raise CommandError(Status.NOT_DONE, f"cannot write standard output: {error.strerror}") from error
 
 
+def message_console() -> "Console":
+    """Return a console on standard error, which goes on in silence if nobody reads it any more."""
+    from rich.console import Console
+
+    class MessageConsole(Console):
+        def on_broken_pipe(self) -> None:
+            """Keep rich from its own way, which is to end the process with status 1 in the middle of the work."""
+            self.quiet = True
+            with suppress(OSError):  # Python flushes standard error once more at its end, and would complain
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+    return MessageConsole(stderr=True, soft_wrap=True, highlight=False)
+
+
 def draws_progress(console: "Console") -> bool:
     """Returns whether a bar or a spinner, whose frames overwrite each other, can be drawn on a console.
 

@@ -59,6 +59,20 @@ def test_a_traceback_that_cannot_be_written_is_shown(tmp_path: Path, capsys: pyt
     assert "ValueError: two\nlines\n" in capsys.readouterr().err
 
 
+def test_the_work_goes_on_where_nobody_reads_standard_error_any_more() -> None:
+    script = """if True:
+        from flax_googlenet.status import message_console, write_output
+        console = message_console()
+        for i in range(2):
+            console.print("a message")
+            write_output("a result")"""
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=writer)
+    os.close(writer)
+    assert (process.returncode, process.stdout) == (0, b"a resulta result")
+
+
 @pytest.mark.parametrize("command", ["classify", "evaluate", "export", "train", "port_weights.py"])
 def test_the_help_of_each_command_documents_the_status_of_a_crash(
     command: str, capsys: pytest.CaptureFixture[str]

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from flax_googlenet.files import load_weights, require_folder_of
 from flax_googlenet.images import display_name
-from flax_googlenet.status import CommandError, Status, draws_progress, printable, write_output
+from flax_googlenet.status import CommandError, Status, draws_progress, message_console, printable, write_output
 from flax_googlenet.training.classes import listing
 from flax_googlenet.training.confusion import Score, draw_confusion
 from flax_googlenet.training.datasets import DataError, Dataset, Training, find_data
@@ -46,7 +46,7 @@ def evaluate(
         if confusion.suffix.lower() != ".png":
             raise CommandError(Status.USAGE, f"{confusion}: --confusion must end in .png")
         require_folder_of(confusion)
-    notes = Console(stderr=True, soft_wrap=True, highlight=False)
+    notes = message_console()
     failed = 0
 
     def fail(message: str) -> None:

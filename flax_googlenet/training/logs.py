@@ -14,12 +14,11 @@ from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 import numpy as np
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from flax_googlenet.checkpoint import read_regular_file, write_atomically
-from flax_googlenet.status import draws_progress, printable
+from flax_googlenet.status import draws_progress, message_console, printable
 
 METRICS = "metrics.jsonl"
 CURVES = "curves.png"
@@ -63,7 +62,7 @@ class RunLog:
         self._exit = ExitStack()
         self._disk_failed = False
         self._next_line = 0.0
-        self._console = Console(stderr=True, soft_wrap=True, highlight=False)
+        self._console = message_console()
         self._progress = Progress(
             BarColumn(20),
             MofNCompleteColumn(),
