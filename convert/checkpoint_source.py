@@ -5,7 +5,6 @@ import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import download
 import numpy as np
@@ -19,7 +18,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from flax_googlenet.images import display_name
-from flax_googlenet.status import draws_progress, printable
+from flax_googlenet.status import draws_progress, printable, url_without_secrets
 
 IMAGENET_NAME = Path(reference.IMAGENET.url).name
 IMAGENET_HASH: str = download.hash_in_name(IMAGENET_NAME)  # type: ignore[assignment]  # torchvision's names have one
@@ -77,14 +76,8 @@ def read(args: argparse.Namespace, progress: Console) -> Source:
     return source
 
 
-def url_without_secrets(url: str) -> str:
-    """Scheme, host and path alone: a query can hold a signature, and the rest a password."""
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
-
-
 def _download(url: str, scratch: Path, progress: Console) -> Path:
-    name = Path(urlsplit(url).path).name or "checkpoint"
+    name = download.name_in_url(url) or "checkpoint"
     sha256 = download.hash_in_name(name)
     # Only a file whose hash is known is kept in PyTorch's cache: nothing tells whether another is still the same.
     directory = Path(torch.hub.get_dir()) / "checkpoints" if sha256 else scratch
@@ -104,9 +97,13 @@ def _download(url: str, scratch: Path, progress: Console) -> Path:
             )
     except download.DownloadError as error:
         way_out = ""
+        if isinstance(error, download.WrongFileError):
+            way_out = f"; if {sha256} in its name is no hash, download it yourself and give the path of the file"
         if url == reference.IMAGENET.url:
             way_out = f"; without the network, put {name} at {path} and run this again, or try the port with: random"
         raise PortFailureError(Status.UNAVAILABLE, f"{error}{way_out}") from error
     except OSError as error:
-        raise PortFailureError(Status.UNAVAILABLE, f"cannot keep {url} at {path}: {error.strerror}") from error
+        raise PortFailureError(
+            Status.UNAVAILABLE, f"cannot keep {url_without_secrets(url)} at {path}: {error.strerror}"
+        ) from error
     return path

@@ -1,5 +1,7 @@
 """Downloads one file: resumed, checked against its hash, and in its place only when it is whole."""
 
+import base64
+import errno
 import hashlib
 import os
 import re
@@ -7,28 +9,47 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from http import HTTPStatus
-from http.client import HTTPException, HTTPResponse
+from http.client import HTTPException, HTTPResponse, InvalidURL, RemoteDisconnected
 from io import BufferedIOBase, BufferedRandom
 from pathlib import Path
 from typing import NoReturn
 from urllib.error import HTTPError, URLError
+from urllib.parse import unquote, urlsplit
 from urllib.request import FTPHandler, Request, build_opener
 
-from flax_googlenet.checkpoint import replace_synced
+from flax_googlenet.checkpoint import keep_permissions, replace_synced
 from flax_googlenet.locks import lock
+from flax_googlenet.status import printable, url_without_secrets
 
 _CHUNK = 1 << 20  # bytes
 
 
 class DownloadError(Exception):
-    """A download that failed; the message is one line that names the URL and what went wrong."""
+    """A download that failed; the message is one line that names the URL, without secrets, and what went wrong."""
+
+
+class WrongFileError(DownloadError):
+    """A download that came to its end, but its hash is not the expected one."""
+
+
+def name_in_url(url: str) -> str:
+    """Returns the last part of a URL's path, which may be empty."""
+    return re.split("[?#]", url.partition("://")[2])[0].partition("/")[2].rpartition("/")[2]
 
 
 def hash_in_name(url_or_path: str) -> str | None:
-    """The start of the sha256 in a file's name, as PyTorch's hub has it: ``googlenet-1378be20.pth`` -> ``1378be20``."""
-    name = re.split("[?#]", url_or_path)[0].rsplit("/", 1)[-1]
-    match = re.search(r"-([0-9a-f]{8,})\.", name)
-    return match and match[1]
+    """Returns the start of the sha256 in a file's name, as PyTorch's hub has it, or None.
+
+    ``googlenet-1378be20.pth`` -> ``1378be20``: a dash, eight or more digits of a hash, a dot. Decimal digits alone are
+    no hash but a date, a time or a count of steps: ``model-20240131.pth``. Of real hashes of eight digits 1 in 43 looks
+    like that, and such a file is then taken unchecked, as any other without a hash in its name. The last group of a
+    UUID is none either. torch.hub compares a hash only if it is asked to (``check_hash``); here a name that
+    has one is always held to it, because the older of PyTorch's formats has no checksum.
+    """
+    name = re.split("[?#]", url_or_path)[0].rpartition("/")[2]
+    if re.search(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\.", name):
+        return None
+    return next((digits for digits in re.findall(r"-([0-9a-f]{8,64})\.", name) if not digits.isdecimal()), None)
 
 
 def fetch(
@@ -48,7 +69,7 @@ def fetch(
     a broken download; without a hash nothing would tell that the file on the server has changed, so it starts anew.
 
     Args:
-        url: http or https.
+        url: http or https; a user and a password in front of the host are sent to this host alone.
         path: the file to write, in a directory that exists.
         sha256: the first hex digits of the file's digest, in lower case; None if unknown.
         max_bytes: the largest file to accept.
@@ -62,7 +83,7 @@ def fetch(
         OSError: if the file cannot be written here.
     """
     if not url.lower().startswith(("http://", "https://")):
-        raise DownloadError(f"{url}: only http and https URLs can be downloaded")
+        raise DownloadError(f"{url_without_secrets(url)}: only http and https URLs can be downloaded")
     note = ""
     if sha256 and path.exists():
         with open(path, "rb") as cached:
@@ -78,6 +99,7 @@ def fetch(
             try:
                 _fill(file, sha256 or "", partial(_transfer, file, url, max_bytes, timeout, on_progress))
                 file.flush()
+                keep_permissions(file.fileno(), path)
                 os.fsync(file.fileno())
                 replace_synced(beside, path)
             except BaseException:
@@ -85,8 +107,7 @@ def fetch(
                     beside.unlink(missing_ok=True)
                 raise
     except DownloadError as error:
-        message = f"{url}: {error}{note}"  # may quote the server, line breaks and escape sequences included
-        raise DownloadError("".join(c if c.isprintable() else " " for c in message).strip()) from error
+        raise type(error)(printable(f"{url_without_secrets(url)}: {error}{note}")) from error
 
 
 def _sha256(file: BufferedIOBase) -> str:
@@ -118,7 +139,7 @@ def _fill(file: BufferedIOBase, sha256: str, transfer: Callable[[], bool]) -> No
     found = _sha256(file)
     if not found.startswith(sha256):
         file.truncate(0)
-        raise DownloadError(f"wrong file: its sha256 is {found}, and it should start with {sha256}")
+        raise WrongFileError(f"wrong file: its sha256 is {found}, and it should start with {sha256}")
 
 
 def _transfer(
@@ -152,15 +173,13 @@ def _transfer(
 
 class _NoFTP(FTPHandler):
     def ftp_open(self, req: Request) -> NoReturn:
-        raise URLError("redirected to ftp")
+        raise URLError(OSError(errno.EPROTONOSUPPORT, "redirected to ftp"))
 
 
 def _open(url: str, start: int, timeout: float) -> tuple[HTTPResponse, int]:
     """The response, and the offset at which its body starts: ``start``, or 0 if the server cannot start there."""
-    headers = {"User-Agent": "flax-googlenet"} | ({"Range": f"bytes={start}-"} if start else {})
     try:
-        request = Request(url, headers=headers)  # noqa: S310  # fetch has checked the scheme
-        response = build_opener(_NoFTP).open(request, timeout=timeout)
+        response = build_opener(_NoFTP).open(_request(url, start), timeout=timeout)
         if response.status == HTTPStatus.OK:
             return response, 0
         if start and response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
@@ -170,12 +189,46 @@ def _open(url: str, start: int, timeout: float) -> tuple[HTTPResponse, int]:
         error.close()
         if start and error.code in (HTTPStatus.PARTIAL_CONTENT, HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE):
             return _open(url, 0, timeout)
-        raise DownloadError(f"HTTP {error.code} {error.reason}") from error
-    except (OSError, HTTPException, ValueError) as error:  # ValueError: not a URL
+        raise DownloadError(_http_status(error.code)) from error
+    except (OSError, HTTPException, ValueError) as error:
         reason = error.reason if isinstance(error, URLError) else error
         if isinstance(reason, TimeoutError):
             raise DownloadError(_stalled(timeout)) from error
-        raise DownloadError(f"no connection: {getattr(reason, 'strerror', None) or reason}") from error
+        raise DownloadError(f"no connection: {_reason(reason)}") from error
+
+
+def _request(url: str, start: int) -> Request:
+    parts = urlsplit(url)
+    user, separator, host = parts.netloc.rpartition("@")
+    headers = {"User-Agent": "flax-googlenet"} | ({"Range": f"bytes={start}-"} if start else {})
+    request = Request(parts._replace(netloc=host).geturl() if separator else url, headers=headers)  # noqa: S310  # see fetch
+    if separator:
+        name, _, password = user.partition(":")
+        credentials = f"{unquote(name)}:{unquote(password)}".encode()
+        request.add_unredirected_header("Authorization", f"Basic {base64.b64encode(credentials).decode()}")
+    return request
+
+
+def _http_status(code: int) -> str:
+    """Python's words for it: the server's may quote the URL, and with it a signature or a password."""
+    try:
+        words = HTTPStatus(code).phrase
+    except ValueError:
+        return f"HTTP {code}"
+    leads_nowhere = ", which leads in a circle or neither to http nor to https" if 300 <= code < 400 else ""
+    return f"HTTP {code} {words}{leads_nowhere}"
+
+
+def _reason(error: BaseException | str) -> str:
+    """Our words or the system's: those of urllib may quote a URL, and the proxy's has a password, too."""
+    if isinstance(error, RemoteDisconnected):
+        return "closed without an answer"
+    if isinstance(error, OSError):
+        proxy = re.match("Tunnel connection failed: ([0-9]{3})", str(error))
+        return f"the proxy answers {_http_status(int(proxy[1]))}" if proxy else error.strerror or type(error).__name__
+    if isinstance(error, HTTPException) and not isinstance(error, InvalidURL):
+        return "what answers is not HTTP"
+    return "the URL, one that it redirects to or that of the proxy is not valid"
 
 
 def _stalled(timeout: float) -> str:

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
-from urllib.parse import urlsplit
 
+from download import name_in_url
 from exit_status import PortFailureError, Status
 from interrupt import cleans_up
 
@@ -17,7 +17,7 @@ def default_output(checkpoint: str) -> Path:
     """Where a port goes unless it is said: into the working directory, named after the checkpoint."""
     if checkpoint in ("imagenet", "random"):
         return Path(f"googlenet-{checkpoint}.safetensors")
-    name = Path(urlsplit(checkpoint).path if "://" in checkpoint else checkpoint)
+    name = Path((name_in_url(checkpoint) or "checkpoint") if "://" in checkpoint else checkpoint)
     return Path(f"{name.stem}-flax.safetensors" if name.suffix == ".safetensors" else f"{name.stem}.safetensors")
 
 

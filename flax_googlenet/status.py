@@ -53,6 +53,20 @@ def printable(text: str) -> str:
     return re.sub(f"[{_STEERING}]", _escape, text)
 
 
+def url_without_secrets(url: str) -> str:
+    """Return scheme, host and path of a URL: the user's name, a password or a signature can be in what else it has.
+
+    Where the host is none, as with a slash in a password that nobody has escaped, only the scheme is left.
+    """
+    scheme, separator, rest = url.partition("://")
+    host, slash, path = re.split("[?#]", rest)[0].partition("/")
+    host = host.rpartition("@")[2]
+    is_host = re.fullmatch(r"([\w.-]*|\[[0-9A-Fa-f:.]+\])(:[0-9]*)?", host)
+    if not is_host or (":" in host and "@" in rest.rpartition(host)[2]):
+        return f"{scheme}://..."
+    return f"{scheme}{separator}{host}{slash}{path}"
+
+
 def well_formed(text: str) -> str:
     """Returns the text as Unicode that every file can hold: halves of pairs are written as in ``printable``."""
     return re.sub(f"[{_SURROGATES}]", _escape, text)
@@ -132,11 +146,12 @@ def describe_crash(error: Exception, folder: str | os.PathLike[str] | None = Non
 
     packages = ("flax-googlenet", "jax", "jaxlib", "flax", "numpy")
     versions = ", ".join(f"{found.name} {found.version}" for found in distributions() if found.name in packages)
+    arguments = [url_without_secrets(argument) if "://" in argument else argument for argument in sys.argv]
     report = (
-        f"{sys.argv}\nPython {platform.python_version()} on {platform.platform()}, {versions}\n\n"
-        f"{''.join(traceback.format_exception(error))}"
+        f"{arguments}\nPython {platform.python_version()} on {platform.platform()}, {versions}\n\n"
+        f"{_without_secrets(''.join(traceback.format_exception(error)))}"
     )
-    reason = f"unexpected {''.join(traceback.format_exception_only(error)).splitlines()[0]}"
+    reason = _without_secrets(f"unexpected {''.join(traceback.format_exception_only(error)).splitlines()[0]}")
     try:
         number, path = tempfile.mkstemp(".txt", "flax-googlenet-crash-", folder)
         with open(number, "w", encoding="utf-8", errors="backslashreplace") as file:
@@ -145,3 +160,8 @@ def describe_crash(error: Exception, folder: str | os.PathLike[str] | None = Non
         sys.stderr.write(report)
         return printable(f"{reason}; please report it with the traceback above")
     return printable(f"{reason}; the traceback is in {path}, please report it with that file")
+
+
+def _without_secrets(text: str) -> str:
+    """Return the text with each URL in it as ``url_without_secrets`` has it."""
+    return re.sub(r"\w[\w+.-]*://[^\s'\"<>]*", lambda url: url_without_secrets(url[0]), text)

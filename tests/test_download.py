@@ -1,5 +1,6 @@
 """The download, against a real server on this computer that misbehaves in every way that servers do."""
 
+import base64
 import fcntl
 import hashlib
 import random
@@ -87,6 +88,8 @@ class Handler(BaseHTTPRequestHandler):
         self.server.ranges.append(self.headers.get("Range"))
         self.server.answer(self)
 
+    do_CONNECT = do_GET  # noqa: N815
+
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
         pass
 
@@ -125,14 +128,14 @@ def get(url: str, path: Path, sha256: str | None = SHA256, max_bytes: int = 10**
     fetch(url, path, sha256=sha256, max_bytes=max_bytes, **options)
 
 
-def failure(url: str, path: Path, *args: Any, **options: Any) -> str:
-    """The message, less the URL it starts with."""
+def failure(url: str, path: Path, *args: Any, shown: str | None = None, **options: Any) -> str:
+    """The message, less the URL it starts with, of which ``shown`` is what may be seen."""
     with pytest.raises(DownloadError) as caught:
         get(url, path, *args, **options)
     message = str(caught.value)
-    assert message.startswith(f"{url}: ")
+    assert message.startswith(f"{shown or url}: ")
     assert len(message.splitlines()) == 1
-    return message.removeprefix(f"{url}: ")
+    return message.removeprefix(f"{shown or url}: ")
 
 
 @pytest.mark.parametrize("answer", [rest, unsized])
@@ -199,7 +202,7 @@ def test_a_chunked_download_that_is_cut_off_is_noticed(server: Server, path: Pat
 
 def test_a_connection_that_is_closed_without_an_answer_is_an_error(server: Server, path: Path) -> None:
     server.answer = lambda handler: None
-    assert failure(server.url, path) == "no connection: Remote end closed connection without response"
+    assert failure(server.url, path) == "no connection: closed without an answer"
 
 
 def test_a_stalled_download_ends_and_is_resumed(server: Server, path: Path) -> None:
@@ -350,20 +353,21 @@ def test_an_http_status_is_an_error(server: Server, path: Path, status: int, mes
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (b"HTTP/1.0 404 \x1b[2JGone\r\n\r\n", "HTTP 404  [2JGone"),
-        (b"hello\x1b[2J\r\n", "no connection: hello [2J"),
+        (b"HTTP/1.0 404 \x1b[2JGone, /model.pth?key=secret\r\n\r\n", "HTTP 404 Not Found"),
+        (b"hello\x1b[2J, /model.pth?key=secret\r\n", "no connection: what answers is not HTTP"),
     ],
 )
-def test_a_message_holds_no_escape_sequence_of_the_server(
-    server: Server, path: Path, answer: bytes, message: str
-) -> None:
+def test_a_message_holds_no_word_of_the_server(server: Server, path: Path, answer: bytes, message: str) -> None:
     server.answer = lambda handler: handler.wfile.write(answer)
     assert failure(server.url, path) == message
 
 
+NOWHERE = "HTTP 302 Found, which leads in a circle or neither to http nor to https"
+
+
 def test_a_redirect_to_itself_is_an_error(server: Server, path: Path) -> None:
     server.answer = lambda handler: send(handler, 302, b"", {"Location": handler.path})
-    assert "infinite loop" in failure(server.url, path)
+    assert failure(server.url, path) == NOWHERE
 
 
 def test_an_error_of_the_server_keeps_the_partial_file(server: Server, path: Path, partial: Path) -> None:
@@ -390,14 +394,67 @@ def test_a_redirect_is_followed_and_the_range_with_it(server: Server, path: Path
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ("file:///etc/hostname", "Redirection to url 'file:///etc/hostname' is not allowed"),
-        ("ftp://127.0.0.1/a", "redirected to ftp"),
+        ("file:///etc/hostname?key=secret", NOWHERE),
+        ("ftp://user:secret@127.0.0.1/a", "no connection: redirected to ftp"),
+        (
+            "http://user:secret@127.0.0.1/a",
+            "no connection: the URL, one that it redirects to or that of the proxy is not",
+        ),
+        ("http://127.0.0.1:secret/a", "no connection: the URL, one that it redirects to or that of the proxy is not"),
     ],
 )
 def test_a_redirect_leads_to_http_only(server: Server, path: Path, target: str, message: str) -> None:
     server.answer = lambda handler: send(handler, 302, b"", {"Location": target})
-    assert failure(server.url, path, None).endswith(message)
+    assert failure(server.url, path, None).startswith(message)
     assert list(path.parent.iterdir()) == []
+
+
+def test_a_password_is_sent_to_its_host_alone_and_never_shown(server: Server, path: Path) -> None:
+    sent: list[str | None] = []
+
+    def redirect(handler: BaseHTTPRequestHandler) -> None:
+        sent.append(handler.headers.get("Authorization"))
+        if handler.path.startswith("/model.pth"):
+            send(handler, 302, b"", {"Location": "/elsewhere.pth?key=secret"})
+        else:
+            send(handler, 403, b"", {})
+
+    server.answer = redirect
+    url = server.url.replace("//", "//me%40home:sec%2Fret@") + "?key=secret#secret"
+    assert failure(url, path, shown=server.url) == "HTTP 403 Forbidden"
+    assert sent == [f"Basic {base64.b64encode(b'me@home:sec/ret').decode()}", None]
+    server.answer = rest
+    get(url, path)
+    assert path.read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize(
+    ("proxy", "message"),
+    [
+        ("http://user:secret@127.0.0.1:9", "no connection: Connection refused"),
+        (
+            "http://user:secret@127.0.0.1:secret",
+            "no connection: the URL, one that it redirects to or that of the proxy is",
+        ),
+        ("http:secret", "no connection: the URL, one that it redirects to or that of the proxy is"),
+    ],
+)
+def test_the_password_of_a_proxy_is_never_shown(
+    proxy: str, message: str, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", proxy)
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    assert failure("http://127.0.0.2/model.pth", path).startswith(message)
+
+
+def test_a_proxy_that_refuses_is_told_with_its_status(
+    server: Server, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.answer = lambda handler: handler.wfile.write(b"HTTP/1.0 407 who are you, secret?\r\n\r\n")
+    monkeypatch.setenv("https_proxy", server.url.replace("//", "//user:secret@"))
+    message = failure("https://127.0.0.2/model.pth", path)
+    assert message == "no connection: the proxy answers HTTP 407 Proxy Authentication Required"
 
 
 def test_a_file_that_is_there_and_right_needs_no_request(server: Server, path: Path) -> None:
@@ -408,9 +465,11 @@ def test_a_file_that_is_there_and_right_needs_no_request(server: Server, path: P
 
 def test_a_file_that_is_there_but_damaged_is_downloaded_anew(server: Server, path: Path) -> None:
     path.write_bytes(b"\0" + CONTENT[1:])
+    path.chmod(0o600)
     get(server.url, path)
     assert server.ranges == [None]
     assert path.read_bytes() == CONTENT
+    assert path.stat().st_mode & 0o777 == 0o600
 
 
 def test_a_file_whose_hash_is_not_known_is_downloaded_anew(server: Server, path: Path) -> None:
@@ -468,10 +527,20 @@ def test_only_http_and_https_are_taken(url: str, path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["http://", "http://[::1/a", "http://127.0.0.1:x/a", "http://127.0.0.1:1/é", "http:// /"]
+    ("url", "shown"),
+    [
+        ("http://", "http://"),
+        ("http://[::1/a", "http://..."),
+        ("http://127.0.0.1:x/a", "http://..."),
+        ("http://127.0.0.1:1/é", "http://127.0.0.1:1/é"),
+        ("http:// /", "http://..."),
+        ("http://user:sec/ret@127.0.0.1/a", "http://..."),
+        ("http://user:1/secret@127.0.0.1/a", "http://..."),
+        ("http://user:1?secret@127.0.0.1/a", "http://..."),
+    ],
 )
-def test_a_url_that_is_none_is_an_error(url: str, path: Path) -> None:
-    assert failure(url, path).startswith("no connection: ")
+def test_a_url_that_is_none_is_an_error(url: str, shown: str, path: Path) -> None:
+    assert failure(url, path, shown=shown).startswith("no connection: ")
 
 
 def test_two_processes_do_not_write_the_same_file(server: Server, path: Path, partial: Path) -> None:
@@ -503,6 +572,13 @@ def test_a_folder_that_cannot_be_written_is_an_os_error(server: Server, path: Pa
         ("https://download.pytorch.org/models/googlenet-1378be20.pth", "1378be20"),
         ("https://localhost/googlenet-1378be20.pth?download=1", "1378be20"),
         (f"model-{SHA256}.safetensors", SHA256),
+        ("model-20240131-1378be20.pth", "1378be20"),
+        ("model-20240131.pth", None),  # a date, a time, seconds since 1970, steps
+        ("model-20240131.of-1378be20.pth", "1378be20"),
+        ("model-20240131123456.pth", None),
+        ("model-1706659200.pth", None),
+        ("model-00100000.pth", None),
+        ("model-550e8400-e29b-41d4-a716-44665544a000.pth", None),
         ("https://localhost/v-0123456789abcdef.x/model.pth", None),
         ("https://localhost/model.pth?v=a-0123456789abcdef.x", None),
         ("googlenet.pth", None),

@@ -309,7 +309,7 @@ def test_a_url_with_a_hash_is_downloaded_checked_cached_and_ported(
     url, folder = server
     torch.save(reference.random_checkpoint(), folder / "model.pth")
     digest = hashlib.sha256((folder / "model.pth").read_bytes()).hexdigest()
-    name = f"googlenet-{digest[:8]}"
+    name = f"googlenet-{digest[:16]}"
     (folder / "model.pth").rename(folder / f"{name}.pth")
 
     assert port_weights.main([f"{url}/{name}.pth"]) == 0
@@ -321,11 +321,15 @@ def test_a_url_with_a_hash_is_downloaded_checked_cached_and_ported(
     cached = tmp_path / "torch" / "hub" / "checkpoints" / f"{name}.pth"
     assert cached.read_bytes() == (folder / f"{name}.pth").read_bytes()
 
-    (folder / f"{name}.pth").rename(folder / "googlenet-00000000.pth")
-    status, error = refused([f"{url}/googlenet-00000000.pth"], capsys)
+    (folder / f"{name}.pth").rename(folder / "googlenet-0000000f.pth")
+    status, error = refused([f"{url}/googlenet-0000000f.pth"], capsys)
     assert status == 3
-    assert f"wrong file: its sha256 is {digest}, and it should start with 00000000" in error
-    assert refused([f"{url}/none.pth"], capsys) == (3, f"{url}/none.pth: HTTP 404 File not found")
+    assert (
+        f"wrong file: its sha256 is {digest}, and it should start with 0000000f; if 0000000f in its name is no" in error
+    )
+    secret = f"{url.replace('//', '//user:secret@')}/none.pth?key=secret#secret"
+    assert refused([secret], capsys) == (3, f"{url}/none.pth: HTTP 404 Not Found")
+    assert refused(["http://[::1/none.pth"], capsys)[0] == 3
 
 
 # A port that is wrong: not written, and explained.

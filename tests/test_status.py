@@ -73,6 +73,15 @@ def test_the_work_goes_on_where_nobody_reads_standard_error_any_more() -> None:
     assert (process.returncode, process.stdout) == (0, b"a resulta result")
 
 
+def test_a_traceback_holds_no_password_of_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["port_weights.py", "https://user:secret@host/a.pth?key=secret"])
+    said = describe_crash(ValueError("no https://user:secret@host/b.pth?key=secret"), tmp_path)
+    (path,) = tmp_path.iterdir()
+    assert said.startswith("unexpected ValueError: no https://host/b.pth; ")
+    assert "'https://host/a.pth'" in (report := path.read_text())
+    assert "secret" not in report
+
+
 @pytest.mark.parametrize("command", ["classify", "evaluate", "export", "train", "port_weights.py"])
 def test_the_help_of_each_command_documents_the_status_of_a_crash(
     command: str, capsys: pytest.CaptureFixture[str]
