@@ -11,7 +11,6 @@ is read is checked, and whatever is wrong with it is a ``CheckpointError``.
 
 import dataclasses
 import errno
-import fcntl
 import hashlib
 import json
 import math
@@ -34,6 +33,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from flax.typing import Dtype
 from jax import numpy as jnp
 
+from flax_googlenet.locks import lock
 from flax_googlenet.model import GoogLeNet, Variables, variable_shapes
 
 _DTYPES = {"F64": jnp.float64, "F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}  # safetensors' names
@@ -196,8 +196,8 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     mode = 0o600 if target.exists() else 0o666
     try:
         with open(beside, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
-            with suppress(OSError):  # some network file systems have no locks
-                fcntl.flock(file, fcntl.LOCK_EX)  # by which others see that this is no leftover
+            with suppress(OSError):
+                lock(file, warn=_say_nothing)  # by which others see that this is no leftover
             file.write(data)
             file.flush()
             keep_permissions(file.fileno(), target)
@@ -236,22 +236,16 @@ def _remove_leftovers(target: Path) -> None:
     with suppress(OSError):  # a folder that can be written need not be readable
         for name in filter(is_leftover, os.listdir(target.parent)):
             path = target.with_name(name)
-            with suppress(OSError):
+            with suppress(OSError):  # among others: a process is still writing it, however long it was suspended
                 status = path.lstat()
-                if stat.S_ISREG(status.st_mode) and time.time() - status.st_mtime > _HOUR and not _is_locked(path):
-                    path.unlink()
+                if stat.S_ISREG(status.st_mode) and time.time() - status.st_mtime > _HOUR:
+                    with open(path, "r+b") as file:
+                        lock(file, warn=_say_nothing)
+                        path.unlink()
 
 
-def _is_locked(path: Path) -> bool:
-    """Whether a process is still writing the file, however long it was suspended."""
-    with open(path, "r+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:  # some network file systems have no locks
-            pass
-    return False
+def _say_nothing(message: str) -> None:
+    """For locks that are a precaution: the work goes on as well on a file system without them."""
 
 
 def replace_synced(source: Path, target: Path) -> None:
