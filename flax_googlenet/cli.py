@@ -4,15 +4,9 @@ JAX is not imported until a subcommand runs: ``--help`` and a wrong option need 
 """
 
 import argparse
-import dataclasses
-import difflib
 import functools
-import inspect
 import os
-import re
-import shutil
 import sys
-import textwrap
 import warnings
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -23,6 +17,7 @@ import tyro
 from tyro.conf import arg
 
 import flax_googlenet
+from flax_googlenet.arguments import parse
 from flax_googlenet.status import (
     CommandError,
     Status,
@@ -277,64 +272,6 @@ def _recipe(arguments: Sequence[str]) -> "Recipe":
     return PRESETS[preset]
 
 
-def _run(name: str, command: Callable[..., int], arguments: Sequence[str]) -> int:
-    """Runs a command with what the arguments say, and returns its status; --help and wrong arguments exit instead."""
-    description, _, documented = inspect.cleandoc(command.__doc__ or "").partition("\n\nArgs:\n")
-
-    @functools.wraps(command)
-    def parsed(*positional: Any, **options: Any) -> Callable[[], int]:
-        return functools.partial(command, *positional, **options)
-
-    # tyro keeps the ends of lines in the documentation of arguments, and reads that of the wrapped function.
-    vars(parsed).update(__signature__=inspect.signature(command))
-    del vars(parsed)["__wrapped__"]
-    parsed.__doc__ = f"{name}\n\nArgs:\n" + re.sub(r"\n {8,}", " ", documented)
-    recipe = _recipe(arguments) if name == "train" else None
-    call, unknown = tyro.cli(
-        functools.partial(parsed, recipe=recipe) if recipe else parsed,
-        prog=f"flax-googlenet {name}",
-        description=_wrapped(description),
-        args=arguments,
-        return_unknown_args=True,
-    )
-    if unknown:
-        raise CommandError(Status.USAGE, _unexpected(unknown[0], name, command, recipe))
-    return call()
-
-
-def _wrapped(description: str) -> str:
-    """The description in lines that fit the terminal, which would break longer ones inside words.
-
-    tyro joins lines, unless they begin with a space: so all but the first sentence is indented.
-    """
-    wrap = functools.partial(
-        textwrap.fill, width=shutil.get_terminal_size().columns, break_long_words=False, break_on_hyphens=False
-    )
-    summary, *paragraphs = description.split("\n\n")
-    lines = [summary]
-    for paragraph in paragraphs:
-        if paragraph.startswith("Exit status:"):
-            title, *statuses = re.sub(r"\n {7,}", " ", paragraph).splitlines()
-            lines += ["", title, *(wrap(status, subsequent_indent=" " * 7) for status in statuses)]
-        else:
-            lines += [wrap(" ".join(paragraph.split()), initial_indent="  ", subsequent_indent="  ")]
-    return "\n".join(lines)
-
-
-def _unexpected(argument: str, name: str, command: Callable[..., int], recipe: "Recipe | None") -> str:
-    """What is said of an argument that the command does not take: with the option that was probably meant."""
-    keywords = {k for k, v in inspect.signature(command).parameters.items() if v.kind is inspect.Parameter.KEYWORD_ONLY}
-    options = {option.replace("_", "-"): f"--{option.replace('_', '-')}" for option in keywords - {"recipe"}}
-    for field in dataclasses.fields(recipe) if recipe else ():
-        options[field.name.replace("_", "-")] = f"--recipe.{field.name.replace('_', '-')}"
-    wanted = argument.partition("=")[0].rpartition(".")[2].lstrip("-").replace("_", "-")
-    initials = ["".join(word[0] for word in option.split("-")) for option in options]
-    similar = [option for option, letters in zip(options, initials, strict=True) if letters == wanted]
-    similar = similar or difflib.get_close_matches(wanted, options, n=1)
-    hint = f"did you mean {options[similar[0]]}? " if similar and argument.startswith("-") else ""
-    return f"{argument} is no argument of this command: {hint}flax-googlenet {name} --help lists all"
-
-
 def _in_one_line(command: Callable[..., int]) -> Callable[..., int]:
     """The command with the first line of its documentation, for the help on all of them."""
 
@@ -365,7 +302,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             }
             first = arguments[0] if arguments else ""
             if first in commands:
-                return _run(first, commands[first], arguments[1:])
+                recipe = _recipe(arguments[1:]) if first == "train" else None
+                return parse(first, commands[first], arguments[1:], recipe)()
             if first and not first.startswith("-"):
                 raise CommandError(Status.USAGE, f"{first} is no command: the commands are {', '.join(commands)}")
             return tyro.extras.subcommand_cli_from_dict(
