@@ -71,6 +71,8 @@ class RunLog:
             console=self._console,
             disable=not draws_progress(self._console),
             redirect_stdout=False,
+            # The time left follows the speed of so many seconds: within rich's 30, one evaluation makes it hours.
+            speed_estimate_period=3600,
         )
         self._task = self._progress.add_task("", total=total_steps, completed=start_step)
 
