@@ -26,7 +26,7 @@ def test_json_of_an_earlier_version_has_the_defaults_of_the_fields_that_came_lat
 
 
 def test_json_of_a_later_version_names_what_is_unknown() -> None:
-    with pytest.raises(RecipeError, match="unknown: colour, shape"):
+    with pytest.raises(RecipeError, match="unknown fields: colour, shape"):
         Recipe.from_json(json.dumps(dataclasses.asdict(Recipe()) | {"shape": 1, "colour": "red"}))
 
 

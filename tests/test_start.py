@@ -163,7 +163,7 @@ def test_a_recipe_that_makes_another_state_is_refused_even_when_told(workdir: Pa
 
 def test_a_damaged_recipe_is_named(workdir: Path) -> None:
     (workdir / "recipe.json").write_bytes(b"\xff\xfe")
-    assert f"{workdir}/recipe.json: recipe: not as to_json writes it" in refusal(workdir, identity())
+    assert f"{workdir}/recipe.json: not as to_json writes it" in refusal(workdir, identity())
 
 
 @pytest.mark.parametrize("kind", ["folder", "pipe", "dangling link"])

@@ -39,7 +39,7 @@ def test_help_shows_the_recipe_that_the_command_line_asks_for(
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("--recipe.epochs=0", "Error parsing recipe: recipe: epochs must be at least 1"),
+        ("--recipe.epochs=0", "Error parsing recipe: epochs must be at least 1"),
         ("--recipe.frozen=conv9", "frozen must name blocks among conv1, conv2"),
         (
             "--recipe.colour=red",

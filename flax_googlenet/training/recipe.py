@@ -101,7 +101,7 @@ class Recipe:
             if not _is(getattr(self, field.name), field.type)
         ]
         if problems := problems or [message for message, holds in self._rules().items() if not holds]:
-            raise RecipeError("recipe: " + "; ".join(problems))
+            raise RecipeError("; ".join(problems))
 
     def _rules(self) -> dict[str, bool]:
         counts = ("epochs", "batch_size", "accumulate", "checkpoint_every", "keep")
@@ -154,14 +154,14 @@ class Recipe:
         try:
             values = json.loads(text)
             if unknown := values.keys() - {field.name for field in dataclasses.fields(cls)}:
-                raise RecipeError(f"recipe: unknown: {', '.join(sorted(unknown))}")
+                raise RecipeError(f"unknown fields: {', '.join(sorted(unknown))}")
             fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
             return cls(**fields)
         except RecipeError:
             raise
         # Not JSON, not an object, or nested thousands deep.
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise RecipeError(f"recipe: not as to_json writes it: {error}") from error
+            raise RecipeError(f"not as to_json writes it: {error}") from error
 
 
 def _is(value: object, kind: Any) -> bool:
