@@ -52,9 +52,10 @@ def classify(
     """Name the likeliest classes of images.
 
     The images are resized to the size that the weights were trained for, which is 224x224 unless a run of train chose
-    another one. A folder stands for all images in it and in the folders below it, except hidden ones. An --output file
-    grows batch by batch. The same command continues a file that an earlier one left unfinished: it skips images that
-    have a row, and tries those again that could not be read.
+    another one. A folder stands for all images in it and in the folders below it, except hidden ones. Photographs in
+    HEIC are read where pillow-heif is installed. An --output file grows batch by batch. The same command continues a
+    file that an earlier one left unfinished: it skips images that have a row, and tries those again that could not be
+    read.
 
     Exit status:
       0    all images are done

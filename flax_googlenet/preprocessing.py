@@ -11,7 +11,6 @@ import struct
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from importlib.util import find_spec
 
 import numpy as np
 from jaxtyping import Float32, UInt8
@@ -51,15 +50,15 @@ _NOT_OPENED = {"EPS", "IPTC", "BUFR", "GRIB", "HDF5", "WMF"}
 inside; the others go to whatever handler another package has registered."""
 
 
-def reads_heif() -> bool:
-    """Whether photographs in HEIF can be read: whether pillow-heif is installed."""
-    return find_spec("pillow_heif") is not None
-
-
-if reads_heif():
+with suppress(ImportError):  # it is optional
     from pillow_heif import register_heif_opener
 
     register_heif_opener()
+
+
+def reads_heif() -> bool:
+    """Whether Pillow reads photographs in HEIF: whether pillow-heif is installed, or the caller registered another."""
+    return "HEIF" in Image.OPEN
 
 
 class ImageError(ValueError):
@@ -70,8 +69,8 @@ def preprocess(image: ImageSource, size: int = CROP) -> Float32[np.ndarray, "siz
     """Prepares one image for the network.
 
     Args:
-        image: a file that Pillow reads, a Pillow image, or uint8 RGB [H, W, 3]. Files and Pillow images are turned as
-            their EXIF orientation says and converted to RGB: alpha is dropped and what lies under it is seen, as in
+        image: a file that Pillow reads, a Pillow image, or uint8 RGB [H, W, 3]; HEIC is read where the package
+            pillow-heif is installed. Files and Pillow images are turned as their EXIF orientation says and converted to RGB: alpha is dropped and what lies under it is seen, as in
             torchvision's loader; 16-bit greys are scaled to 8 bits, and 32-bit integers, too, unless all of them are
             below 256; of an animation it is the first frame. Files that only another program can decode, such as EPS,
             are refused: a caller who trusts one opens it with Pillow and passes the image.

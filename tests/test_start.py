@@ -100,6 +100,7 @@ def test_the_classes_are_said_with_their_images_and_a_warning_where_these_are_ve
         "counts the same"
     )
     assert described(4, 30, 3, balanced=True) == [classes]
+    assert described(1, 1) == ["2 classes: class0, class1; 1 image each"]
     assert described(*[5] * 1000)[0].startswith("1000 classes: class0, class1, ")
     assert described(*[5] * 1000)[0].endswith(", class7, ..., class999; 5 images each")
 

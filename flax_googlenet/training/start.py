@@ -77,7 +77,7 @@ def describe_classes(dataset: Dataset, *, balanced: bool) -> list[str]:
     fewest, most = int(counts.argmin()), int(counts.argmax())
     images = f"{counts[fewest]} ({names[fewest]}) to {counts[most]} ({names[most]}) images each"
     if counts[fewest] == counts[most]:
-        images = f"{counts[most]} images each"
+        images = "1 image each" if counts[most] == 1 else f"{counts[most]} images each"
     listing = ", ".join(names if len(names) <= _LISTED else (*names[: _LISTED - 2], "...", names[-1]))
     lines = [f"{len(names)} classes: {listing}; {images}"]
     if not balanced and counts[most] >= UNEQUAL * counts[fewest]:
