@@ -70,10 +70,11 @@ def preprocess(image: ImageSource, size: int = CROP) -> Float32[np.ndarray, "siz
 
     Args:
         image: a file that Pillow reads, a Pillow image, or uint8 RGB [H, W, 3]; HEIC is read where the package
-            pillow-heif is installed. Files and Pillow images are turned as their EXIF orientation says and converted to RGB: alpha is dropped and what lies under it is seen, as in
-            torchvision's loader; 16-bit greys are scaled to 8 bits, and 32-bit integers, too, unless all of them are
-            below 256; of an animation it is the first frame. Files that only another program can decode, such as EPS,
-            are refused: a caller who trusts one opens it with Pillow and passes the image.
+            pillow-heif is installed. Files and Pillow images are turned as their EXIF orientation says and converted to
+            RGB: alpha is dropped and what lies under it is seen, as in torchvision's loader; 16-bit greys are scaled to
+            8 bits, and 32-bit integers, too, unless all of them are below 256; of an animation it is the first frame.
+            Files that only another program can decode, such as EPS, are refused: a caller who trusts one opens it with
+            Pillow and passes the image.
         size: height and width of the result, in pixels: that of the training. At any size it is the same part of the
             image, the middle 224 / 256 of the short side and as much of the long one.
 
