@@ -169,8 +169,8 @@ def _whole_lines(file: BinaryIO) -> Iterator[bytes]:
 def _checked(row: Any) -> Row:
     """The row of a file that anybody may have written; raises a ValueError, TypeError or KeyError if it is none."""
     predictions = row["predictions"]
-    texts = [row["image"], row["weights"], *(prediction["label"] or "" for prediction in predictions)]
-    "".join(texts).encode()  # not all that is text in JSON is text in UTF-8
+    labels = [prediction["label"] for prediction in predictions if prediction["label"] is not None]
+    "".join([row["image"], row["weights"], *labels]).encode()  # not all that is text in JSON is text in UTF-8
     numbers = [number for prediction in predictions for number in (prediction["index"], prediction["probability"])]
     if not all(type(number) in (int, float) and 0 <= number < 2**31 for number in numbers):
         raise ValueError("it has an index or a probability of another kind")
@@ -261,7 +261,9 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
         with parquet.ParquetFile(path) as file:
             if not file.schema_arrow.equals(_parquet_schema()):
                 raise ValueError("it has other columns")
-            for batch in file.iter_batches():
+            table = file.read()
+            table.validate(full=True)
+            for batch in table.to_batches(2**16):
                 yield from map(_checked, batch.to_pylist())
     except (pyarrow.ArrowException, OSError) as error:  # for damage PyArrow raises an OSError, without a number
         if getattr(error, "errno", None):

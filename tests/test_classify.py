@@ -505,7 +505,7 @@ def test_a_csv_of_before_names_were_escaped_goes_on(tmp_path: Path) -> None:
         {"predictions": [1]},
         {"predictions": [{"index": "1", "label": None, "probability": 0.5}]},
         {"predictions": [{"index": 10**400, "label": None, "probability": 0.5}]},
-        {"predictions": [{"index": 1, "label": 2, "probability": 0.5}]},
+        {"predictions": [{"index": 1, "label": 0, "probability": 0.5}]},
         {"predictions": [{"index": 1, "label": None, "probability": float("nan")}]},
     ],
 )
