@@ -147,11 +147,10 @@ def export_file(
     height, width = size or (f"H >= {MIN_SIZE}", f"W >= {MIN_SIZE}")
     kind = "uint8" if uint8 else f"{_float_dtype(loaded.model)} ImageNet-normalised"
     results = "logits" if top is None else "probabilities, indices"
-    name = printable(str(output))
     return (
-        f"wrote {name}: {output.stat().st_size / 1e6:.1f} MB, for {', '.join(platforms)}. It runs with jax and "
-        "flatbuffers alone:\n\n"
+        f"wrote {printable(str(output))}: {output.stat().st_size / 1e6:.1f} MB, for {', '.join(platforms)}. "
+        "It runs with jax and flatbuffers alone:\n\n"
         "from jax import export\n"
-        f'predict = export.deserialize(bytearray(open({name!r}, "rb").read())).call\n'
+        f'predict = export.deserialize(bytearray(open({str(output)!r}, "rb").read())).call\n'
         f"{results} = predict(images)  # {kind} RGB [N, {height}, {width}, 3]\n"
     )

@@ -174,6 +174,11 @@ def _to_rgb(image: Image.Image, name: str, *, from_file: bool) -> Image.Image:
     # Before the pixels are decoded. Pillow itself only warns up to twice this size.
     if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
         raise _too_large(name)
+    if from_file and image.format == "TIFF":
+        # When the pixels are decoded, Pillow reads what these tags point to, and fails where that is damaged.
+        for pointer in ExifTags.IFD:
+            with suppress(Exception):
+                del image.getexif()[pointer]
     image.load()
     turn = _TURNS.get(_orientation(image, from_file=from_file))
     if image.mode.startswith("I"):

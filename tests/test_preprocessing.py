@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import reference
-from PIL import EpsImagePlugin, Image
+from PIL import EpsImagePlugin, Image, TiffImagePlugin
 from torchvision.datasets.folder import default_loader
 
 from flax_googlenet import ImageError, preprocess, preprocess_batch
@@ -264,6 +264,17 @@ def save_tiff(path: Path, greys: np.ndarray) -> None:
     header = b"II*\0" + struct.pack("<L", 8 + greys.nbytes)
     pixels = greys.astype(greys.dtype.newbyteorder("<")).tobytes()
     path.write_bytes(header + pixels + struct.pack("<H", len(values)) + directory + bytes(4))
+
+
+def test_exif_of_a_tiff_file_that_points_nowhere_costs_no_image(photograph: Image.Image, tmp_path: Path) -> None:
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags[274] = 6
+    for pointer in (0x8769, 0x8825):  # to the directories of EXIF and GPS
+        tags.tagtype[pointer] = 9  # int32
+        tags[pointer] = -1
+    stored = photograph.crop((0, 0, 300, 260))
+    stored.save(tmp_path / "exif.tif", tiffinfo=tags)
+    assert_equal_to_torchvision(tmp_path / "exif.tif", stored.transpose(Image.Transpose.ROTATE_270))
 
 
 # What is refused: one error that names the image and the way out.
