@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import torch
 from flax.traverse_util import flatten_dict
-from proof import FLOAT32_LIMIT, FLOAT64_LIMIT, flax_stages, proof_images, relative_error
+from proof import FLOAT64_LIMIT, flax_stages, float32_limit, proof_images, relative_error, widen_heads
 from reference import build, stages
 from torch.nn import functional
 from torchvision.models import GoogLeNet as TorchGoogLeNet
@@ -43,6 +43,7 @@ def diagnose(
         variables: the port's.
         transform_input: whether the reference transforms its input.
     """
+    state_dict, model, variables = widen_heads(state_dict, model, variables)
     images = proof_images()[0][:2].astype(np.float64)
     torch_model = build(state_dict, transform_input=transform_input, dtype=torch.float64)
     truth = stages(torch_model, images)
@@ -96,8 +97,7 @@ def _imprecision(
     port = jax.jit(lambda v, x: endpoints(model, v, x))(variables, images32)
     for name in (name for name in pytorch32 if name in port):
         error = relative_error(np.asarray(port[name], np.float64), truth[name])
-        allowed = FLOAT32_LIMIT * max(relative_error(pytorch32[name], truth[name]), float(np.finfo(np.float32).eps))
-        if not error <= allowed:
+        if not error <= float32_limit(relative_error(pytorch32[name], truth[name])):
             advice = f"right in float64, but off as dtype {np.dtype(model.dtype)} with precision {model.precision}"
             return Diagnosis(name, error, "precision", f"{advice}: dtype float32 and precision='highest' mend it")
     return None

@@ -9,15 +9,27 @@ import jax
 import numpy as np
 import reference
 import torch
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import numpy as jnp
 
 from flax_googlenet import GoogLeNet, endpoints
 from flax_googlenet.model import InceptionAux, Variables
 
 FLOAT64_LIMIT = 1e-12  # relative; float64 rounds at 1e-16, and 2e-14 is the most that was measured
-FLOAT32_LIMIT = (
-    4.0  # times PyTorch's own error; 1.4 is the most that was measured, and TF32 rounds 8192 times as coarsely
-)
+# Measured on 14,400 random, trained, one-signed and cancelling heads of 1, 2, 3 and 5 classes, on the features of a
+# random network and of two that were trained for 1 and 8 epochs on 3 classes: Flax had at most 1.6 times the error
+# that is granted to PyTorch, and TF32 (10 bits of mantissa) in the last layer alone at least 32 times. Without the
+# wider heads and with a floor of one rounding, up to 39 % of a kind were above 4. In whole networks of 1, 2 and 3
+# classes Flax's worst stage had 1.5 times; with TF32 in all layers the best stage had 110 times, and with bfloat16
+# 740 times.
+FLOAT32_LIMIT = 4.0
+"""The largest error that Flax may have in float32, as a multiple of PyTorch's own."""
+FLOAT32_FLOOR = 8 * float(np.finfo(np.float32).eps)
+"""The error that PyTorch is taken to have at least, relative to the largest value: it can be exact by luck."""
+HEAD_CLASSES = 256
+"""The number of classes that the proof gives to heads of fewer; see ``widen_heads``."""
+HEADS = {"fc": ("fc",), "aux1": ("aux1", "fc2"), "aux2": ("aux2", "fc2")}
+"""Stage -> path of its last layer."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +48,12 @@ class Stage:
 
     @property
     def ok(self) -> bool:
-        # Written so that NaN is not ok. PyTorch may be exact where a stage is nearly empty: one rounding is granted.
-        float32_limit = FLOAT32_LIMIT * max(self.pytorch32, float(np.finfo(np.float32).eps))
-        return self.float64 <= FLOAT64_LIMIT and self.flax32 <= float32_limit
+        return self.float64 <= FLOAT64_LIMIT and self.flax32 <= float32_limit(self.pytorch32)  # False for NaN
+
+
+def float32_limit(pytorch32: float) -> float:
+    """Return the largest error that Flax in float32 may have where PyTorch in float32 has the error ``pytorch32``."""
+    return FLOAT32_LIMIT * max(pytorch32, FLOAT32_FLOOR)
 
 
 @dataclass(frozen=True)
@@ -77,6 +92,8 @@ def prove(
         variables: the port's.
         on_progress: called with the number of finished and of all network runs.
     """
+    num_classes = model.num_classes
+    state_dict, model, variables = widen_heads(state_dict, model, variables)
     batches = proof_images()
     results: list[dict[str, np.ndarray]] = []
     for dtype in (np.float64, np.float32):
@@ -97,12 +114,57 @@ def prove(
 
     return Proof(
         tuple(
-            Stage(name, x.shape, worst(flax64, name), worst(pytorch32, name), worst(flax32, name))
+            Stage(
+                name,
+                (len(x), num_classes) if name in HEADS else x.shape,
+                worst(flax64, name),
+                worst(pytorch32, name),
+                worst(flax32, name),
+            )
             for name, x in truth[0].items()
         ),
-        pytorch32[0]["fc"][:2],
-        flax32[0]["fc"][:2],
+        pytorch32[0]["fc"][:2, :num_classes],
+        flax32[0]["fc"][:2, :num_classes],
     )
+
+
+def widen_heads(
+    state_dict: Mapping[str, np.ndarray], model: GoogLeNet, variables: Variables
+) -> tuple[dict[str, np.ndarray], GoogLeNet, Variables]:
+    """Give heads of few classes ``HEAD_CLASSES``, in the reference and in the port alike.
+
+    The proof compares the largest error of PyTorch with the largest error of Flax. For a head of one class, each is the
+    largest of five numbers, and the quotient is a matter of luck. The classes that are added are copies of the head's
+    own in turn, in which each weight has its sign flipped or not, at random: their errors have the same spread, and the
+    largest of many hardly depends on luck. The head's own classes come first, unchanged.
+
+    Args:
+        state_dict: the reference's, checked.
+        model: the port.
+        variables: the port's.
+
+    Returns:
+        The same three, with at least ``HEAD_CLASSES`` classes.
+    """
+    num_classes = model.num_classes
+    if num_classes >= HEAD_CLASSES:
+        return dict(state_dict), model, variables
+    rows = np.arange(HEAD_CLASSES) % num_classes
+    widened_state, widened_variables = dict(state_dict), flatten_dict(dict(variables))
+    rng = np.random.default_rng(0)
+    for stage, path in HEADS.items():
+        layer, kernel, bias = ".".join(path), ("params", *path, "kernel"), ("params", *path, "bias")
+        if stage != "fc" and not model.aux_logits:
+            continue
+        weight = state_dict[f"{layer}.weight"]  # [num_classes, in]
+        signs = np.where(rng.random((HEAD_CLASSES, weight.shape[1])) < 0.5, -1, 1).astype(weight.dtype)
+        signs[:num_classes] = 1
+        widened_state[f"{layer}.weight"] = weight[rows] * signs
+        widened_state[f"{layer}.bias"] = state_dict[f"{layer}.bias"][rows]
+        own = np.asarray(widened_variables[kernel])  # [in, num_classes]
+        widened_variables[kernel] = own[:, rows] * signs.T.astype(own.dtype)
+        widened_variables[bias] = np.asarray(widened_variables[bias])[rows]
+    return widened_state, model.clone(num_classes=HEAD_CLASSES), unflatten_dict(widened_variables)
 
 
 def flax_stages(model: GoogLeNet, variables: Variables, images: np.ndarray) -> dict[str, np.ndarray]:

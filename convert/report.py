@@ -11,7 +11,7 @@ import numpy as np
 import reference
 from matplotlib.figure import Figure  # not pyplot, which would choose a backend and keep figures alive
 from PIL import Image
-from proof import FLOAT32_LIMIT, FLOAT64_LIMIT, Proof, Stage, top5
+from proof import FLOAT32_LIMIT, FLOAT64_LIMIT, HEAD_CLASSES, Proof, Stage, float32_limit, top5
 
 from flax_googlenet.status import printable
 
@@ -23,7 +23,8 @@ TABLE_HEADER = """<th>stage<th>shape<th>Flax<br>float64<br>error<th>PyTorch<br>f
 <th>Flax<br>float32<br>error<th>ratio of<br>float32<br>errors<th>verdict"""
 HOW_TO_READ = f"""Every error is the largest difference from PyTorch in float64, relative to the stage's largest value:
 {FLOAT64_LIMIT:.0e} means that {-math.log10(FLOAT64_LIMIT):.0f} digits agree, and Flax in float64 must come that close;
-in float32 Flax may err at most {FLOAT32_LIMIT:g} times as much as PyTorch in float32 does."""
+in float32 Flax may err at most {FLOAT32_LIMIT:g} times as much as PyTorch in float32, or by {float32_limit(0):.0e}.
+Heads of few classes are compared on {HEAD_CLASSES}: copies of their own with random signs of the weights."""
 
 # The policy holds the page to what is promised: the browser itself refuses scripts and whatever is not in the file.
 PAGE = """<!doctype html>

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import port_weights
 import pytest
 import torch
 from jax import numpy as jnp
@@ -30,7 +31,7 @@ from flax_googlenet.training.data import eval_batches
 from flax_googlenet.training.datasets import open_data
 from flax_googlenet.training.loop import _reason
 
-CLASSES, PER_CLASS = 4, 12  # 36 images to train on, 12 held out
+CLASSES, PER_CLASS = 3, 16  # 36 images to train on, 12 held out
 RECIPE = ("epochs=3", "batch-size=8", "held-out=0.25", "learning-rate=0.01", "checkpoint-every=5")
 FROZEN = BLOCKS[: BLOCKS.index("inception5b")]  # a third of the time to compile; 5b has BatchNorm, too
 STEPS = 12
@@ -160,7 +161,7 @@ def test_a_run_leaves_metrics_checkpoints_curves_and_weights(whole: Path) -> Non
 
 def test_the_first_lines_tell_the_classes_the_images_and_what_becomes_of_the_head(whole: Path, train: Training) -> None:
     assert (whole / "said").read_text().splitlines()[:4] == [
-        "4 classes: 0, 1, 2, 3; 9 images each",
+        "3 classes: 0, 1, 2; 12 images each",
         "36 images to train on, 12 held out, 12 steps, 1 cpu",
         f"the head of {train.weights} is replaced by a new one: its 1000 classes have no names",
         f"warning: the weights of {train.weights} are random: the training starts from nothing",
@@ -183,11 +184,12 @@ def test_the_last_lines_tell_the_speeds_the_accuracy_and_what_can_be_done_next(w
     assert port == f"  python convert/port_weights.py {whole}/model.safetensors --to-torchvision FILE.pth"
 
 
-def test_torchvision_gives_the_accuracy_of_the_run(whole: Path, data: Path) -> None:
-    _, variables = flax_googlenet.load(whole / "model.safetensors")
+def test_the_result_goes_back_to_torchvision_which_gives_the_same_accuracy(
+    whole: Path, data: Path, tmp_path: Path
+) -> None:
+    assert port_weights.main([str(whole / "model.safetensors"), "--to-torchvision", str(tmp_path / "back.pth")]) == 0
     network = TorchGoogLeNet(num_classes=CLASSES, aux_logits=False, init_weights=False).eval()
-    state_dict = {k: torch.from_numpy(v.copy()) for k, v in flax_googlenet.to_torchvision(variables).items()}
-    network.load_state_dict(state_dict)
+    network.load_state_dict(torch.load(tmp_path / "back.pth"))
     _, held_out = open_data(str(data), held_out=0.25, seed=0)
     (batch,) = eval_batches(held_out, batch_size=len(held_out), image_size=32, fail=pytest.fail)
     with torch.no_grad():
