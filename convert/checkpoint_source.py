@@ -48,7 +48,7 @@ def read(args: argparse.Namespace, progress: Console) -> Source:
     """
     if args.checkpoint == "random":
         state_dict = {key: tensor.numpy() for key, tensor in reference.random_checkpoint().items()}
-        return Source("random", None, state_dict)
+        return Source("random", None, _selected(state_dict, args))
     with cleans_up(), tempfile.TemporaryDirectory() as scratch:
         if args.checkpoint == "imagenet":
             path = _download(reference.IMAGENET.url, Path(scratch), progress)
@@ -61,19 +61,41 @@ def read(args: argparse.Namespace, progress: Console) -> Source:
         except untrusted.UntrustedFileError as error:
             raise PortFailureError(Status.REFUSED, str(error)) from error
         except OSError as error:
-            hint = "" if os.path.exists(path) else ": give a file, a URL, imagenet or random"
-            raise PortFailureError(Status.UNAVAILABLE, f"cannot read {path}: {error.strerror}{hint}") from error
+            message = f"cannot read {path}: {error.strerror}{_way_out(path)}"
+            raise PortFailureError(Status.UNAVAILABLE, message) from error
     if path.name == IMAGENET_NAME and not checkpoint.sha256.startswith(IMAGENET_HASH):
         # Its format has no checksum, so a damaged weight would go unnoticed; its name has one.
         message = f"{path} is damaged: its sha256 is {checkpoint.sha256}, and it should start with {IMAGENET_HASH}"
         raise PortFailureError(Status.REFUSED, f"{message}: delete it and download it again")
     name = url_without_secrets(args.checkpoint) if "://" in args.checkpoint else display_name(args.checkpoint)
-    source = Source(name, checkpoint.sha256, checkpoint.state_dict)
+    source = Source(name, checkpoint.sha256, _selected(checkpoint.state_dict, args))
     if source.class_names and args.checkpoint != "imagenet" and args.transform_input is None:
         progress.print("[yellow]note:[/] these are torchvision's ImageNet weights: they want --transform-input")
-    if checkpoint.note:
-        progress.print(f"[yellow]note:[/] {escape(printable(checkpoint.note))}")
+    for note in checkpoint.notes:
+        progress.print(f"[yellow]note:[/] {escape(printable(note))}")
     return source
+
+
+def _selected(state_dict: dict[str, np.ndarray], args: argparse.Namespace) -> dict[str, np.ndarray]:
+    if not args.without_aux:
+        return state_dict
+    return {key: array for key, array in state_dict.items() if not key.startswith(("aux1.", "aux2."))}
+
+
+def _way_out(path: Path) -> str:
+    """What to give instead of a path that cannot be read."""
+    if not os.path.exists(path):
+        return ": give a file, a URL, imagenet or random"
+    if not path.is_dir():
+        return ""
+    if (path / "data.pkl").exists():
+        return f": it is an unpacked .pth: pack it again with zip -0 -r {path.name}.pth {path.name}"
+    if (path / ".metadata").exists():
+        script = "python -m torch.distributed.checkpoint.format_utils dcp_to_torch"
+        return f": it is a checkpoint of torch.distributed: turn it into a file with {script} {path} FILE.pth"
+    suffixes = (".pth", ".pt", ".bin", ".ckpt", ".safetensors", ".tar")
+    names = sorted(entry.name for entry in path.iterdir() if entry.name.endswith(suffixes))
+    return f": give the file in it: {' or '.join(str(path / name) for name in names[:3])}" if names else ""
 
 
 def _download(url: str, scratch: Path, progress: Console) -> Path:

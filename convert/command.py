@@ -6,6 +6,7 @@ import io
 import math
 import os
 import platform
+import re
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import ml_dtypes
 import numpy as np
 import torch
 from checkpoint_source import Source, read
+from class_names import read_class_names
 from diagnose import diagnose
 from exit_status import PortFailureError, Status
 from output_files import check_outputs, default_output, sha256, writing
@@ -27,7 +29,8 @@ from rich.table import Table
 
 import flax_googlenet
 from flax_googlenet import GoogLeNet
-from flax_googlenet.checkpoint import write_atomically
+from flax_googlenet.checkpoint import load_whole, write_atomically
+from flax_googlenet.files import Weights
 from flax_googlenet.images import display_name
 from flax_googlenet.model import Variables
 from flax_googlenet.status import draws_progress, printable
@@ -53,6 +56,7 @@ def port(args: argparse.Namespace, screen: Console, progress: Console) -> tuple[
     check_outputs(args.checkpoint, output, args.report)
     source = read(args, progress)
     model, variables = _convert(source, _transform_input(args))
+    class_names = read_class_names(args.class_names, model.num_classes) if args.class_names else source.class_names
     if args.transform_input is None and args.checkpoint not in ("imagenet", "random") and not source.class_names:
         advice = "add --transform-input if the network was made with it on, as fine-tuned ImageNet weights are"
         progress.print(f"[yellow]note:[/] transform_input is taken as off: {advice}")
@@ -60,23 +64,27 @@ def port(args: argparse.Namespace, screen: Console, progress: Console) -> tuple[
     facts = _facts(source.name, source.sha256, model, proof)
     if proof.ok:
         with writing(output):
-            flax_googlenet.save(output, model, variables, facts | {"class_names": source.class_names})
+            flax_googlenet.save(output, model, variables, facts | {"class_names": class_names})
     dtype = ", dtype=jax.numpy.float32" if model.param_dtype == np.float64 else ""  # float64 needs 64 bits enabled
     next_step = f"model, variables = flax_googlenet.load({str(output)!r}{dtype})"
-    return _conclude(args.report, screen, facts, proof, output, source.class_names, next_step)
+    return _conclude(args.report, screen, facts, proof, output, class_names, next_step)
 
 
 def port_back(args: argparse.Namespace, screen: Console, progress: Console) -> tuple[Status, dict[str, Any]]:
     """The same from a file of this library to a state dict of torchvision's; as ``port``."""
     path, output = Path(args.checkpoint), args.to_torchvision
     check_outputs(args.checkpoint, output, args.report)
-    model, variables, metadata = _load(path)
+    weights = _load(path)
+    model, variables = weights.model, weights.variables
     try:
         state_dict = flax_googlenet.to_torchvision(variables)
     except flax_googlenet.PortingError as error:
         raise PortFailureError(Status.REFUSED, f"{path}: {_one_line(error)}") from error
     proof = _prove(state_dict, model, variables, progress)
-    facts = _facts(display_name(str(path)), sha256(path), model, proof)
+    left_behind = what_a_state_dict_lacks(weights)
+    facts = _facts(display_name(str(path)), sha256(path), model, proof) | {
+        "not_in_state_dict": {name: value for name, (value, _) in left_behind.items()}
+    }
     if proof.ok:
         buffer = io.BytesIO()
         torch.save({key: _tensor(array) for key, array in state_dict.items()}, buffer)
@@ -85,11 +93,17 @@ def port_back(args: argparse.Namespace, screen: Console, progress: Console) -> t
     arguments = f"num_classes={model.num_classes}, aux_logits={model.aux_logits}, init_weights=False"
     if model.transform_input:
         arguments += ", transform_input=True"
+    for name, default in (("dropout", 0.2), ("dropout_aux", 0.7)):
+        if getattr(model, name) != default:
+            arguments += f", {name}={getattr(model, name)}"
     next_step = f"model = torchvision.models.googlenet({arguments}); model.load_state_dict(torch.load({str(output)!r}))"
-    class_names = metadata.get("class_names")
-    if not isinstance(class_names, list) or list(map(type, class_names)) != [str] * model.num_classes:
-        class_names = None  # metadata is free: whatever else it has under this name are no names of classes
-    return _conclude(args.report, screen, facts, proof, output, class_names, next_step)
+    concluded = _conclude(args.report, screen, facts, proof, output, weights.class_names, next_step)
+    screen.print(f"{escape(printable(str(output)))} holds names and tensors alone. It lacks:", soft_wrap=True)
+    table = Table("", f"in {escape(printable(str(path)))}", "in PyTorch")
+    for name, (value, advice) in left_behind.items():
+        table.add_row(name, escape(printable(value)), advice)
+    screen.print(table)
+    return concluded
 
 
 def diagnose_port(args: argparse.Namespace, screen: Console, progress: Console) -> tuple[Status, dict[str, Any]]:
@@ -100,7 +114,8 @@ def diagnose_port(args: argparse.Namespace, screen: Console, progress: Console) 
     fresh_model, fresh_variables = _convert(source, _transform_input(args))
     if port_at_output:
         subject = display_name(str(output))
-        model, variables, _ = port_at_output
+        model = port_at_output.model
+        variables: Variables = port_at_output.variables
         if (model.num_classes, model.aux_logits, model.batch_norm) != (
             fresh_model.num_classes,
             fresh_model.aux_logits,
@@ -109,7 +124,8 @@ def diagnose_port(args: argparse.Namespace, screen: Console, progress: Console) 
             message = "its number of classes, auxiliary heads or BatchNorm differ"
             raise PortFailureError(Status.REFUSED, f"{output} is no port of {source.name}: {message}")
     else:
-        subject, model, variables = f"a fresh port of {source.name}", fresh_model, fresh_variables
+        subject = f"a fresh port of {source.name}"
+        model, variables = fresh_model, fresh_variables
     # Unless it was said, only the ImageNet checkpoint tells what its input should be.
     is_known = args.transform_input is not None or args.checkpoint == "imagenet"
     with progress.status("comparing the stages") if draws_progress(progress) else nullcontext():
@@ -150,9 +166,9 @@ def _convert(source: Source, transform_input: bool) -> tuple[GoogLeNet, Variable
     return model, variables
 
 
-def _load(path: Path) -> tuple[GoogLeNet, Variables, dict[str, Any]]:
+def _load(path: Path) -> Weights:
     try:
-        return *flax_googlenet.load(path), flax_googlenet.load_metadata(path)
+        return Weights(*load_whole(path))
     except flax_googlenet.CheckpointError as error:
         raise PortFailureError(Status.REFUSED, " ".join(str(error).split())) from error
     except OSError as error:
@@ -198,8 +214,9 @@ def _conclude(
     written = {"output": display_name(str(output)), "output_sha256": sha256(output)} if proof.ok else {"output": None}
     facts = facts | written
     if report:
-        hidden = ("parity", "versions", "source_sha256" if facts["source_sha256"] is None else "")
+        hidden = ("parity", "versions", "not_in_state_dict", "source_sha256" if facts["source_sha256"] is None else "")
         shown = {name: str(value) for name, value in facts.items() if name not in hidden} | facts["versions"]
+        shown |= {f"not in the .pth: {name}": value for name, value in facts.get("not_in_state_dict", {}).items()}
         with writing(report, facts):
             write_atomically(report, render(proof, shown, class_names).encode())
         screen.print(f"Report: {escape(printable(str(report)))}", soft_wrap=True)
@@ -229,6 +246,29 @@ def _table(proof: Proof) -> Table:
     return table
 
 
+def what_a_state_dict_lacks(weights: Weights) -> dict[str, tuple[str, str]]:
+    """Return what a file of this library holds beside names and tensors: name -> its value, and what to do about it."""
+    model, metadata, size = weights.model, weights.metadata, weights.image_size
+    names, recipe = weights.class_names, metadata.get("recipe")
+    call = "an argument of the call above"
+    lacking = {
+        "class names": (
+            f"{len(names)}: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}" if names else "none",
+            "keep them as a list, in the order of the logits" if names else "",
+        ),
+        "image size": (f"{size}x{size}", "resize and crop images to it, and normalise them as ImageNet's"),
+        "transform_input": (str(model.transform_input), call),
+        "dropout": (f"{model.dropout}; auxiliary heads {model.dropout_aux}", call),
+        "computation": (f"{np.dtype(model.dtype)}, precision {model.precision}", "model.to(dtype), torch.backends"),
+    }
+    if isinstance(recipe, dict):
+        frozen = ", ".join(map(str, recipe.get("frozen", ()))) or "none"
+        lacking["recipe"] = (f"{len(recipe)} fields; frozen: {frozen}", "to train on, freeze the same blocks yourself")
+    if others := [str(name) for name in metadata if name not in ("class_names", "recipe")]:
+        lacking["other metadata"] = (", ".join(others), "flax_googlenet.load_metadata reads it")
+    return lacking
+
+
 def _transform_input(args: argparse.Namespace) -> bool:
     return args.checkpoint == "imagenet" if args.transform_input is None else args.transform_input
 
@@ -236,11 +276,16 @@ def _transform_input(args: argparse.Namespace) -> bool:
 def _one_line(error: flax_googlenet.PortingError) -> str:
     if not error.problems:
         return str(error)
+    advice = ""
+    if all(re.match(r"aux\d\.", name) for names in error.problems.values() for name in names):
+        advice = "; only the auxiliary heads are: --without-aux leaves them out"
+    elif any(name.endswith(("_orig", "_mask")) for name in error.problems.get("unexpected", [])):
+        advice = "; it was pruned: call torch.nn.utils.prune.remove(module, 'weight') for each module, and save again"
     kinds = (
         f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
         for kind, names in error.problems.items()
     )
-    return f"not the weights of a GoogLeNet: {'; '.join(kinds)}"
+    return f"not the weights of a GoogLeNet: {'; '.join(kinds)}{advice}"
 
 
 def _tensor(array: np.ndarray) -> torch.Tensor:

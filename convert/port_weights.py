@@ -5,6 +5,7 @@ import json
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from types import ModuleType
 
 from exit_status import PortFailureError, Status
 from interrupt import ends_the_process
@@ -24,8 +25,9 @@ CHECKPOINT is one of
                     (the default)
   random            a torchvision GoogLeNet with seeded random weights; needs no
                     network
-  FILE.pth          a state dict, or a training checkpoint with one under
-                    "model" or "state_dict"
+  FILE.pth          a state dict, or a training checkpoint with one in it, as
+                    those of torchvision's script and of Lightning; a prefix of
+                    all names of the network, such as model., is dropped
   FILE.safetensors  the same in PyTorch's layout; with --to-torchvision, a file
                     that this command wrote
   http(s)://...     a file to download; a name like googlenet-1378be20.pth is
@@ -35,15 +37,18 @@ examples
   python convert/port_weights.py random
   python convert/port_weights.py imagenet --report report.html
   python convert/port_weights.py tuned.pth --key model_ema
+  python convert/port_weights.py last.ckpt --class-names names.txt
   python convert/port_weights.py imagenet --output mine.safetensors --diagnose
   python convert/port_weights.py tuned.safetensors --to-torchvision tuned.pth
 
 exit status
   0    proven and written; with --diagnose, the port agrees
   2    the command line is wrong
-  3    the checkpoint cannot be had: no such file, no network, a wrong hash; or
+  3    the checkpoint or the class names cannot be had: no such file, no network,
+       a wrong hash; or a package such as PyTorch is not installed; or
        JAX_PLATFORMS names no device of this machine
-  4    the checkpoint is refused: damaged, unsafe or not torchvision's GoogLeNet
+  4    the checkpoint is refused: damaged, unsafe or not torchvision's GoogLeNet;
+       or the class names are not one for each class
   5    not proven: a stage differs, and nothing is written
   6    the output cannot be written
   70   an unexpected error; its traceback is in the file that the message names
@@ -70,6 +75,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="whether the network maps ImageNet-normalised images to [-1, 1] first (on for imagenet, else off)",
     )
     parser.add_argument("--key", help="which state dict of a training checkpoint to take, such as model_ema")
+    parser.add_argument(
+        "--without-aux", action="store_true", help="leave out the auxiliary heads, which only training uses"
+    )
+    parser.add_argument(
+        "--class-names",
+        metavar="FILE",
+        type=Path,
+        help="the names of the classes, one a line or a JSON list, in the order of the logits; classify prints them",
+    )
     parser.add_argument("--report", metavar="FILE.html", type=Path, help="write the proof as a page to look at, too")
     parser.add_argument(
         "--diagnose",
@@ -79,12 +93,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object for machines on standard output")
     args = parser.parse_args(argv)
-    if args.to_torchvision and (args.diagnose or args.output or args.key or args.transform_input is not None):
+    if args.to_torchvision and (
+        args.diagnose
+        or args.output
+        or args.key
+        or args.without_aux
+        or args.class_names
+        or args.transform_input is not None
+    ):
         parser.error("--to-torchvision goes with CHECKPOINT, --report and --json alone")
     if args.to_torchvision and (args.checkpoint in ("imagenet", "random") or "://" in args.checkpoint):
         parser.error("--to-torchvision needs a CHECKPOINT that this command wrote, a FILE.safetensors")
-    if args.diagnose and args.report:
-        parser.error("--diagnose writes nothing, and so no --report")
+    if args.diagnose and (args.report or args.class_names):
+        parser.error("--diagnose writes nothing: leave out --report and --class-names")
     return args
 
 
@@ -99,9 +120,7 @@ def main(argv: list[str] | None = None) -> int:
         progress = message_console()
         try:
             with progress.status("starting PyTorch and JAX") if draws_progress(progress) else nullcontext():
-                _require_backend()
-                import command  # here, so that --help and a wrong option need not wait for them
-
+                command = _import_command()
             run = command.diagnose_port if args.diagnose else command.port_back if args.to_torchvision else command.port
             status, facts = run(args, Console(quiet=args.json, highlight=False), progress)
         except PortFailureError as failure:
@@ -115,13 +134,29 @@ def main(argv: list[str] | None = None) -> int:
     return status
 
 
-def _require_backend() -> None:
-    from flax_googlenet.compiling import BackendError, require_backend
+def _import_command() -> ModuleType:
+    """Import what needs PyTorch and JAX, late, so that --help and a wrong option need not wait for them.
 
+    Raises:
+        PortFailureError: UNAVAILABLE if a package is not installed, or JAX has no device.
+    """
     try:
-        require_backend()
-    except BackendError as error:
-        raise PortFailureError(Status.UNAVAILABLE, str(error)) from error
+        from flax_googlenet.compiling import BackendError, require_backend
+
+        try:
+            require_backend()
+        except BackendError as error:
+            raise PortFailureError(Status.UNAVAILABLE, str(error)) from error
+        import command
+    except ModuleNotFoundError as error:
+        advice = 'pip install -e ".[convert]" in the folder of this project'
+        if error.name in ("torch", "torchvision"):
+            advice = (
+                "the proof runs torchvision's network; install PyTorch's CPU build, torch and torchvision, as "
+                f"pytorch.org/get-started says (the CUDA build takes 4 GB more), then {advice}"
+            )
+        raise PortFailureError(Status.UNAVAILABLE, f"{error.name} is not installed: {advice}") from error
+    return command
 
 
 if __name__ == "__main__":

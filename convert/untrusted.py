@@ -4,14 +4,13 @@ Nothing in a file is ever run. PyTorch's zip reader ignores checksums, so zips a
 PyTorch gets a clean copy in memory. Its older format has no checksum: there only a hash of the whole file could tell.
 """
 
-import argparse
 import hashlib
 import io
 import pickletools
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,13 @@ import numpy as np
 import safetensors.torch
 import torch
 
+from flax_googlenet.porting import PortingError
+from flax_googlenet.state_dicts import find_state_dict
+
 MAX_BYTES = 2**30  # a training checkpoint of GoogLeNet in float64 with averaged weights and momentum has 420 MB
 MAX_PICKLE_BYTES = 2**22  # its pickle has 150 kB; unpickling can take 60 times the space
 
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save's magic number, pickled
-WRAPPERS = ("model", "state_dict", "model_ema")  # as in torchvision's reference script and in Lightning
-PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and torch.compile
 
 
 class UntrustedFileError(Exception):
@@ -38,9 +38,25 @@ class Checkpoint:
     state_dict: dict[str, np.ndarray]
     """torchvision's names, without prefixes -> arrays; bfloat16 as ml_dtypes has it."""
     sha256: str
-    """Of the whole file."""
-    note: str | None
-    """What else the file holds that could have been meant."""
+    """SHA-256 digest of the file, in hexadecimal digits."""
+    notes: list[str]
+    """What the person should know of how the state dict was found, one line each."""
+
+
+class Placeholder:
+    """Stands for an object of a class that is never imported; it takes whatever a pickle gives to such an object."""
+
+    wanted = ""
+    """The full name of the class or function."""
+
+    def __new__(cls, *_: Any) -> "Placeholder":
+        return super().__new__(cls)
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
 
 
 def read(path: Path, key: str | None = None) -> Checkpoint:
@@ -48,7 +64,7 @@ def read(path: Path, key: str | None = None) -> Checkpoint:
 
     Args:
         path: the file.
-        key: of the state dict inside a training checkpoint; None finds it where it is plain which one is meant.
+        key: which of several networks in the file to take, as for ``find_state_dict``.
 
     Raises:
         UntrustedFileError: for anything but a whole checkpoint of plain tensors.
@@ -56,9 +72,13 @@ def read(path: Path, key: str | None = None) -> Checkpoint:
     """
     try:
         data = _read_capped(path)
-        state_dict, note = _find_state_dict(_load(path, data), key)
-        tensors = _strip_prefixes(state_dict)
-        return Checkpoint(_to_numpy(tensors, len(data)), hashlib.sha256(data).hexdigest(), note)
+        content = _load(path, data)
+        try:
+            found = find_state_dict(content, key)
+        except PortingError as error:
+            objects = content.values() if isinstance(content, Mapping) and key is None else [content]
+            raise UntrustedFileError(next(filter(None, map(_complaint, objects)), str(error))) from error
+        return Checkpoint(_to_numpy(found.state_dict, len(data)), hashlib.sha256(data).hexdigest(), found.notes)
     except UntrustedFileError as error:
         raise UntrustedFileError(f"{path}: {error}") from error
 
@@ -80,10 +100,18 @@ def _load(path: Path, data: bytes) -> Any:
     if path.suffix == ".safetensors":
         return _load_safetensors(data)
     if data.startswith(b"PK\x03\x04"):
-        return _load_pickled(_checked_zip(data))
+        return _load_pickled(*_checked_zip(data))
     if data.startswith(LEGACY_MAGIC):
-        _check_legacy_pickles(data)
-        return _load_pickled(io.BytesIO(data))
+        return _load_pickled(io.BytesIO(data), _check_legacy_pickles(data))
+    if data.startswith(b"\x1f\x8b"):
+        raise UntrustedFileError("this is compressed by gzip: unpack it first, with tar xzf or gunzip")
+    if data[257:262] == b"ustar":
+        raise UntrustedFileError("this is a tar archive: unpack it first, with tar xf")
+    if data.startswith(b"\x80"):
+        raise UntrustedFileError(
+            "this is a pickle, neither a file of torch.save nor a .safetensors; if it is the data.pkl of an unpacked "
+            ".pth, give the .pth itself, or pack its folder again: zip -0 -r FILE.pth FOLDER"
+        )
     raise UntrustedFileError("this is neither a file of torch.save nor a .safetensors, or its first bytes are damaged")
 
 
@@ -97,16 +125,17 @@ def _load_safetensors(data: bytes) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _checked_zip(data: bytes) -> io.BytesIO:
-    """A copy of a zip that was checked: entries stored, not compressed, of a sane size, and of the right CRC."""
-    clean = io.BytesIO()
+def _checked_zip(data: bytes) -> tuple[io.BytesIO, set[str]]:
+    """Copy a zip and check it: entries stored, not compressed, of a sane size, and of the right CRC.
+
+    Returns:
+        The copy, and the names of the classes and functions in its pickle.
+    """
+    clean, wanted = io.BytesIO(), set()
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as source, zipfile.ZipFile(clean, "w") as target:
             entries = source.infolist()
-            if any("/code/" in entry.filename for entry in entries):
-                raise UntrustedFileError(
-                    "this is a TorchScript program, not a state dict: save model.state_dict() instead"
-                )
+            _refuse_other_zips([entry.filename for entry in entries])
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
                 raise UntrustedFileError("the zip has compressed entries, which torch.save never writes: a zip bomb?")
             if sum(entry.file_size for entry in entries) > len(data):
@@ -116,7 +145,10 @@ def _checked_zip(data: bytes) -> io.BytesIO:
             if any(e.filename.endswith("data.pkl") and e.file_size > MAX_PICKLE_BYTES for e in entries):
                 raise UntrustedFileError(f"its pickle has more than {MAX_PICKLE_BYTES:,} bytes: no list of tensors has")
             for entry in entries:
-                target.writestr(entry.filename, source.read(entry))  # checks the CRC
+                content = source.read(entry)  # checks the CRC
+                target.writestr(entry.filename, content)
+                if entry.filename.endswith("data.pkl"):
+                    wanted |= _wanted(io.BytesIO(content))
     except UntrustedFileError:
         raise
     except (
@@ -124,16 +156,30 @@ def _checked_zip(data: bytes) -> io.BytesIO:
     ) as error:  # zipfile raises a dozen kinds on damage: BadZipFile, struct.error, NotImplementedError...
         raise UntrustedFileError(f"the zip is damaged or cut off ({_first_line(error)})") from error
     clean.seek(0)
-    return clean
+    return clean, wanted
 
 
-def _check_legacy_pickles(data: bytes) -> None:
+def _refuse_other_zips(names: list[str]) -> None:
+    """Raise UntrustedFileError for zips of other formats, which may be compressed, and say what to do with them."""
+    if any("/code/" in name for name in names):
+        raise UntrustedFileError("this is a TorchScript program, not a state dict: save model.state_dict() instead")
+    if any(name.endswith(("archive_format", "serialized_exported_program.json")) for name in names):
+        raise UntrustedFileError("this is a program of torch.export, not a state dict: save model.state_dict() instead")
+    if any(name.endswith(".npy") for name in names):
+        raise UntrustedFileError(
+            "these are arrays of NumPy, a .npz: write them with safetensors.numpy.save_file(dict(numpy.load(FILE)), "
+            '"FILE.safetensors") and give that file'
+        )
+    if inner := [name for name in names if name.endswith((".pth", ".pt", ".bin", ".ckpt", ".tar", ".safetensors"))]:
+        raise UntrustedFileError(f"this is an archive that holds {inner[0]}: unpack it first, with unzip")
+
+
+def _check_legacy_pickles(data: bytes) -> set[str]:
+    """Read the pickles of PyTorch's older format, and return the names of the classes and functions in them."""
     # magic number, protocol, system, the object, its storages' names; then raw bytes
     stream = io.BytesIO(data[: MAX_PICKLE_BYTES + 1])
     try:
-        for _ in range(5):
-            for _ in pickletools.genops(stream):
-                pass
+        return set().union(*(_wanted(stream) for _ in range(5)))
     except Exception as error:  # pickletools raises several kinds
         if len(data) > MAX_PICKLE_BYTES and stream.tell() > MAX_PICKLE_BYTES:
             raise UntrustedFileError(
@@ -142,50 +188,53 @@ def _check_legacy_pickles(data: bytes) -> None:
         raise UntrustedFileError(f"the file is damaged or cut off ({_first_line(error)})") from error
 
 
-def _load_pickled(file: io.BytesIO) -> Any:
+def _load_pickled(file: io.BytesIO, wanted: Collection[str]) -> Any:
+    """Load a file of ``torch.save``; ``wanted`` names all classes and functions in its pickles."""
+    # Beside the weights people keep NumPy's numbers, paths, dates and their configuration. PyTorch's loader refuses a
+    # file with a class that it does not know. It takes a placeholder instead: the class is not imported, and nothing is
+    # run. Its own classes, those of tensors, come first, and it refuses os and sys whatever is put in their place.
+    stubs: dict[str, Any] = {name: type("Placeholder", (Placeholder,), {"wanted": name}) for name in wanted}
+    stubs["collections.defaultdict"] = _plain_dict
     try:
-        # torchvision's training script keeps its arguments, an argparse.Namespace: a bag of attributes.
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
+        with (
+            torch.serialization.safe_globals([(stub, name) for name, stub in stubs.items()]),
+            warnings.catch_warnings(action="ignore"),
+        ):
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a hostile or damaged pickle sets off
-        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if wanted:
-            reason = f"it asks for {wanted[1]}, and only plain tensors are loaded: save model.state_dict() instead"
-        else:
-            reason = f"the file is damaged or cut off ({_first_line(error)})"
+        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = _asks_for(refused[1]) if refused else f"the file is damaged or cut off ({_first_line(error)})"
         raise UntrustedFileError(reason) from error
 
 
-def _find_state_dict(content: Any, key: str | None) -> tuple[Mapping[str, Any], str | None]:
-    if not isinstance(content, Mapping):
-        raise UntrustedFileError(f"it holds a {type(content).__name__}, not a state dict")
-    found = ", ".join(str(name) for name in list(content)[:12]) + (", ..." if len(content) > 12 else "")
-    candidates = [name for name in WRAPPERS if isinstance(content.get(name), Mapping)]
-    if key is not None:
-        if not isinstance(content.get(key), Mapping):
-            raise UntrustedFileError(f"there is no state dict under --key {key}; the keys found: {found}")
-        return content[key], None
-    if any(isinstance(value, torch.Tensor) for value in content.values()):
-        return content, None
-    if not candidates:
-        raise UntrustedFileError(f"no state dict found; name one with --key; the keys found: {found or 'none'}")
-    chosen, *others = candidates
-    return content[chosen], f"took {chosen!r}; --key {others[0]} takes the other weights in it" if others else None
+def _plain_dict(*_: Any) -> dict[Any, Any]:
+    """Stand in for collections.defaultdict: the loader puts elements into nothing but plain dicts."""
+    return {}
 
 
-def _strip_prefixes(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """Drops what wrappers of the model put before every name, and the counter of an averaged model."""
-    stripped = {str(name): value for name, value in state_dict.items()}
-    if "n_averaged" in stripped and len(stripped) > 1:
-        del stripped["n_averaged"]
-    while prefix := next((p for p in PREFIXES if stripped and all(name.startswith(p) for name in stripped)), None):
-        stripped = {name.removeprefix(prefix): value for name, value in stripped.items()}
-    return stripped
+def _wanted(pickle: io.BytesIO) -> set[str]:
+    """Return the full names of the classes and functions in one pickle, which is read to its end."""
+    names = {str(argument) for opcode, argument, _ in pickletools.genops(pickle) if opcode.name == "GLOBAL"}
+    # torch.save pickles for Python 2, too, where these two modules had other names.
+    return {
+        re.sub(r"^__builtin__ ", "builtins ", re.sub(r"^copy_reg ", "copyreg ", name)).replace(" ", ".")
+        for name in names
+    }
+
+
+def _complaint(value: Any) -> str | None:
+    return _asks_for(value.wanted) if isinstance(value, Placeholder) else None
+
+
+def _asks_for(name: str) -> str:
+    return f"it asks for {name}, and only plain tensors are loaded: save model.state_dict() instead"
 
 
 def _to_numpy(tensors: Mapping[str, Any], file_size: int) -> dict[str, np.ndarray]:
     arrays, storages = {}, {}
     for name, tensor in tensors.items():
+        if complaint := _complaint(tensor):
+            raise UntrustedFileError(complaint)
         if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu":
             raise UntrustedFileError(f"{name} is not a plain tensor")
         storage = tensor.untyped_storage()

@@ -83,7 +83,7 @@ def save(
         json.loads(content)
     except (ValueError, RecursionError) as error:  # it holds itself, is nested too deep, or has an endless number
         raise CheckpointError(f"the metadata cannot be stored: {error}") from error
-    _check_class_names(plain_metadata.get("class_names"), model.num_classes)
+    check_class_names(plain_metadata.get("class_names"), model.num_classes)
     tensors = {"/".join(names): np.ascontiguousarray(value) for names, value in flatten_dict(dict(variables)).items()}
     _check_tensors("the variables", model, tensors)
     data = safetensors.numpy.save(tensors, {"flax_googlenet": content})
@@ -306,7 +306,8 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _check_class_names(names: Any, num_classes: int) -> None:
+def check_class_names(names: Any, num_classes: int) -> None:
+    """Raises CheckpointError unless ``names`` is None or a list of one string for each class."""
     if names is None:
         return
     if not isinstance(names, list):

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flax_googlenet.checkpoint import CheckpointError, load_whole
+from flax_googlenet.checkpoint import CheckpointError, check_class_names, load_whole
 from flax_googlenet.model import MIN_SIZE, Dtype, GoogLeNet
 from flax_googlenet.preprocessing import CROP
 from flax_googlenet.status import CommandError, Status, well_formed
@@ -22,9 +22,11 @@ class Weights(NamedTuple):
     def class_names(self) -> list[str] | None:
         """A name for each class, if the metadata has them; whatever else it has in their place is no names."""
         names = self.metadata.get("class_names")
-        if not isinstance(names, list) or list(map(type, names)) != [str] * self.model.num_classes:
+        try:
+            check_class_names(names, self.model.num_classes)
+        except CheckpointError:
             return None
-        return list(map(well_formed, names))
+        return names and list(map(well_formed, names))
 
     @property
     def image_size(self) -> int:

@@ -19,6 +19,8 @@ import pytest
 import reference
 import torch
 import torchvision
+from class_names import read_class_names
+from exit_status import PortFailureError
 from flax import linen as nn
 from jax import numpy as jnp
 
@@ -87,7 +89,11 @@ def test_the_way_back_gives_a_checkpoint_that_torchvision_loads(
     screen = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(screen, encoding="ascii", write_through=True))
     assert port_weights.main([str(folder / "googlenet-random.safetensors"), "--to-torchvision", "zurück.pth"]) == 0
-    assert rb"load_state_dict(torch.load('zur\xfcck.pth'))" in screen.getvalue()
+    shown = screen.getvalue()
+    assert rb"load_state_dict(torch.load('zur\xfcck.pth'))" in shown
+    assert rb"zur\xfcck.pth holds names and tensors alone. It lacks:" in shown
+    for name in (b"class names", b"image size", b"transform_input", b"dropout", b"computation", b"other metadata"):
+        assert b" " + name + b" " in shown
     state_dict = torch.load(here / "zurück.pth")
     expected = reference.random_checkpoint()
     assert state_dict.keys() == expected.keys()
@@ -100,10 +106,18 @@ def test_a_training_checkpoint_is_ported_with_its_key_and_told_for_machines(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tensors = reference.random_checkpoint(num_classes=4, seed=1)
-    headless = {key: tensor.double() for key, tensor in tensors.items() if not key.startswith("aux")}
-    averaged = {"n_averaged": torch.tensor(2), **{f"module.{key}": tensor for key, tensor in headless.items()}}
+    doubles = {key: tensor.double() for key, tensor in tensors.items()}
+    doubles["aux1.fc2.bias"] = torch.zeros(1000).double()  # forgotten when the last layer was replaced
+    averaged = {"n_averaged": torch.tensor(2), **{f"module.{key}": tensor for key, tensor in doubles.items()}}
     torch.save({"model": tensors, "model_ema": averaged, "epoch": 9}, "checkpoint.pth")
+    Path("names.txt").write_text("daisy\nrose\ntulip\ncaf\N{LATIN SMALL LETTER E WITH ACUTE}\n")
     options = ["checkpoint.pth", "--key", "model_ema", "--transform-input", "--output", "ema.safetensors", "--json"]
+    assert refused(["checkpoint.pth", "--key", "model_ema"], capsys) == (
+        4,
+        "checkpoint.pth: not the weights of a GoogLeNet: 1 wrong shape (aux1.fc2.bias (1000,), expected (4,)); "
+        "only the auxiliary heads are: --without-aux leaves them out",
+    )
+    options += ["--without-aux", "--class-names", "names.txt"]
     assert port_weights.main(options) == 0
     out, err = capsys.readouterr()
     assert err == ""
@@ -111,11 +125,57 @@ def test_a_training_checkpoint_is_ported_with_its_key_and_told_for_machines(
     assert result["status"] == 0
     assert result["source_sha256"] == hashlib.sha256(Path("checkpoint.pth").read_bytes()).hexdigest()
     assert result["output_sha256"] == hashlib.sha256(Path("ema.safetensors").read_bytes()).hexdigest()
-    assert result["parity"].keys() == flax_googlenet.load_metadata("ema.safetensors")["parity"].keys()
+    metadata = flax_googlenet.load_metadata("ema.safetensors")
+    assert result["parity"].keys() == metadata["parity"].keys()
     assert not {"aux1", "aux2"} & result["parity"].keys()
+    assert metadata["class_names"] == ["daisy", "rose", "tulip", "caf\N{LATIN SMALL LETTER E WITH ACUTE}"]
     model, variables = flax_googlenet.load("ema.safetensors")
     assert model == GoogLeNet(4, aux_logits=False, transform_input=True, param_dtype=jnp.float64)
-    assert np.array_equal(variables["params"]["fc"]["bias"], headless["fc.bias"].numpy())
+    assert np.array_equal(variables["params"]["fc"]["bias"], doubles["fc.bias"].numpy())
+
+
+@pytest.mark.parametrize(
+    ("content", "names"),
+    [
+        ("daisy\nrose\n", ["daisy", "rose"]),
+        ("\ufeffdaisy\r\n rose \r\n\n", ["daisy", "rose"]),
+        ('["daisy", "a \\"rose\\", red"]', ["daisy", 'a "rose", red']),
+    ],
+)
+def test_class_names_are_read_from_lines_or_a_json_list(content: str, names: list[str], here: Path) -> None:
+    Path("names").write_text(content)
+    assert read_class_names(Path("names"), 2) == names
+
+
+@pytest.mark.parametrize(
+    ("content", "status", "message"),
+    [
+        (b"daisy\n", 4, "names: class_names must have one name for each of the 2 classes, got 1"),
+        (b"daisy\n\nrose\n", 4, "names: class_names must have one name for each of the 2 classes, got 3"),
+        (b"\nrose\n", 4, "names: the name of class 0 is empty"),
+        (b'["daisy", 3]', 4, "names: class_names must be strings, and that of class 1 is 3"),
+        (b'{"0": "daisy", "1": "rose"}', 4, "names: class_names must be a list of 2 strings, got a dict"),
+        (b'["daisy", "rose"', 4, "names: Expecting ',' delimiter"),
+        (b"caf\xe9\nrose\n", 4, "names is not UTF-8: save it as UTF-8"),
+        (None, 3, "cannot read names: No such file or directory"),
+    ],
+)
+def test_class_names_that_do_not_fit_are_refused(content: bytes | None, status: int, message: str, here: Path) -> None:
+    if content is not None:
+        Path("names").write_bytes(content)
+    with pytest.raises(PortFailureError) as caught:
+        read_class_names(Path("names"), 2)
+    assert caught.value.status == status
+    assert str(caught.value).startswith(message)
+
+
+def test_without_pytorch_one_line_tells_what_to_install(here: Path) -> None:
+    code = "import sys; sys.modules['torch'] = None; import port_weights; sys.exit(port_weights.main(['random']))"
+    environment = {**os.environ, "PYTHONPATH": f"{SCRIPT.parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    process = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert (process.returncode, process.stdout, process.stderr.count("\n")) == (3, "", 1)
+    assert process.stderr.startswith("error: torch is not installed: ")
+    assert "PyTorch's CPU build" in process.stderr
 
 
 # What cannot be had or is refused: a status, one line that names the file, and nothing written.
@@ -176,6 +236,7 @@ def test_a_bad_file_ends_a_real_process_without_a_traceback(here: Path) -> None:
     [
         (["none.pth"], 3, "cannot read none.pth: No such file or directory: give a file, a URL, imagenet or random"),
         (["."], 3, "cannot read .: Is a directory"),
+        (["hf"], 3, "cannot read hf: Is a directory: give the file in it: hf/pytorch_model.bin"),
         (["none.safetensors", "--to-torchvision", "out.pth"], 3, "cannot read none.safetensors: No such file"),
         (["random", "--output", "none/out.safetensors"], 6, "cannot write none/out.safetensors: there is no folder"),
         (["random", "--output", "/dev/null"], 6, "cannot write /dev/null: it is there and not a regular file"),
@@ -188,6 +249,8 @@ def test_a_bad_file_ends_a_real_process_without_a_traceback(here: Path) -> None:
 def test_what_cannot_be_had_is_said(
     arguments: list[str], status: int, message: str, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    Path("hf").mkdir()
+    Path("hf/pytorch_model.bin").touch()
     assert refused(arguments, capsys)[0] == status
     assert message in refused(arguments, capsys)[1]
 

@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import datetime
 import io
 import os
 import pickle
@@ -105,7 +106,7 @@ def test_a_training_checkpoint_gives_its_model_and_tells_of_the_other(
 ) -> None:
     checkpoint = untrusted.read(training_checkpoint)
     assert same(checkpoint.state_dict, tensors)
-    assert checkpoint.note == "took 'model'; --key model_ema takes the other weights in it"
+    assert checkpoint.notes == ["took 'model'; --key model_ema takes the other weights in it"]
 
 
 def test_key_chooses_the_averaged_model(training_checkpoint: Path) -> None:
@@ -123,18 +124,27 @@ def test_a_key_that_is_not_there_is_refused_with_the_keys_found(training_checkpo
         )
 
 
-@pytest.mark.parametrize("prefix", ["module.", "module.module.", "_orig_mod.", "_orig_mod.module."])
-def test_wrappers_and_their_prefixes_are_understood(prefix: str, tensors: Tensors, tmp_path: Path) -> None:
-    path = tmp_path / "model.pth"
-    torch.save({"state_dict": {prefix + key: tensor for key, tensor in tensors.items()}, "epoch": 1}, path)
-    assert same(untrusted.read(path).state_dict, tensors)
+def beside(tensors: Tensors) -> dict[str, Any]:
+    """What people keep beside the weights: none of it is a plain tensor of the network."""
+    return {
+        "model_state_dict": tensors,
+        "loss": torch.tensor(0.4),
+        "best": np.float64(0.93),
+        "losses": np.array([0.3]),
+        "args": argparse.Namespace(data=Path("/data"), lr=0.1),
+        "history": collections.defaultdict(list, {"top1": [0.5]}),
+        "time": datetime.datetime(2026, 1, 1),
+        "optimizer_state_dict": {"momentum": dict(tensors)},
+    }
 
 
-def test_an_unknown_wrapper_is_refused_with_the_keys_found(tensors: Tensors, tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_what_people_keep_beside_the_weights_is_passed_over(is_zip: bool, tensors: Tensors, tmp_path: Path) -> None:
     path = tmp_path / "model.pth"
-    torch.save({"weights": tensors, "epoch": 1}, path)
-    assert refusal(path) == "no state dict found; name one with --key; the keys found: weights, epoch"
-    assert same(untrusted.read(path, "weights").state_dict, tensors)
+    torch.save(beside(tensors), path, _use_new_zipfile_serialization=is_zip)
+    checkpoint = untrusted.read(path)
+    assert same(checkpoint.state_dict, tensors)
+    assert checkpoint.notes == []
 
 
 # What is not a checkpoint, or is a hostile one.
@@ -318,7 +328,7 @@ def sparse(tensors: Tensors) -> Any:
         ),
         (lambda t: list(t.values()), "it holds a list, not a state dict"),
         (lambda t: t["fc.bias"], "it holds a Tensor, not a state dict"),
-        (lambda t: {}, "no state dict found; name one with --key; the keys found: none"),
+        (lambda t: {}, "no state dict found; the keys found: none"),
     ],
     ids=["sparse", "meta", "text", "float8", "list", "tensor", "nothing"],
 )
@@ -348,14 +358,24 @@ def test_other_contents_are_refused(
         ("noise.pth", b"\x93NUMPY" * 20, "this is neither a file of torch.save nor a .safetensors"),
         ("noise.safetensors", b"\x93NUMPY" * 20, "the file is damaged or cut off"),
         ("short.safetensors", b"\0", "the file is damaged or cut off"),
-        ("torchscript.pth", None, "this is a TorchScript program, not a state dict"),
+        ("torchscript.pth", "model/code/__torch__.py", "this is a TorchScript program, not a state dict"),
+        ("exported.pt2", "model/archive_format", "this is a program of torch.export, not a state dict"),
+        ("weights.npz", "fc.bias.npy", "these are arrays of NumPy, a .npz: write them with"),
+        ("weights.zip", "plain.pth", "this is an archive that holds plain.pth: unpack it first"),
+        ("plain.tar.gz", b"\x1f\x8b\x08", "this is compressed by gzip: unpack it first"),
+        ("plain.tar", bytes(257) + b"ustar", "this is a tar archive: unpack it first"),
+        (
+            "data.pkl",
+            b"\x80\x02}",
+            "this is a pickle, neither a file of torch.save nor a .safetensors; if it is the data",
+        ),
     ],
 )
-def test_other_files_are_refused(name: str, contents: bytes | None, message: str, tmp_path: Path) -> None:
+def test_other_files_are_refused(name: str, contents: bytes | str, message: str, tmp_path: Path) -> None:
     path = tmp_path / name
-    if contents is None:
-        with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr("model/code/__torch__.py", "")
+    if isinstance(contents, str):
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr(contents, bytes(100))
     else:
         path.write_bytes(contents)
     assert refusal(path).startswith(message)
