@@ -14,7 +14,13 @@ def main() -> int:
         signal.signal(signal.SIGINT, _end)
     from flax_googlenet import cli  # only now: imports take time
 
-    return cli.main()
+    status = cli.main()
+    reader = sys.modules.get("flax_googlenet.training.reader")
+    if reader and reader.hangs():  # and Python would wait for its thread
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
 
 
 def _end(signum: int, frame: FrameType | None) -> None:

@@ -223,7 +223,8 @@ def train(
       2    the command line is wrong
       3    nothing is done: no data, no weights or wrong ones, the folder is in use, or has a run of another recipe,
            no device such as JAX_PLATFORMS names, or --distributed does not find the other processes
-      4    the run stopped itself: losses that are not finite, unreadable images, a full disk, or a lost process
+      4    the run stopped itself: losses that are not finite, unreadable images, a full disk, a worker process that
+           died, no batch of images for 10 minutes, or another process of the run that is gone
       70   an unexpected error; its traceback is in the file in FOLDER that the message names
       130  Ctrl-C: the step was finished and a checkpoint saved; a second Ctrl-C ends at once, as one before the
            first step does

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, suppress
@@ -21,8 +22,10 @@ from PIL import Image
 
 from flax_googlenet import ImageError, preprocess
 from flax_googlenet.model import IMAGENET_MEAN, IMAGENET_STD
+from flax_googlenet.training import reader
 from flax_googlenet.training.data import Batch, eval_batches, made_ahead, train_batches
 from flax_googlenet.training.datasets import DataError, Dataset
+from flax_googlenet.training.reader import WaitStoppedError
 from flax_googlenet.training.recipe import Recipe
 from flax_googlenet.training.speed import input_speed
 
@@ -264,6 +267,50 @@ def test_no_worker_is_left_after_its_iterator(photographs: Dataset) -> None:
     closed.close()
     del batches, forgotten, left_early
     assert set(multiprocessing.active_children()) == before
+
+
+@pytest.mark.parametrize(
+    ("signal_number", "message"),
+    [
+        (
+            signal.SIGKILL,
+            "was killed by SIGKILL, as the kernel does when memory runs out: choose fewer --recipe.workers",
+        ),
+        (signal.SIGBUS, r"/dev/shm, .*, is full at \d+ MiB: choose fewer --recipe.workers, .* \(docker run --shm-size"),
+        (signal.SIGSTOP, "no batch came for 0.05 minutes: reading the images hangs"),
+    ],
+)
+def test_a_worker_that_dies_or_hangs_is_noticed_and_none_is_left(
+    signal_number: signal.Signals, message: str, photographs: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = set(multiprocessing.active_children())
+    with closing(train_batches(photographs, replace(RECIPE, workers=1))) as batches:
+        next(batches)
+        (worker,) = set(multiprocessing.active_children()) - before
+        monkeypatch.setattr(reader, "HANG_SECONDS", 3.0)
+        start = time.monotonic()
+        os.kill(worker.pid, signal_number)  # SIGBUS is what writing to a full /dev/shm gives
+        with pytest.raises(DataError, match=message):
+            take(batches, 100)  # some are made already
+        assert time.monotonic() - start < 10
+    assert set(multiprocessing.active_children()) == before
+
+
+def test_a_wait_for_an_image_that_never_comes_ends_when_it_is_to_stop() -> None:
+    asked = threading.Event()
+
+    class Hanging(Dataset):
+        def read(self, index: int) -> Image.Image:
+            asked.set()
+            released.wait()
+            return Image.new("RGB", (1, 1))
+
+    released = threading.Event()
+    dataset = Hanging(("any",), np.zeros(4, np.int32), ("0", "1", "2", "3"))
+    with closing(train_batches(dataset, RECIPE, stopped=asked.is_set)) as batches:
+        with pytest.raises(WaitStoppedError):
+            next(batches)
+        released.set()
 
 
 def test_a_worker_may_use_no_gpu_and_has_not_started_jax() -> None:

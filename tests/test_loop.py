@@ -63,10 +63,13 @@ class Training:
         recipe: Sequence[str] = (),
         data: Path | None = None,
         weights: Path | None = None,
+        before: str = "",
         **variables: str,
     ) -> subprocess.Popen[str]:
+        """Starts it; ``before`` is Python code for the process, to run first."""
         fields = [f"--recipe.{field}" for field in (*RECIPE, *recipe)]
-        command = [sys.executable, "-m", "flax_googlenet", "train", str(data or self.data), "--workdir", str(workdir)]
+        code = f"{before}\nfrom flax_googlenet.__main__ import main\nraise SystemExit(main())"
+        command = [sys.executable, "-c", code, "train", str(data or self.data), "--workdir", str(workdir)]
         command += ["--preset", "digits", "--weights", str(weights or self.weights)]
         return subprocess.Popen(
             [*command, *fields, "--recipe.frozen", *FROZEN, *options],
@@ -201,11 +204,24 @@ def test_the_result_goes_back_to_torchvision_which_gives_the_same_accuracy(
 # Stopped and resumed.
 
 
-def stop(train: Training, workdir: Path, number: signal.Signals) -> tuple[int, str]:
+HANGS = """
+import itertools, threading
+from flax_googlenet.training.datasets import Dataset
+read, count = Dataset.read, itertools.count()
+def read_or_hang(self, index):
+    if next(count) >= 48:  # two batches are made, even where four threads make one each
+        threading.Event().wait()
+    return read(self, index)
+Dataset.read = read_or_hang
+"""
+
+
+def stop(train: Training, workdir: Path, number: signal.Signals, hangs: bool = False) -> tuple[int, str]:
     """Sends a signal to a run after its first step; returns its status and what it said."""
     before = last_step(workdir)  # of one that was not killed: all of it is in the checkpoint
-    process = train.start(workdir)
+    process = train.start(workdir, before=HANGS if hangs else "")
     wait_for_step(before + 1, workdir, process)
+    time.sleep(hangs)  # until it waits for images
     process.send_signal(number)
     _, said = process.communicate(timeout=60)
     assert "Traceback" not in said
@@ -219,7 +235,7 @@ def test_a_run_stopped_by_ctrl_c_sigterm_and_a_kill_ends_in_the_bits_of_one_neve
     assert status == 130
     assert "stopping after this step; Ctrl-C again ends at once" in said
 
-    status, more = stop(train, tmp_path, signal.SIGTERM)
+    status, more = stop(train, tmp_path, signal.SIGTERM, hangs=True)
     assert status == 143
     for text in (said, more):  # it says where, and there is the checkpoint
         step = int(text.splitlines()[-1].removeprefix("stopped after step ").split(" of 12; ")[0])
@@ -246,6 +262,19 @@ def test_a_run_out_of_patience_stops_early_with_a_checkpoint(train: Training, wh
 
 
 # What goes wrong in a run.
+
+
+def test_a_run_whose_worker_is_killed_names_its_last_checkpoint(train: Training, tmp_path: Path) -> None:
+    process = train.start(tmp_path, recipe=["workers=1", "checkpoint-every=1"])
+    wait_for_step(1, tmp_path, process)
+    children = "".join(path.read_text() for path in Path(f"/proc/{process.pid}/task").glob("*/children")).split()
+    (worker,) = (child for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes())
+    os.kill(int(worker), signal.SIGKILL)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 4, said
+    error = said.splitlines()[-1]
+    assert "a worker process that reads images was killed by SIGKILL, as the kernel does when memory runs out" in error
+    assert error.endswith(f"; the last checkpoint is that of step {last_step(tmp_path)}")
 
 
 def test_data_of_which_nothing_can_be_read_stop_the_run(

@@ -7,8 +7,9 @@ not on the number of threads, workers or processes: n is all that a checkpoint n
 import multiprocessing
 import os
 import signal
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from functools import partial
 from multiprocessing.connection import wait
@@ -24,17 +25,28 @@ from flax_googlenet.images import Fail
 from flax_googlenet.preprocessing import ImageError, preprocess
 from flax_googlenet.training.augment import augment
 from flax_googlenet.training.datasets import DataError, Dataset
+from flax_googlenet.training.reader import Batch, Reader, explained
 from flax_googlenet.training.recipe import Recipe
 
-Batch = dict[str, np.ndarray]
-
 _ATTEMPTS = 100  # unreadable images in a row after which it is the disk, or the wrong folder
+# Python's resource tracker, a process, frees the memory that a killed worker shared, and would warn about it.
+_NO_WARNING = "ignore:resource_tracker:UserWarning"
 _THREADS = min(4, os.cpu_count() or 1)  # each decodes a batch of its own: memory
 
 
+def _never() -> bool:
+    return False
+
+
 def train_batches(
-    dataset: Dataset, recipe: Recipe, start: int = 0, *, process_index: int = 0, process_count: int = 1
-) -> grain.DatasetIterator:
+    dataset: Dataset,
+    recipe: Recipe,
+    start: int = 0,
+    *,
+    stopped: Callable[[], bool] = _never,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Reader:
     """Augmented images without end, in an order that is new in each epoch.
 
     An epoch is ``recipe.steps_per_epoch(len(dataset))`` batches: the images that are left over wait for another epoch's
@@ -44,13 +56,15 @@ def train_batches(
         dataset: what ``open_data`` found.
         recipe: its ``batch_size`` is that of all processes together.
         start: how many batches were taken before, with whatever number of workers.
+        stopped: tells whether to stop waiting for a batch, which then raises a ``WaitStoppedError``.
         process_index, process_count: this process gets the rows of each batch that are its own.
 
     Returns:
         An iterator of ``image`` float32 [b, size, size, 3], normalised; ``label`` int32 [b]; ``index`` int64 [b], the
         places in the dataset that the order asked for; ``used`` int64 [b], those that were read. Its ``close()`` ends
         threads and worker processes.
-        It raises a DataError where 100 images in a row cannot be read.
+        It raises a DataError where 100 images in a row cannot be read, where a worker process died, and where no
+        batch comes for 10 minutes.
 
     Raises:
         DataError: if there are fewer images than a batch needs, or the processes cannot share a batch evenly.
@@ -68,7 +82,7 @@ def train_batches(
         .map_with_index(partial(_train_batch, dataset, recipe, rows, steps))
         .repeat()
     )
-    return _iterate(batches.slice(slice(start, None)), recipe.workers)
+    return _iterate(batches.slice(slice(start, None)), recipe.workers, stopped)
 
 
 def eval_batches(
@@ -78,6 +92,7 @@ def eval_batches(
     image_size: int,
     fail: Fail,
     workers: int = 0,
+    stopped: Callable[[], bool] = _never,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[Batch]:
@@ -89,6 +104,7 @@ def eval_batches(
         image_size: height and width, as for ``flax_googlenet.preprocess``.
         fail: takes the message about an image of this process that cannot be read.
         workers: processes that read images, or 0 for threads.
+        stopped: tells whether to stop waiting for a batch, which then raises a ``WaitStoppedError``.
         process_index, process_count: this process gets the rows of each batch that are its own. All processes get the
             same number of batches.
 
@@ -97,7 +113,8 @@ def eval_batches(
         cannot be read, and after the last one, label and image are -1 and 0; after the last one the index is -1 too.
 
     Raises:
-        DataError: if the processes cannot share a batch evenly.
+        DataError: if the processes cannot share a batch evenly, a worker process died, or no batch comes for 10
+            minutes.
     """
     rows = _rows(batch_size, process_index, process_count)
     indices = np.full(-(-len(dataset) // batch_size) * batch_size, -1)
@@ -105,7 +122,7 @@ def eval_batches(
     batches = grain.MapDataset.source(indices.reshape(-1, batch_size)[:, rows]).map(
         partial(_eval_batch, dataset, image_size)
     )
-    with closing(_iterate(batches, workers)) as iterator:
+    with closing(_iterate(batches, workers, stopped)) as iterator:
         for batch in iterator:
             for message in batch.pop("failures"):
                 fail(message)
@@ -159,20 +176,26 @@ def _eval_batch(dataset: Dataset, image_size: int, index: np.ndarray) -> dict[st
     return {"image": images, "label": labels, "index": index, "failures": failures}
 
 
-def _iterate(batches: grain.MapDataset, workers: int) -> grain.DatasetIterator:
+def _iterate(batches: grain.MapDataset, workers: int, stopped: Callable[[], bool]) -> Reader:
     if workers == 0:
-        return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_THREADS)))
+        options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_THREADS)
+        return Reader(iter(batches.to_iter_dataset(options)), workers, stopped)
     dataset = batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)).mp_prefetch(
         grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1), _start_worker
     )
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain reads absl's flags, which are no part of our command lines
+    if _NO_WARNING not in sys.warnoptions:
+        sys.warnoptions.append(_NO_WARNING)
     ensure_running()  # Python's resource tracker, whose start would unblock the signals
-    with _signals_blocked():
-        iterator = iter(dataset)
-        iterator.get_state()  # makes the iterators of the workers, which the next line starts
-        iterator.start_prefetch()
-    return iterator
+    try:
+        with _signals_blocked():
+            iterator = iter(dataset)
+            iterator.get_state()  # makes the iterators of the workers, which the next line starts
+            iterator.start_prefetch()
+            return Reader(iterator, workers, stopped)
+    except OSError as error:  # their semaphores are files in /dev/shm
+        raise explained(error) from error
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import dataclasses
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from flax_googlenet.training.datasets import DataError, Dataset, open_data
 from flax_googlenet.training.devices import Devices, joined
 from flax_googlenet.training.logs import RunLog
 from flax_googlenet.training.outcome import BEST, MODEL, write_outcome, write_weights
+from flax_googlenet.training.reader import WaitStoppedError
 from flax_googlenet.training.recipe import Recipe, schedule
 from flax_googlenet.training.speed import Speed
 from flax_googlenet.training.start import RECIPE, describe_classes, find_head, initial_state, resume, save
@@ -125,14 +126,19 @@ def _begin(
         for line in dict.fromkeys(lines):
             _say_here(line)
     tally, state = resumed or (Tally(), make_state())
-    batches = stack.enter_context(closing(train_batches(train_data, recipe, tally.step, **devices.share)))
+    # The other processes wait for the step of this one: only an input that hangs may keep it from that.
+    signals = StopSignals(patience=0.0 if jax.process_count() == 1 else 10.0)
+    batches = train_batches(train_data, recipe, tally.step, stopped=signals.end_wait, **devices.share)
+    stack.enter_context(closing(batches))
     log = None
     if jax.process_index() == 0:
         for name in (MODEL, BEST):
             require_replaceable(workdir / name)  # before the work, not after it
         write_atomically(workdir / RECIPE, recipe.to_json().encode())
         log = stack.enter_context(RunLog(workdir, total, tally.step))
-    run = Run(workdir, recipe, train_data, held_out, steps_per_epoch, total, devices, identity, tally, state, log)
+    run = Run(
+        workdir, recipe, train_data, held_out, steps_per_epoch, total, devices, identity, tally, state, log, signals
+    )
     if tally.step:
         run.say(f"going on from the checkpoint of step {tally.step}")
     return run, batches
@@ -153,12 +159,12 @@ class Run:
     tally: Tally
     state: TrainState
     log: RunLog | None
+    signals: StopSignals
 
     def __post_init__(self) -> None:
         self.last_saved = _last_saved(self.tally.step)
         self.held_out_metrics: dict[str, float] = {}
         self.said: set[str] = set()
-        self.signals = StopSignals()
         self.speed = Speed(self.recipe.batch_size)
         self.dropout_key = self.devices.replicate(jax.random.key(self.recipe.seed))
         self.evaluate_batch = self.devices.jit(_evaluate_batch)
@@ -197,13 +203,15 @@ class Run:
                     return self._stop()
                 if ended or (epoch_ended and self._is_out_of_patience()):
                     break
-                upcoming, stopped = self._step(upcoming, batches)
-                if stopped:
+                following = self._step(upcoming, batches)
+                if following is None:
                     return self._stop()
+                upcoming = following
                 if self.tally.step % self.recipe.checkpoint_every == 0 or self.tally.step == self.total:
                     self._save()
             if measured and self.log:
-                self.say(self.speed.compare(batches, made_ahead(self.recipe.workers)))
+                with suppress(WaitStoppedError, DataError):  # the run has ended, with or without this line
+                    self.say(self.speed.compare(batches, made_ahead(self.recipe.workers)))
         return None
 
     def finish(self, data: str) -> Status:
@@ -216,11 +224,14 @@ class Run:
             write_outcome(self.workdir, self.state, self._metadata(), data, best, self.say)
         return Status.DONE
 
-    def _step(self, batch: DeviceBatch, batches: Iterator[Batch]) -> tuple[DeviceBatch, bool]:
-        """One step; returns the next batch, and whether a signal came."""
+    def _step(self, batch: DeviceBatch, batches: Iterator[Batch]) -> DeviceBatch | None:
+        """Make one step; return the next batch, or None if a signal came."""
         start = time.perf_counter()
         self.state, outputs = self.one_step(self.state, batch, self._stop_flags(), self.dropout_key)
-        upcoming = self._to_devices(next(batches))  # while the devices compute
+        try:
+            upcoming = self._to_devices(next(batches))  # while the devices compute
+        except WaitStoppedError:
+            upcoming = None
         input_seconds = time.perf_counter() - start
         starved = outputs["loss"].is_ready()
         metrics = jax.device_get(outputs)
@@ -235,26 +246,33 @@ class Run:
         unreadable = skipped[skipped >= 0].tolist()
         self.tally.add_unreadable(self.train_data, unreadable, self.recipe.max_corrupt, self.say)
         self.tally.add_finite(bool(finite), self.say)
-        return upcoming, bool(stopped) or self._stopped_alone()
+        if upcoming is None:
+            self._require_no_others()
+        return None if stopped or self._stopped_alone() else upcoming
 
     def _evaluate(self) -> bool:
         """Evaluates the held-out images; returns False if a signal came meanwhile."""
         sums, count = dict.fromkeys(("loss", "accuracy", "top5"), 0.0), 0
-        for batch in eval_batches(
-            self.held_out,
-            batch_size=self.recipe.batch_size,
-            image_size=self.recipe.image_size,
-            fail=self._say_anywhere,
-            workers=self.recipe.workers,
-            **self.devices.share,
-        ):
-            arrays = self.devices.split({"image": batch["image"], "label": batch["label"]})
-            metrics = jax.device_get(self.evaluate_batch(self.state, arrays, self._stop_flags()))
-            if metrics["stop"] or self._stopped_alone():
-                return False
-            rows = int(metrics["count"])
-            count += rows
-            sums = {name: value + rows * float(metrics[name]) for name, value in sums.items()}
+        try:
+            for batch in eval_batches(
+                self.held_out,
+                batch_size=self.recipe.batch_size,
+                image_size=self.recipe.image_size,
+                fail=self._say_anywhere,
+                workers=self.recipe.workers,
+                stopped=self.signals.end_wait,
+                **self.devices.share,
+            ):
+                arrays = self.devices.split({"image": batch["image"], "label": batch["label"]})
+                metrics = jax.device_get(self.evaluate_batch(self.state, arrays, self._stop_flags()))
+                if metrics["stop"] or self._stopped_alone():
+                    return False
+                rows = int(metrics["count"])
+                count += rows
+                sums = {name: value + rows * float(metrics[name]) for name, value in sums.items()}
+        except WaitStoppedError:
+            self._require_no_others()
+            return False
         if count == 0:
             raise TooMuchError(f"none of the {len(self.held_out)} held-out images can be read")
         self.held_out_metrics = {name: value / count for name, value in sums.items()}
@@ -291,6 +309,11 @@ class Run:
             "step": self.tally.step,
             **self.held_out_metrics,
         }
+
+    def _require_no_others(self) -> None:
+        """Raise a CommandError if other processes wait for the step that this one cannot make for want of a batch."""
+        if jax.process_count() > 1:
+            raise CommandError(Status.GAVE_UP, f"stopped while it waited for images; {self.last_saved}")
 
     def _save(self) -> bool:
         if self.log:

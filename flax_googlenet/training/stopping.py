@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from types import FrameType, TracebackType
 from typing import Self
 
@@ -11,10 +12,21 @@ _SAID = b"stopping after this step; Ctrl-C again ends at once\n"
 
 
 class StopSignals:
-    """In its ``with`` block the first Ctrl-C and any SIGTERM only set ``status``; a second Ctrl-C acts as before."""
+    """In its ``with`` block the first Ctrl-C and any SIGTERM only set ``status``; a second Ctrl-C acts as before.
+
+    Args:
+        patience: How many seconds a wait for input may still last when a signal came.
+    """
 
     status: Status | None = None
     """With which the command is to end, or None to go on."""
+
+    def __init__(self, patience: float = 0.0) -> None:
+        self._patience, self._since = patience, 0.0
+
+    def end_wait(self) -> bool:
+        """Return whether a signal came, and a wait for input must end."""
+        return self.status is not None and time.monotonic() - self._since >= self._patience
 
     def __enter__(self) -> Self:
         self._before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -30,6 +42,8 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
+        if self.status is None:
+            self._since = time.monotonic()
         self.status = Status.TERMINATED if number == signal.SIGTERM else Status.INTERRUPTED
         if number == signal.SIGINT:
             signal.signal(number, self._before[signal.SIGINT])

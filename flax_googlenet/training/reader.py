@@ -1,0 +1,136 @@
+"""The wait for the next batch, in which signals are heard, and workers that died or hang are noticed."""
+
+import errno
+import multiprocessing
+import queue
+import re
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import grain
+import numpy as np
+
+from flax_googlenet.training.datasets import DataError
+
+Batch = dict[str, np.ndarray]
+
+HANG_SECONDS = 600.0
+"""A batch that takes longer never comes: the input hangs, for example on a network drive that is gone."""
+
+_POLL_SECONDS = 0.2
+_GRACE_SECONDS = 2.0  # for the batch under way when a reader is closed
+_START_SECONDS = 60.0  # in which a worker process has started, however busy the machine
+_LAST_BATCH_SECONDS = 10.0  # for batches that Grain makes ahead when the process is to end
+_THREAD, _GRAIN_THREAD = "flax-googlenet-reader", "grain-prefetch"
+_SHARED_MEMORY = "/dev/shm"  # noqa: S108  Linux's place for the memory that processes share
+
+
+class WaitStoppedError(Exception):
+    """The run was asked to stop while it waited for a batch."""
+
+
+class Reader(Iterator[Batch]):
+    """Takes batches from Grain in a thread of its own, one at a time and only when the next one is asked for.
+
+    The thread that asks never waits for anything but a queue, and looks around five times a second. Grain's own wait
+    would neither end for a worker that hangs, nor when a signal handler sets a flag.
+
+    Args:
+        batches: Grain's iterator.
+        workers: Its number of worker processes.
+        stopped: Tells whether to stop waiting; the iterator then raises a WaitStoppedError.
+
+    Raises:
+        DataError: By the iterator, if a worker process died, ``/dev/shm`` is full, or no batch comes for 10 minutes.
+    """
+
+    def __init__(self, batches: grain.DatasetIterator, workers: int, stopped: Callable[[], bool]) -> None:
+        self._batches, self._workers, self._stopped, self._closed = batches, workers, stopped, False
+        self._requests: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[Batch | BaseException] = queue.SimpleQueue()
+        self._thread = threading.Thread(
+            target=_take, args=(batches, self._requests, self._answers), name=_THREAD, daemon=True
+        )
+        self._thread.start()
+
+    def __next__(self) -> Batch:
+        self._requests.put(True)
+        deadline = time.monotonic() + HANG_SECONDS
+        while True:
+            try:
+                answer = self._answers.get(timeout=_POLL_SECONDS)
+            except queue.Empty:
+                if self._stopped():
+                    raise WaitStoppedError from None
+                if time.monotonic() > deadline:
+                    raise DataError(
+                        f"no batch came for {HANG_SECONDS / 60:g} minutes: reading the images hangs, for example on a "
+                        "network drive that is gone"
+                    ) from None
+                continue
+            if isinstance(answer, BaseException):
+                raise explained(answer)
+            return answer
+
+    def close(self) -> None:
+        """Ends the threads and worker processes, by force where they hang."""
+        if self._closed:
+            return
+        self._closed = True
+        self._requests.put(False)
+        self._thread.join(_GRACE_SECONDS)
+        deadline = time.monotonic() + (_START_SECONDS if self._workers else 0)
+        while self._thread.is_alive() and time.monotonic() < deadline:
+            for worker in multiprocessing.active_children():  # one that only starts is not among them yet
+                if "prefetch" in worker.name:
+                    worker.kill()
+            self._thread.join(_POLL_SECONDS)
+        if not self._thread.is_alive():  # else Grain, too, would wait for ever
+            self._batches.close()
+
+    __del__ = close
+
+
+def hangs() -> bool:
+    """Wait up to 10 seconds for the threads of closed readers; return whether one hangs, and Python would never end."""
+    deadline = time.monotonic() + _LAST_BATCH_SECONDS
+    threads = [thread for thread in threading.enumerate() if thread.name.startswith((_THREAD, _GRAIN_THREAD))]
+    for thread in threads:
+        thread.join(max(deadline - time.monotonic(), 0))
+    return any(thread.is_alive() for thread in threads)
+
+
+def _take(
+    batches: Iterator[Batch],
+    requests: "queue.SimpleQueue[bool]",
+    answers: "queue.SimpleQueue[Batch | BaseException]",
+) -> None:
+    """The reader's thread. It holds no reference to the reader, which ends with its last user."""
+    while requests.get():
+        try:
+            answers.put(next(batches))
+        except BaseException as error:
+            answers.put(error)
+
+
+def explained(error: BaseException) -> BaseException:
+    """Return a DataError that says what to do about a failure of the worker processes, and any other error itself."""
+    fewer = "choose fewer --recipe.workers, or 0 to read the images in the run itself"
+    no_room = isinstance(error, OSError) and error.errno == errno.ENOSPC
+    died = re.search(r"exit code (-?\d+)", str(error)) if isinstance(error, RuntimeError) else None
+    if no_room or (died and int(died[1]) == -signal.SIGBUS):
+        size = shutil.disk_usage(_SHARED_MEMORY).total / 2**20
+        return DataError(
+            f"{_SHARED_MEMORY}, the memory through which worker processes hand over their batches, is full at "
+            f"{size:.0f} MiB: {fewer}, or give it more (docker run --shm-size=2g)"
+        )
+    if died and int(died[1]) < 0:
+        name = signal.Signals(-int(died[1])).name
+        reason = ", as the kernel does when memory runs out" if name == "SIGKILL" else ""
+        return DataError(f"a worker process that reads images was killed by {name}{reason}: {fewer}")
+    if died:
+        return DataError(f"a worker process that reads images ended with status {died[1]}: {fewer}")
+    return error
