@@ -452,13 +452,13 @@ def test_of_a_folder_with_val_it_is_val(here: Path) -> None:
 def test_of_the_folder_of_the_training_it_is_what_was_held_out(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     recipe = dataclasses.replace(PRESETS["digits"], held_out=0.4, seed=3)
     train, held_out = open_data("photos", held_out=0.4, seed=3)
-    save(
-        Path("trained.safetensors"), class_names=NAMES, recipe=dataclasses.asdict(recipe), trained_on=train.fingerprint
-    )
+    trained = {"recipe": dataclasses.asdict(recipe), "trained_on": train.fingerprint}
+    save(Path("trained.safetensors"), class_names=NAMES, source="random", **trained)
     # The second network's training counts as that of the first.
     assert main(["evaluate", "small.safetensors", "trained.safetensors", "photos", "--json", "--batch-size", "1"]) == 0
     captured = capfd.readouterr()
     assert json.loads(captured.out)["count"] == len(held_out) == 4
+    assert captured.err.startswith("warning: the weights of trained.safetensors are random: the figures mean nothing\n")
     assert "4 of the 11 images of photos are evaluated: the weights were trained on the others" in captured.err
 
 

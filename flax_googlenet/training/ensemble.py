@@ -1,4 +1,4 @@
-"""Weights, or several together, asked about images: the mean of their softmax over crops and networks."""
+"""The answers of one network, or of several together: the mean of their softmax over crops and networks."""
 
 import itertools
 import json
@@ -32,7 +32,7 @@ class Network(NamedTuple):
 def answers(
     networks: Sequence[Network], dataset: Dataset, num_crops: int, size: int, batch_size: int, fail: Fail
 ) -> Iterator[tuple[list[int], Float64[np.ndarray, "n num_classes"]]]:
-    """The probabilities of the classes, the mean over the crops of an image and over the networks.
+    """Compute the probabilities of the classes, averaged over the crops of an image and over the networks.
 
     Threads read and crop the next images while the networks compute.
 
@@ -48,7 +48,7 @@ def answers(
         Places of images in the dataset, in order and without those that cannot be read, and float64 [n, num_classes].
 
     Raises:
-        CommandError: if an answer is not finite.
+        CommandError: if the answers of a network are not finite.
     """
     in_batch = max(1, batch_size // num_crops)
 
@@ -70,7 +70,7 @@ def answers(
 def make_networks(
     ensemble: Mapping[str, Weights], class_names: Sequence[str], data: str
 ) -> tuple[list[Network], ClassMatch]:
-    """Prepares weights for ``answers``, and finds the classes of the data among theirs.
+    """Prepare weights for ``answers``, and find the classes of the data among theirs.
 
     The weights must have the same classes, in whatever order; those without class names take the order of the others.
 

@@ -25,7 +25,7 @@ from flax_googlenet.training.recipe import PRESETS
 def evaluate(
     inputs: Sequence[str], *, num_crops: int, as_json: bool, confusion: Path | None, batch_size: int
 ) -> Status:
-    """Evaluates weights on data and tells the figures on standard output; the arguments are the command line's.
+    """Evaluate weights on data and print the figures; the arguments are those of the command line.
 
     Raises:
         CommandError: if the arguments are wrong, or nothing can be done at all.
@@ -55,8 +55,9 @@ def evaluate(
         notes.print(f"[bold red]error:[/] {escape(printable(message))}")
 
     ensemble = {path: load_weights(Path(path), dtype=jnp.float32) for path in paths}
-    if any(weights.metadata.get("source") == "random" for weights in ensemble.values()):
-        notes.print("[bold yellow]warning:[/] these weights are random: the figures mean nothing")
+    if random := [path for path, weights in ensemble.items() if weights.metadata.get("source") == "random"]:
+        warning = f"the weights of {', '.join(random)} are random: the figures mean nothing"
+        notes.print(f"[bold yellow]warning:[/] {escape(printable(warning))}")
     size = image_size(ensemble)
     try:
         dataset, which = find_data(data, [_training(path, weights.metadata) for path, weights in ensemble.items()])
