@@ -10,7 +10,7 @@ from types import ModuleType
 from exit_status import PortFailureError, Status
 from interrupt import ends_the_process
 
-from flax_googlenet.status import describe_crash, draws_progress, escape_what_cannot_be_encoded, message_console
+from flax_googlenet.status import describe_crash, draws_progress, message_console, prepare_process
 
 DESCRIPTION = """\
 Turn a torchvision GoogLeNet checkpoint into Flax variables, and prove it:
@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
         from rich.console import Console  # here, where Ctrl-C is already seen to
         from rich.markup import escape
 
-        escape_what_cannot_be_encoded()
+        prepare_process()
         progress = message_console()
         try:
             with progress.status("starting PyTorch and JAX") if draws_progress(progress) else nullcontext():

@@ -22,9 +22,9 @@ from flax_googlenet.status import (
     CommandError,
     Status,
     describe_crash,
-    escape_what_cannot_be_encoded,
     install_advice,
     message_console,
+    prepare_process,
     printable,
     write_output,
 )
@@ -287,7 +287,7 @@ def _in_one_line(command: Callable[..., int]) -> Callable[..., int]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status; ``argv`` defaults to the process's own."""
-    escape_what_cannot_be_encoded()
+    prepare_process()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of JAX's cache, of Pillow's readers: what is wrong is said in our words
@@ -319,7 +319,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return Status.CLOSED_PIPE
     except OSError as error:
-        return _fail(Status.NOT_DONE, f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        reason = error.strerror or str(error)
+        return _fail(Status.NOT_DONE, f"{error.filename}: {reason}" if error.filename else reason)
     except Exception as error:  # last: what no code expected
         return _fail(Status.CRASHED, describe_crash(error))
 

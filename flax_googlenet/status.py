@@ -78,10 +78,19 @@ def _escape(match: re.Match[str]) -> str:
     return f"\\x{code & 0xFF:02x}" if is_byte else f"\\u{code:04x}"
 
 
-def escape_what_cannot_be_encoded() -> None:
-    """Lets standard output escape the characters that its encoding lacks, as standard error does by itself."""
+def prepare_process() -> None:
+    """Prepares the process of a command for whatever has started it.
+
+    Standard output escapes the characters that its encoding lacks, as standard error does by itself. Where it is
+    closed, what is written to it is dropped; without this, the next file to be opened would take its place. A notebook
+    names its own backend to matplotlib, also for commands after ``!``. Where that module is missing, matplotlib would
+    not even be imported; here it writes files alone, and needs none.
+    """
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # as long as the process
     if isinstance(sys.stdout, io.TextIOWrapper):  # a notebook's takes every character
         sys.stdout.reconfigure(errors="backslashreplace")
+    os.environ["MPLBACKEND"] = "agg"
 
 
 def write_output(text: str) -> None:

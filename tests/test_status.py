@@ -133,3 +133,18 @@ def test_no_variable_has_bars_drawn_into_a_pipe(name: str, monkeypatch: pytest.M
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv(name, "1")
     assert not draws_progress(Console(file=io.StringIO()))
+
+
+def test_neither_a_closed_standard_output_nor_the_backend_of_a_notebook_stops_a_command(tmp_path: Path) -> None:
+    code = """
+from flax_googlenet.status import prepare_process, write_output
+prepare_process()
+assert open("answers.csv").fileno() != 1
+write_output("nobody reads this")
+import matplotlib.figure
+"""
+    (tmp_path / "answers.csv").touch()
+    environment = os.environ | {"MPLBACKEND": "module://missing"}
+    command = ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, "-c", code]
+    process = subprocess.run(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    assert (process.returncode, process.stderr) == (0, "")
