@@ -32,6 +32,9 @@ from flax_googlenet.status import (
 if TYPE_CHECKING:
     from flax_googlenet.training.recipe import Recipe
 
+STARTING = "starting: loading JAX, then looking at the data"
+"""The first line of ``train``."""
+
 File = Annotated[Path, arg(metavar="FILE")]
 OptionalFile = Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")]
 Number = Annotated[int, arg(metavar="N")]
@@ -303,6 +306,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "train": train,
             }
             first = arguments[0] if arguments else ""
+            if first == "train" and not {"-h", "--help"} & set(arguments):
+                message_console().print(STARTING)  # at once: JAX, the data and the network take their time
             if first in commands:
                 recipe = _recipe(arguments[1:]) if first == "train" else None
                 return parse(first, commands[first], arguments[1:], recipe)()

@@ -109,8 +109,10 @@ def test_tensorboard_gets_every_record_and_forgets_those_that_a_resume_repeats(t
         assert found[0].file_version == "brain.Event:2"
         # From this step on, TensorBoard drops what it has.
         assert (found[1].step, found[1].session_log.status) == (start + 1, SessionLog.START)
-    scalars = {(event.step, value.tag): value.simple_value for event in second[2:] for value in event.summary.value}
-    assert len(scalars) == 6 * 2 + 4 * 2
+    shown = [event for event in first[2:] if event.step <= 4] + second[2:]
+    points = [((event.step, value.tag), value.simple_value) for event in shown for value in event.summary.value]
+    scalars = dict(points)
+    assert len(scalars) == len(points) == 10 * 2 + 5 * 2  # each once, the evaluation of step 4, too
     assert scalars[8, "train/loss"] == np.float32(1 / 8)
     assert scalars[8, "held_out/accuracy"] == np.float32(1 - 2 / 8)
 

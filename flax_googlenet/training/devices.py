@@ -2,6 +2,9 @@
 
 import atexit
 import os
+import re
+import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -60,19 +63,32 @@ def joined() -> Iterator[None]:
     Raises:
         CommandError: if the environment does not tell the others, or they do not come.
     """
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    if address is not None and not re.fullmatch(r"(.*[^:\]]|\[.+\]):\d{1,5}", address):
+        raise _refused(f"JAX_COORDINATOR_ADDRESS={address} is not a host and a port, such as 10.0.0.1:1234.")
+    num_processes, process_id = _number("JAX_NUM_PROCESSES"), _number("JAX_PROCESS_ID")
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    try:
-        jax.distributed.initialize(
-            num_processes=_number("JAX_NUM_PROCESSES"),
-            process_id=_number("JAX_PROCESS_ID"),
-            heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
-        )
-    except (ValueError, RuntimeError) as error:
-        raise CommandError(
-            Status.NOT_DONE,
-            f"--distributed: {str(error).splitlines()[0]} Start it by srun or mpirun, in a Kubernetes job, on TPUs, or "
-            "set JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID",
-        ) from error
+    errors: list[Exception] = []
+
+    def initialize() -> None:
+        try:
+            jax.distributed.initialize(
+                num_processes=num_processes, process_id=process_id, heartbeat_timeout_seconds=_HEARTBEAT_SECONDS
+            )
+        except Exception as error:
+            errors.append(error)
+
+    # In a thread, for it waits up to 5 minutes for the others, and Python hears signals in the main thread alone.
+    thread = threading.Thread(target=initialize, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.2)
+    if errors and not isinstance(errors[0], (ValueError, RuntimeError)):
+        raise errors[0]
+    if errors:
+        raise _refused(str(errors[0]).splitlines()[0]) from errors[0]
+    # JAX has just taken SIGTERM for itself, for a service that nobody here asks: the process would never end by it.
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
     try:
         yield
     except BaseException as error:
@@ -82,4 +98,15 @@ def joined() -> Iterator[None]:
 
 
 def _number(variable: str) -> int | None:
-    return int(os.environ[variable]) if variable in os.environ else None
+    text = os.environ.get(variable)
+    if text is not None and not re.fullmatch(r"\d+", text):
+        raise _refused(f"{variable}={text} is not a number.")
+    return None if text is None else int(text)
+
+
+def _refused(reason: str) -> CommandError:
+    return CommandError(
+        Status.NOT_DONE,
+        f"--distributed: {reason} Start it by srun or mpirun, in a Kubernetes job, on TPUs, or set "
+        "JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID",
+    )

@@ -80,7 +80,7 @@ class RunLog:
         from tensorboardX.proto.event_pb2 import SessionLog
 
         path = self._workdir / METRICS
-        _drop_records(self._start_step, path)
+        self._evaluation_before = _drop_records(self._start_step, path)
         events = self._workdir / f"events.out.tfevents.{time.time_ns()}"
         with ExitStack() as stack:
             self._lines = stack.enter_context(open(path, "ab", buffering=0))
@@ -130,8 +130,9 @@ class RunLog:
         }
         try:
             _append(self._lines, json.dumps(record, allow_nan=False).encode() + b"\n")
-            summary = _scalars({f"{split}/{name}": value for name, value in values.items()})
-            _append(self._events, _event(step=step, summary=summary))
+            if record != self._evaluation_before:  # TensorBoard has it, and could not forget this one alone
+                summary = _scalars({f"{split}/{name}": value for name, value in values.items()})
+                _append(self._events, _event(step=step, summary=summary))
             self._disk_failed = False
         except OSError as error:
             if not self._disk_failed:  # once is enough
@@ -225,14 +226,17 @@ def _is_record(split: Any = None, step: Any = None, **values: Any) -> bool:
     )
 
 
-def _drop_records(start_step: int, path: Path) -> None:
-    """Drops what a run that starts at the step records anew."""
+def _drop_records(start_step: int, path: Path) -> dict[str, Any] | None:
+    """Drop what a run that starts at the step records anew; return the evaluation of this step, if it was there."""
 
     def stays(record: Mapping[str, Any]) -> bool:
         return record["step"] < start_step or (record["step"] == start_step and record["split"] == TRAIN)
 
-    if path.exists():
-        write_atomically(path, b"".join(line for line, record in _records(path) if stays(record)))
+    if not path.exists():
+        return None
+    records = list(_records(path))
+    write_atomically(path, b"".join(line for line, record in records if stays(record)))
+    return next((record for _, record in records if record["step"] == start_step and not stays(record)), None)
 
 
 def _append(file: BinaryIO, data: bytes) -> None:

@@ -68,8 +68,6 @@ def train(
             stack.enter_context(joined())
         try:
             require_backend()
-            if jax.process_index() == 0:
-                stack.enter_context(claim(workdir, _warn_here))
             run, batches = _begin(data, workdir, recipe, weights, override, stack)
         except (BackendError, DataError, CheckpointError, WorkdirInUseError) as error:
             raise CommandError(Status.NOT_DONE, error) from error
@@ -114,6 +112,8 @@ def _begin(
     }
     head = find_head(train_data.class_names, data, start, str(weights)) if start else None
     shapes, make_state = initial_state(devices, recipe, train_data, steps_per_epoch, start, head)
+    if jax.process_index() == 0:  # only now: a run that is refused leaves no folder
+        stack.enter_context(claim(workdir, _warn_here))
     resumed = resume(workdir, shapes, identity, override, _say_here)
     if jax.process_index() == 0:  # before the state is computed, which takes a while
         balanced = recipe.class_weights == "balanced"
