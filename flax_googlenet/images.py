@@ -111,7 +111,7 @@ def _walk(folder: str, fail: Fail, unreadable: Counter[str]) -> Iterator[str]:
             fail(f"{path}: {error.strerror}")
             continue
         stack += sorted((item for item in below if item[1] or is_image(item[0])), reverse=True)
-        others = (name for name, is_folder in below if not is_folder and is_picture(name) and not is_image(name))
+        others = (name for name, is_folder in below if not is_folder and not is_image(name) and is_picture(name))
         unreadable.update(os.path.join(path, "*" + os.path.splitext(name)[1]) for name in others)
 
 

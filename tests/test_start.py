@@ -44,8 +44,13 @@ WORDNET = [f"n{1440764 + 37 * i:08}" for i in range(1000)]
 @pytest.mark.parametrize(
     ("weights", "class_names", "order", "reason"),
     [
-        (make_weights(2, "cat", "dog"), ("cat", "dog"), [0, 1], "is kept: it has the same classes"),
-        (make_weights(3, "dog", "ant", "cat"), ("ant", "cat", "dog"), [1, 2, 0], "is kept: it has the same classes"),
+        (make_weights(2, "cat", "dog"), ("cat", "dog"), [0, 1], "is kept: its classes are those of DATA"),
+        (
+            make_weights(3, "dog", "ant", "cat"),
+            ("ant", "cat", "dog"),
+            [1, 2, 0],
+            "is kept: its classes are those of DATA",
+        ),
         (
             make_weights(2),
             ("cat", "dog"),
@@ -53,14 +58,29 @@ WORDNET = [f"n{1440764 + 37 * i:08}" for i in range(1000)]
             "is kept: W has no class names: its 2 classes are taken in the order",
         ),
         (make_weights(1000, *IMAGENET), WORDNET, list(range(1000)), "is kept: the WordNet identifiers of DATA"),
-        (make_weights(1000, *IMAGENET), WORDNET[:10], None, "is replaced by a new one: its 1000 classes are others"),
-        (make_weights(2, "cat", "dog"), ("cat", "cow"), None, "is replaced by a new one: its 2 classes are others"),
-        (make_weights(3), ("cat", "dog"), None, "is replaced by a new one: its 3 classes have no names"),
+        (
+            make_weights(1000, *IMAGENET),
+            WORDNET[:10],
+            None,
+            "is replaced by a new one: its 1000 classes are not those of DATA",
+        ),
+        (
+            make_weights(2, "cat", "dog"),
+            ("cat", "cow"),
+            None,
+            "is replaced by a new one: its 2 classes are not those of DATA",
+        ),
+        (
+            make_weights(3),
+            ("cat", "dog"),
+            None,
+            "is replaced by a new one: its 3 classes have no names, and DATA has 2",
+        ),
         (
             make_weights(3, "ant", "cat", "dog"),
             ("cat", "dog"),
             None,
-            "is replaced by a new one: the data has not all of its 3 classes",
+            "is replaced by a new one: DATA has only 2 of its 3 classes",
         ),
     ],
 )

@@ -59,15 +59,16 @@ def find_head(class_names: tuple[str, ...], data: str, weights: Weights, path: s
         data, path: what to call the data and the weights in messages.
         weights: the weights.
     """
-    count = weights.model.num_classes
+    replaced = f"the head of {path} is replaced by a new one"
+    num_classes = weights.model.num_classes
     try:
         match = find_classes(class_names, data, weights, path)
     except DataError:
-        others = "are others" if weights.class_names else "have no names"
-        return Head(None, f"the head of {path} is replaced by a new one: its {count} classes {others}")
+        why = f"are not those of {data}" if weights.class_names else f"have no names, and {data} has {len(class_names)}"
+        return Head(None, f"{replaced}: its {num_classes} classes {why}")
     if not match.is_one_to_one:
-        return Head(None, f"the head of {path} is replaced by a new one: the data has not all of its {count} classes")
-    why = "; ".join(match.notes) or "it has the same classes"
+        return Head(None, f"{replaced}: {data} has only {len(class_names)} of its {num_classes} classes")
+    why = "; ".join(match.notes) or f"its classes are those of {data}"
     return Head(np.argsort(match.wanted), f"the head of {path} is kept: {why}")
 
 
