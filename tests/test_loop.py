@@ -153,7 +153,7 @@ def test_a_run_leaves_metrics_checkpoints_curves_and_weights(whole: Path) -> Non
     assert sorted(path.name for path in (whole / "checkpoints").iterdir()) == ["step_00000010", "step_00000012"]
     Image.open(whole / "curves.png").verify()
     metadata = flax_googlenet.load_metadata(whole / "model.safetensors")
-    assert metadata["class_names"] == ["0", "1", "2", "3"]
+    assert metadata["class_names"] == [str(label) for label in range(CLASSES)]
     assert metadata["recipe"] == json.loads((whole / "recipe.json").read_text())
     assert metadata["accuracy"] == metrics[-1]["accuracy"]
     best = max((m for m in metrics if m["split"] == "held_out"), key=lambda m: m["accuracy"])  # of equals the first
