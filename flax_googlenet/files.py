@@ -8,6 +8,8 @@ from flax_googlenet.model import MIN_SIZE, Dtype, GoogLeNet
 from flax_googlenet.preprocessing import CROP
 from flax_googlenet.status import CommandError, Status, well_formed
 
+_MAX_SIZE = 2**13  # pixels; in a file that somebody has forged, a size could ask for any memory
+
 
 class Weights(NamedTuple):
     """What ``flax_googlenet.save`` wrote."""
@@ -33,7 +35,7 @@ class Weights(NamedTuple):
         """Height and width of the images of the training, in pixels; 224 unless the metadata has those of a run."""
         recipe = self.metadata.get("recipe")
         size = recipe.get("image_size") if isinstance(recipe, dict) else None
-        return size if type(size) is int and size >= MIN_SIZE else CROP
+        return size if type(size) is int and MIN_SIZE <= size <= _MAX_SIZE else CROP
 
 
 def load_weights(path: Path, *, dtype: Dtype | None = None) -> Weights:

@@ -262,15 +262,15 @@ def test_contents_that_are_no_model_are_refused(
 
 
 def test_a_file_of_an_earlier_version_is_read(small: Path, tmp_path: Path) -> None:
-    """It may have fewer fields, class names of any kind, and numbers that JSON does not have."""
+    """It may have fewer fields, and in its metadata names and sizes of any kind and numbers that JSON does not have."""
     path = tmp_path / "earlier.safetensors"
-    metadata = {"class_names": ["cat", "dog", 7], "loss": float("inf")}
+    metadata = {"class_names": ["cat", "dog", 7], "loss": float("inf"), "recipe": {"image_size": 10**9}}
     forge(small, path, model={"num_classes": 2, "aux_logits": False}, metadata=metadata)
     weights = load_weights(path)
     assert weights.model == SMALL
     assert equal(weights.variables, made(SMALL))
     assert weights.metadata == metadata
-    assert weights.class_names is None
+    assert (weights.class_names, weights.image_size) == (None, 224)
 
 
 @pytest.mark.parametrize("changes", [{"model": 1}, {"metadata": [1]}])

@@ -122,5 +122,5 @@ def recipe_of(metadata: Mapping[str, Any]) -> Recipe | None:
     """That of the run which made the weights; metadata is free: anything else under its name is none."""
     try:
         return Recipe.from_json(json.dumps(metadata["recipe"]))
-    except (KeyError, RecipeError):
+    except (KeyError, RecipeError, RecursionError):
         return None
