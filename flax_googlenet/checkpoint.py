@@ -39,6 +39,7 @@ from flax_googlenet.model import GoogLeNet, Variables, variable_shapes
 _DTYPES = {"F64": jnp.float64, "F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}  # safetensors' names
 _MAX_BYTES = 2**32  # of a file; GoogLeNet with 170,000 classes in float64 has as many
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+_MAX_TENSORS = 10_000  # GoogLeNet has 300; a header has room for millions, which would take minutes and gigabytes
 _HOUR = 3600  # seconds
 _ACL = "system.posix_acl_access"  # Linux's name of a file's access control list
 _NO_DIGEST = "0" * 64
@@ -182,8 +183,8 @@ def read_regular_file(path: str | os.PathLike[str], max_bytes: int) -> bytes:
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     """Writes a file beside its place, syncs it and renames it: afterwards the old file is there or the new one, whole.
 
-    A file that is replaced hands its permissions on. What writes to the same place have left that were killed more than
-    an hour ago is removed.
+    The new file has the permissions of the old one. Temporary files that killed processes have left beside it are
+    removed once they are an hour old.
 
     Raises:
         OSError: if it cannot be written; the old file is untouched then, and nothing is left beside it.
@@ -225,13 +226,13 @@ def keep_permissions(descriptor: int, replaced: Path) -> None:
         with suppress(OSError):
             os.fchown(descriptor, status.st_uid, status.st_gid)
         with suppress(OSError):
-            os.fchmod(descriptor, stat.S_IMODE(status.st_mode))
+            os.fchmod(descriptor, status.st_mode & 0o777)
         with suppress(OSError, AttributeError):  # a file without a list raises as well, and macOS has no such function
             os.setxattr(descriptor, _ACL, os.getxattr(replaced, _ACL))
 
 
 def _remove_leftovers(target: Path) -> None:
-    """Removes what killed processes have left of their writes to ``target``, if it is older than an hour."""
+    """Removes the temporary files of killed writes to ``target`` that are older than an hour."""
     is_leftover = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}\.tmp").fullmatch
     with suppress(OSError):  # a folder that can be written need not be readable
         for name in filter(is_leftover, os.listdir(target.parent)):
@@ -328,7 +329,10 @@ def _read(path: str | os.PathLike[str]) -> tuple[bytes, dict[str, Any]]:
     try:
         if length > _MAX_HEADER_BYTES:
             raise ValueError(f"its header has {length:,} bytes")
-        content = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["flax_googlenet"])
+        header = json.loads(data[8 : 8 + length])
+        if len(header) > _MAX_TENSORS:
+            raise ValueError(f"it has {len(header):,} tensors")
+        content = json.loads(header["__metadata__"]["flax_googlenet"])
         if not (isinstance(content["model"], dict) and isinstance(content["metadata"], dict)):
             raise TypeError("model and metadata must be objects")
     except (TypeError, ValueError, KeyError, RecursionError) as error:

@@ -295,6 +295,22 @@ def places(value: Any) -> Iterator[tuple[Any, Any]]:
         yield from places(value[key])
 
 
+def write_forged(path: Path, header: str, tensors: bytes) -> None:
+    """Writes a file with a right digest, if there is room for one in the header."""
+    data = len(header).to_bytes(8, "little") + header.encode() + tensors
+    path.write_bytes(data.replace(b"0" * 64, hashlib.sha256(data).hexdigest().encode(), 1))
+
+
+def test_more_tensors_than_any_network_has_are_refused_before_they_are_made(tmp_path: Path) -> None:
+    path = tmp_path / "forged.safetensors"
+    content = json.dumps({"sha256": "0" * 64, "model": {}, "metadata": {}})
+    empty = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    tensors = dict.fromkeys(map(str, range(10_000)), empty)
+    write_forged(path, json.dumps({"__metadata__": {"flax_googlenet": content}, **tensors}), b"")
+    with pytest.raises(CheckpointError, match="holds no model of flax_googlenet: it has 10,001 tensors"):
+        flax_googlenet.load(path)
+
+
 def test_a_forged_header_is_a_checkpoint_error_or_is_read(tmp_path: Path) -> None:
     """Of 20,000 like these and 3,000 on a whole network, all did."""
     path = tmp_path / "forged.safetensors"
@@ -317,8 +333,7 @@ def test_a_forged_header_is_a_checkpoint_error_or_is_read(tmp_path: Path) -> Non
             place = rng.choice([match.end() for match in re.finditer(r"[:,] ", header)])
             inserted = rng.choice(["[" * 10**4, '{"a":' * 10**4, "9" * 5000 + ",", rng.choice('[]{}:,9e-\\"\0')])
             header = header[:place] + inserted + header[place:]
-        data = len(header).to_bytes(8, "little") + header.encode() + bytes(12)
-        path.write_bytes(data.replace(b"0" * 64, hashlib.sha256(data).hexdigest().encode(), 1))
+        write_forged(path, header, bytes(12))
         with pytest.raises(CheckpointError) as caught:
             flax_googlenet.load(path)
         outcomes.append(str(caught.value).removeprefix(str(path))[:40])
