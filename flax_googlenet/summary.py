@@ -1,8 +1,7 @@
-"""What a network consists of: the stages with their output shapes, parameters and multiply-adds."""
+"""Describes a network by its stages: their output shapes, parameters and multiply-adds."""
 
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ from rich.table import Table
 from flax_googlenet.files import load_weights
 from flax_googlenet.model import MIN_SIZE, GoogLeNet
 from flax_googlenet.preprocessing import CROP
-from flax_googlenet.status import CommandError, Status
+from flax_googlenet.status import CommandError, Status, write_output
 
 
 class Stage(NamedTuple):
@@ -85,7 +84,7 @@ def show_summary(weights: Path | None, size: int | None, as_json: bool) -> Statu
             "multiply_adds": multiply_adds,
             "stages": [stage._asdict() for stage in stages],
         }
-        sys.stdout.write(json.dumps(content) + "\n")
+        write_output(json.dumps(content) + "\n")
     else:
         table = Table("stage", caption=f"multiply-adds for one image of {size}x{size}")
         for header in ("output", "parameters", "multiply-adds"):
@@ -100,8 +99,7 @@ def show_summary(weights: Path | None, size: int | None, as_json: bool) -> Statu
         console = Console(highlight=False)
         with console.capture() as captured:
             console.print(table)
-        sys.stdout.write(captured.get())
-    sys.stdout.flush()
+        write_output(captured.get())
     return Status.DONE
 
 
