@@ -72,7 +72,7 @@ def make_networks(
 ) -> tuple[list[Network], ClassMatch]:
     """Prepare weights for ``answers``, and find the classes of the data among theirs.
 
-    The weights must have the same classes, in whatever order; those without class names take the order of the others.
+    The weights must have the same classes, in any order. Weights without class names take the order of the others.
 
     Args:
         ensemble: weights by path.
@@ -83,23 +83,23 @@ def make_networks(
         The networks, and the match of the data with the classes of their answers.
 
     Raises:
-        DataError: if the weights have not the same classes, or a class of the data is not among them.
+        DataError: if the weights do not have the same classes, or lack a class of the data.
     """
     first_path, first = next(iter(ensemble.items()))
     for path, weights in ensemble.items():
         if weights.model.num_classes != first.model.num_classes:
             counts = f"{first_path} has {first.model.num_classes} classes and {path} has {weights.model.num_classes}"
-            raise DataError(f"{counts}: they are no ensemble")
+            raise DataError(f"{counts}: they cannot be averaged")
     # One file may have ImageNet's class names and another WordNet's identifiers: the data need only agree with one.
-    matches, errors = {}, []
-    for path in [path for path, weights in ensemble.items() if weights.class_names] or [first_path]:
+    errors = []
+    for reference in [path for path, weights in ensemble.items() if weights.class_names] or [first_path]:
         try:
-            matches[path] = find_classes(class_names, data, ensemble[path], path)
+            match = find_classes(class_names, data, ensemble[reference], reference)
+            break
         except DataError as error:
             errors.append(error)
-    if not matches:
+    else:
         raise errors[0]
-    reference, match = next(iter(matches.items()))
     names = ensemble[reference].class_names
     networks, notes = [], [*match.notes]
     for path, weights in ensemble.items():
