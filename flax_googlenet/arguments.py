@@ -1,4 +1,4 @@
-"""From a function to the command line of a subcommand: its help, and what is said of arguments that are wrong."""
+"""Turns a function into the command line of a subcommand: its help, and the messages about wrong arguments."""
 
 import dataclasses
 import difflib
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 def parse(
     name: str, command: Callable[..., int], arguments: Sequence[str], recipe: "Recipe | None" = None
 ) -> Callable[[], int]:
-    """Return the call of a command that the arguments ask for.
+    """Return the call of a command with the arguments of a command line.
 
-    The process exits after ``--help`` with status 0, and with 2 where tyro finds an argument wrong.
+    The process exits with status 0 after ``--help``, and with 2 if tyro refuses an argument.
 
     Args:
         name: The name of the subcommand.
         command: The function, with a docstring of paragraphs, ``Exit status:`` and ``Args:``.
         arguments: The words after the name.
-        recipe: The default of the function's argument ``recipe``, if it has one.
+        recipe: The default of the function's argument ``recipe``, or None for a function without one.
 
     Raises:
         CommandError: If the command does not take one of the arguments.
@@ -40,7 +40,8 @@ def parse(
     def parsed(*positional: Any, **options: Any) -> Callable[[], int]:
         return functools.partial(command, *positional, **options)
 
-    # tyro keeps the ends of lines in the documentation of arguments, and would read that of a wrapped function.
+    # tyro keeps the line breaks in the documentation of arguments, so it gets a copy without them. It would follow
+    # ``__wrapped__`` to the original.
     vars(parsed).update(__signature__=inspect.signature(command))
     del vars(parsed)["__wrapped__"]
     parsed.__doc__ = f"{name}\n\nArgs:\n" + re.sub(r"\n {8,}", " ", documented)
@@ -62,9 +63,9 @@ def parse(
 
 
 def _wrap(description: str) -> str:
-    """Return the description in lines that fit the terminal, which would break longer ones inside words.
+    """Return the description in lines that fit the terminal: tyro would break longer ones inside words.
 
-    tyro joins lines unless they begin with a space, so all but the first sentence is indented.
+    tyro joins lines that do not begin with a space, so all paragraphs after the first one are indented.
     """
     wrap = functools.partial(
         textwrap.fill, width=shutil.get_terminal_size().columns, break_long_words=False, break_on_hyphens=False
@@ -81,7 +82,7 @@ def _wrap(description: str) -> str:
 
 
 def _suggest(argument: str, options: Sequence[str]) -> str:
-    """Return a question that names the option most like an unknown one, by its initials or its letters, or nothing."""
+    """Return a question that names the option with the same initials or similar letters, or an empty string."""
     by_last_name = {option.rpartition(".")[2]: option for option in options}
     wanted = argument.partition("=")[0].rpartition(".")[2].lstrip("-").replace("_", "-")
     similar = [name for name in by_last_name if "".join(word[0] for word in name.split("-")) == wanted]

@@ -172,8 +172,8 @@ def export(
     from flax_googlenet.exporting import export_file
 
     _require_backend()
-    told = export_file(weights, output, platforms, size=size, uint8=uint8, top=top, gradient=gradient)
-    write_output(told)
+    message = export_file(weights, output, platforms, size=size, uint8=uint8, top=top, gradient=gradient)
+    write_output(message)
     return Status.DONE
 
 

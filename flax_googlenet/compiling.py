@@ -1,4 +1,4 @@
-"""What JAX computes on, and how XLA is to compile this network for a CPU."""
+"""Starts the platform that JAX computes on, and compiles for a CPU with the options that make this network fast."""
 
 import functools
 import operator
@@ -17,11 +17,11 @@ _EIGEN_CONVOLUTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_T
 
 
 class BackendError(RuntimeError):
-    """JAX cannot start the platform that it is asked for; the message says what to do."""
+    """JAX cannot start the platform that it was asked for; the message says what to do."""
 
 
 def require_backend() -> None:
-    """Start the platform that JAX computes on, before anything else is done.
+    """Start the platform that JAX computes on, so that an error comes before any work.
 
     Raises:
         BackendError: If it cannot start, as ``JAX_PLATFORMS=cuda`` cannot on a machine without a GPU.

@@ -1,4 +1,4 @@
-"""One process at a time writes to a file."""
+"""Locks files, so that one process at a time writes to each."""
 
 import errno
 import fcntl
@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import IO, Any
 
 _NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS}
-"""What file systems without locks answer: NFS without its lock daemon, some in user space, and Lustre mounted so."""
+"""The errors of file systems without locks: NFS without its lock daemon, some in user space, Lustre without flock."""
 
 
 def lock(file: IO[Any], warn: Callable[[str], object] = warnings.warn) -> None:
-    """Locks an open file until it is closed, or its process ends, be it killed.
+    """Locks an open file until it is closed or its process ends, even by a kill.
 
     On a file system without locks a warning says so, and the work goes on without this protection.
 

@@ -57,7 +57,7 @@ with suppress(ImportError):  # it is optional
 
 
 def reads_heif() -> bool:
-    """Whether Pillow reads photographs in HEIF: whether pillow-heif is installed, or the caller registered another."""
+    """Returns whether Pillow can read HEIF, by pillow-heif or by another plugin that the caller has registered."""
     return "HEIF" in Image.OPEN
 
 
@@ -71,8 +71,8 @@ def preprocess(image: ImageSource, size: int = CROP) -> Float32[np.ndarray, "siz
     Args:
         image: a file that Pillow reads, a Pillow image, or uint8 RGB [H, W, 3]; HEIC is read where the package
             pillow-heif is installed. Files and Pillow images are turned as their EXIF orientation says and converted to
-            RGB: alpha is dropped and what lies under it is seen, as in torchvision's loader; 16-bit greys are scaled to
-            8 bits, and 32-bit integers, too, unless all of them are below 256; of an animation it is the first frame.
+            RGB. Alpha is dropped and what lies under it is seen, as in torchvision's loader. Greys of 16 bits are
+            scaled to 8 bits, and so are greys of 32 bits unless all are below 256. An animation gives its first frame.
             Files that only another program can decode, such as EPS, are refused: a caller who trusts one opens it with
             Pillow and passes the image.
         size: height and width of the result, in pixels: that of the training. At any size it is the same part of the
@@ -227,9 +227,9 @@ def _tag_274(block: bytes) -> int | None:
 def _to_8_bits(image: Image.Image, name: str) -> UInt8[np.ndarray, "h w"]:
     """Scales the greys of a loaded image of mode I;16, one of its variants, or I; Pillow's ``convert`` clips at 255.
 
-    Pillow opens files of 16 and of 32 bits as mode I. Those of 16 bits are scaled by their full range. 32 bits are far
-    more than any picture uses, so there the values tell: up to 255 they are 8-bit values in a wide file, and
-    torchvision's loader takes them as such, too.
+    Pillow opens files of 16 and of 32 bits as mode I. Values of 16 bits are scaled by their full range. No picture uses
+    the range of 32 bits, so there the largest value decides: up to 255, they are 8-bit values in a wide file, and stay
+    as they are, as in torchvision's loader.
     """
     grey = np.asarray(image).astype(np.int32)
     if grey.min() < 0 or grey.max() > 65535:
@@ -242,7 +242,7 @@ def _to_8_bits(image: Image.Image, name: str) -> UInt8[np.ndarray, "h w"]:
 
 
 def _is_heif(path: str) -> bool:
-    """Whether a file begins as HEIF does, whatever its name: phones send HEIC as .jpg, too."""
+    """Returns whether a file begins as HEIF does, whatever its name: phones also send HEIC as .jpg."""
     with suppress(OSError), open(path, "rb") as file:
         start = file.read(12)
         return start[4:8] == b"ftyp" and start[8:] in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")

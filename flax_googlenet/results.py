@@ -5,8 +5,8 @@ class first. ``.jsonl`` and ``.parquet`` have it as it is; ``.csv`` has the colu
 index2, ..., weights. ``weights`` are the first digits of the sha256 of their file: rows of different weights, or of
 different numbers of predictions, are never mixed.
 
-Text in a ``.csv`` is what spreadsheets take as text: control characters are escaped, and an apostrophe stands in front
-of what would be a formula (https://owasp.org/www-community/attacks/CSV_Injection).
+In a ``.csv``, control characters are escaped, and an apostrophe stands in front of text that a spreadsheet would take
+for a formula (https://owasp.org/www-community/attacks/CSV_Injection).
 
 Rows are appended and synced batch by batch. A kill can cut off the last row: the next run removes what is left of it.
 Parquet cannot grow, so its rows wait as JSON lines in ``FILE.parquet.part`` for the end of the run.
@@ -32,8 +32,11 @@ SUFFIXES = (".csv", ".jsonl", ".parquet")
 Row = dict[str, Any]
 
 _FORMULA = re.compile("'*[=+@\uff1d\uff0b\uff0d\uff20-]")
-"""How a cell begins that a spreadsheet calculates, wide characters of Chinese and Japanese included. Apostrophes may
-stand in front, so that one that ``_cell`` has added can be told from one that is part of a name."""
+"""The start of a cell that a spreadsheet would calculate, full-width signs of Chinese and Japanese included.
+
+It also matches after apostrophes: a name that begins with one and then such a sign gets a second one, so that ``_text``
+never removes an apostrophe that belongs to the name.
+"""
 
 _MAX_LINE_BYTES = 2**26  # a row of all 21,841 classes of ImageNet has a few million
 
@@ -159,7 +162,7 @@ def _json_rows(file: BinaryIO) -> Iterator[tuple[Row, int]]:
 
 
 def _whole_lines(file: BinaryIO) -> Iterator[bytes]:
-    """Each line of a growing file but the last one, if it was cut off."""
+    """Yields each line of a growing file, without a last one that was cut off."""
     while (line := file.readline(_MAX_LINE_BYTES)).endswith(b"\n"):
         yield line
     if len(line) == _MAX_LINE_BYTES:
@@ -167,10 +170,10 @@ def _whole_lines(file: BinaryIO) -> Iterator[bytes]:
 
 
 def _checked(row: Any) -> Row:
-    """The row of a file that anybody may have written; raises a ValueError, TypeError or KeyError if it is none."""
+    """Returns a row of a file that anybody may have written; raises ValueError, TypeError or KeyError for others."""
     predictions = row["predictions"]
     labels = [prediction["label"] for prediction in predictions if prediction["label"] is not None]
-    "".join([row["image"], row["weights"], *labels]).encode()  # not all that is text in JSON is text in UTF-8
+    "".join([row["image"], row["weights"], *labels]).encode()  # JSON can hold halves of surrogate pairs, UTF-8 cannot
     numbers = [number for prediction in predictions for number in (prediction["index"], prediction["probability"])]
     if not all(type(number) in (int, float) and 0 <= number < 2**31 for number in numbers):
         raise ValueError("it has an index or a probability of another kind")
@@ -265,7 +268,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
             table.validate(full=True)
             for batch in table.to_batches(2**16):
                 yield from map(_checked, batch.to_pylist())
-    except (pyarrow.ArrowException, OSError) as error:  # for damage PyArrow raises an OSError, without a number
+    except (pyarrow.ArrowException, OSError) as error:  # PyArrow's OSErrors about damage have no number
         if getattr(error, "errno", None):
             raise
         raise ValueError("it is damaged") from error

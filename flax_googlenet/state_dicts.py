@@ -1,6 +1,6 @@
 """Finds the state dict of a GoogLeNet in what people save: training checkpoints, wrapped modules, tensors beside it.
 
-The rules know names and nesting alone. The values may be arrays or tensors of any library.
+The rules only look at names and nesting. The values may be arrays or tensors of any library.
 """
 
 import functools
@@ -21,7 +21,7 @@ _BOOKKEEPING = ("n_averaged",)  # a counter that torch.optim.swa_utils.AveragedM
 
 
 class FoundStateDict(NamedTuple):
-    """A state dict, and what a person should know of how it was found."""
+    """A state dict, and what a person should know about how it was found."""
 
     state_dict: dict[str, Any]
     """torchvision's names, or the names of whatever other network the file holds -> arrays, as they were given."""
@@ -48,7 +48,8 @@ def find_state_dict(content: Any, key: str | None = None) -> FoundStateDict:
 
     A network is recognised by torchvision's names. Whatever stands before all of them (``module.``, ``model.``,
     ``_orig_mod.``, ...) is dropped. Where one prefix marks the network, other tensors beside it are left out: the
-    weights of a loss, the counters of a metric. Without a prefix, only values that cannot belong to a layer are.
+    weights of a loss, the counters of a metric. Without a prefix, only values that cannot belong to a layer are left
+    out.
 
     Args:
         content: what a file holds: a state dict, or mappings around one.
@@ -56,8 +57,8 @@ def find_state_dict(content: Any, key: str | None = None) -> FoundStateDict:
             first that is not a moving average of another.
 
     Returns:
-        The state dict. Where no GoogLeNet is found, the mapping with the most arrays: ``from_torchvision`` tells what
-        is wrong with it.
+        The state dict. If no GoogLeNet is found, the mapping with the most arrays, for which ``from_torchvision``
+        raises an error that says what is wrong with it.
 
     Raises:
         PortingError: if there are no arrays at all, or none under ``key``.
@@ -107,7 +108,7 @@ def _choose(wanted: list[_Candidate], candidates: list[_Candidate]) -> FoundStat
 
 
 def _label(candidate: _Candidate, candidates: list[_Candidate]) -> str:
-    """The shortest ``--key`` for a candidate: its prefix counts where its mapping holds several networks."""
+    """Return the shortest ``--key`` for a candidate: with its prefix only if its mapping holds several networks."""
     alone = sum(other.mapping is candidate.mapping for other in candidates) == 1
     return ".".join(filter(None, (*candidate.path, "" if alone else candidate.prefix.rstrip("."))))
 
@@ -117,7 +118,7 @@ def _could_be_of_a_layer(name: str, value: Any) -> bool:
 
 
 def _mappings(content: Mapping[Any, Any]) -> Iterator[tuple[tuple[str, ...], Mapping[Any, Any]]]:
-    """All mappings in ``content`` with the keys that lead to them, the outermost first; none of an optimizer's."""
+    """Yield all mappings in ``content`` except an optimizer's, with the keys that lead to them, the outermost first."""
     level: list[tuple[tuple[str, ...], Mapping[Any, Any]]] = [((), content)]
     seen = {id(content)}  # a pickle can hold a mapping that holds itself
     for _ in range(_MAX_DEPTH):
@@ -132,7 +133,7 @@ def _mappings(content: Mapping[Any, Any]) -> Iterator[tuple[tuple[str, ...], Map
 
 
 def _prefixes(mapping: Mapping[Any, Any]) -> list[str]:
-    """What stands before the names of each GoogLeNet in a mapping, in the order of the mapping."""
+    """Return the prefix of each GoogLeNet's names in a mapping, in the order of the mapping."""
     counts: Counter[str] = Counter()
     for name, value in mapping.items():
         if isinstance(name, str) and _is_array(value):

@@ -54,9 +54,9 @@ def printable(text: str) -> str:
 
 
 def url_without_secrets(url: str) -> str:
-    """Return scheme, host and path of a URL: the user's name, a password or a signature can be in what else it has.
+    """Return the scheme, host and path of a URL, without the parts that can hold a user, a password or a signature.
 
-    Where the host is none, as with a slash in a password that nobody has escaped, only the scheme is left.
+    If the host is not valid, for example because a password has a slash that is not escaped, only the scheme is left.
     """
     scheme, separator, rest = url.partition("://")
     host, slash, path = re.split("[?#]", rest)[0].partition("/")
@@ -81,10 +81,10 @@ def _escape(match: re.Match[str]) -> str:
 def prepare_process() -> None:
     """Prepares the process of a command for whatever has started it.
 
-    Standard output escapes the characters that its encoding lacks, as standard error does by itself. Where it is
-    closed, what is written to it is dropped; without this, the next file to be opened would take its place. A notebook
-    names its own backend to matplotlib, also for commands after ``!``. Where that module is missing, matplotlib would
-    not even be imported; here it writes files alone, and needs none.
+    Standard output escapes the characters that its encoding lacks, as standard error does by itself. If it is closed,
+    what is written to it is dropped; without this, the next file to be opened would take its place. A notebook sets
+    matplotlib's backend to its own, also for commands after ``!``, and without that module matplotlib cannot be
+    imported. The commands only write files, for which the backend ``agg`` is always there.
     """
     if sys.stdout is None:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # as long as the process
@@ -112,12 +112,12 @@ def write_output(text: str) -> None:
 
 
 def message_console() -> "Console":
-    """Return a console on standard error, which goes on in silence if nobody reads it any more."""
+    """Return a console on standard error that falls silent if nobody reads it any more."""
     from rich.console import Console
 
     class MessageConsole(Console):
         def on_broken_pipe(self) -> None:
-            """Keep rich from its own way, which is to end the process with status 1 in the middle of the work."""
+            """Go on in silence: rich itself would end the process with status 1 in the middle of the work."""
             self.quiet = True
             with suppress(OSError):  # Python flushes standard error once more at its end, and would complain
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
@@ -126,18 +126,18 @@ def message_console() -> "Console":
 
 
 def draws_progress(console: "Console") -> bool:
-    """Returns whether a bar or a spinner, whose frames overwrite each other, can be drawn on a console.
+    """Returns whether a console can show a bar or a spinner, whose frames overwrite each other.
 
-    A pipe cannot show one, although rich takes it for a terminal where FORCE_COLOR or TTY_COMPATIBLE is set. A cell of
-    a notebook gives ``!`` commands a terminal of their own and shows every frame; there Jupyter has set
-    JPY_PARENT_PID. And the spinner needs Unicode.
+    A pipe cannot, although rich takes it for a terminal if FORCE_COLOR or TTY_COMPATIBLE is set. A notebook runs ``!``
+    commands on a terminal of their own and shows every frame in its cell; Jupyter sets JPY_PARENT_PID there. The
+    spinner also needs Unicode.
     """
     is_notebook = "JPY_PARENT_PID" in os.environ
     return console.file.isatty() and console.is_interactive and console.encoding.startswith("utf") and not is_notebook
 
 
 def install_advice(extra: str) -> str:
-    """Return how to install what an optional part of the project needs, from an index or in a clone."""
+    """Return how to install what an optional part of the project needs."""
     return f'install flax-googlenet with its extra "{extra}": in a clone by pip install -e ".[{extra}]"'
 
 
@@ -172,5 +172,5 @@ def describe_crash(error: Exception, folder: str | os.PathLike[str] | None = Non
 
 
 def _without_secrets(text: str) -> str:
-    """Return the text with each URL in it as ``url_without_secrets`` has it."""
+    """Return the text with ``url_without_secrets`` applied to each URL in it."""
     return re.sub(r"\w[\w+.-]*://[^\s'\"<>]*", lambda url: url_without_secrets(url[0]), text)

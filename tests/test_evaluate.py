@@ -320,7 +320,7 @@ def test_classes_are_found_by_their_order_where_they_have_no_names_or_are_imagen
 def test_a_name_that_two_classes_share_stands_for_both() -> None:
     match = find_classes(["crane", "goat"], "data", named(["crane", "goat", "crane", "maillot"]), "weights")
     assert match.wanted.tolist() == [0, 1, 0, -1]
-    assert match.notes == ("weights has 2 classes of the name 'crane': each of them counts as right",)
+    assert match.notes == ("weights has 2 classes with the name 'crane': each of them counts as right",)
     assert not match.is_one_to_one
     tally = Score(match.wanted, 2)
     tally.add(np.array([0, 0, 0, 1]), np.eye(4)[[0, 2, 3, 2]])
@@ -340,7 +340,7 @@ def test_a_name_that_two_classes_share_stands_for_both() -> None:
         (named([f"class {i}" for i in range(1000)]), WORDNET, "1000 of the 1000 classes of data are not among"),
         (named(IMAGENET), WORDNET[:999], "999 of the 999 classes of data are not among the 1000 of weights"),
         (named(None, 4), WORDNET[:3], "weights has no class names and 4 classes, but data has 3 classes"),
-        (named(["a", "b", "c"]), ["a", "a", "b"], "data has several classes of one name: 'a'"),
+        (named(["a", "b", "c"]), ["a", "a", "b"], "data has several classes with the same name: 'a'"),
     ],
 )
 def test_classes_that_cannot_be_found_are_named(weights: Weights, classes: list[str], message: str) -> None:
@@ -495,9 +495,9 @@ def test_where_a_training_left_no_image_one_network_is_warned_of_and_several_are
     assert len(dataset) == 11
     assert len(which) == 1
     assert which[0].startswith(
-        "warning: all 11 images of photos have the names of those that a.safetensors was trained"
+        "warning: all 11 images of photos have the names of images that a.safetensors was trained on"
     )
-    with pytest.raises(DataError, match="each of the 11 images of photos has the name of one that some of the weights"):
+    with pytest.raises(DataError, match="each of the 11 images of photos has the name of an image that one of the"):
         find_data("photos", [Training("b.safetensors", 0.2, 0, None), on_all])
 
 

@@ -28,7 +28,7 @@ _FORMAT = 1
 _REPLACED = ".replaced"  # what a save puts aside for a new folder of the same step
 _NAME = re.compile(rf"step_([0-9]{{8,10}})({re.escape(_REPLACED)})?")
 _MAX_EXTRA_BYTES = 2**30
-_NONE, _ALL_DAMAGED, _UNREADABLE = -1, -2, -3  # what the first process tells the others in place of a step
+_NONE, _ALL_DAMAGED, _UNREADABLE = -1, -2, -3  # what the first process sends to the others in place of a step
 
 
 class CheckpointSaveError(RuntimeError):

@@ -1,4 +1,4 @@
-"""Which class of some weights stands for which class of some data."""
+"""Finds the classes of a data set among those of a file of weights."""
 
 import re
 import unicodedata
@@ -14,13 +14,13 @@ from flax_googlenet.training.datasets import DataError
 
 _WORDNET_ID = re.compile(r"n\d{8}")
 # Lists of ImageNet's class names differ ("tench", "tench, Tinca tinca", "n01440764 tench"), but all have these words at
-# these places. Names in alphabetical order, as folders give them, have not.
+# these places. The alphabetical order of class folders has other words there.
 _IMAGENET_WORDS = {0: "tench", 1: "goldfish", 6: "stingray", 999: "toilet"}
 _LISTED = 5  # classes that an error lists
 
 
 class ClassMatch(NamedTuple):
-    """The classes of data, found among those of weights."""
+    """Which class of a data set each class of a network stands for."""
 
     wanted: Int[np.ndarray, "num_classes"]
     """For each class of the weights, the class of the data that it stands for, or -1 for none."""
@@ -73,12 +73,13 @@ def find_classes(wanted: Sequence[str], data: str, weights: Weights, path: str) 
         )
     if len(set(wanted)) < len(wanted):
         twice = sorted({name for name in wanted if wanted.count(name) > 1})
-        raise DataError(f"{data} has several classes of one name: {listing(twice)}; {path} cannot tell them apart")
+        shared = f"{data} has several classes with the same name: {listing(twice)}"
+        raise DataError(f"{shared}; {path} cannot tell them apart")
     found, notes = np.full(count, -1), []
     for label, name in enumerate(wanted):
         found[places[name]] = label
         if len(places[name]) > 1:
-            notes.append(f"{path} has {len(places[name])} classes of the name {name!r}: each of them counts as right")
+            notes.append(f"{path} has {len(places[name])} classes with the name {name!r}: each of them counts as right")
     return ClassMatch(found, tuple(notes))
 
 

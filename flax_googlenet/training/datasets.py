@@ -159,19 +159,19 @@ class Training(NamedTuple):
 
 
 def find_data(data: str, trainings: Sequence[Training]) -> tuple[Dataset, list[str]]:
-    """Find the images to evaluate weights on: those that none of the weights was trained on, as far as it is known.
+    """Find the images to evaluate weights on, without those that any of the weights was trained on.
 
-    They are those of the part that ``open_data`` holds out, ``val/`` or the like, or of the test files, where there are
-    such, else of all class folders, or of ``digits``. Of all class folders the images of each training are left out, if
-    its fingerprint shows that they are a part of them; of ``digits`` they are, whatever the fingerprint is.
+    Data with a part of its own for evaluation, such as ``val/`` or the test files of IDX, gives all images of that
+    part. Class folders give all their images except those of each training whose fingerprint shows that it used these
+    folders. ``digits`` gives its images except those of each training, whatever the fingerprint is.
 
     Args:
         data: as for ``open_data``; ``val/`` needs no ``train/`` beside it.
         trainings: one for each of the weights that are evaluated together.
 
     Returns:
-        The images, and sentences for a person that say which images they are. Where one network alone is evaluated and
-        was trained on all of the images, these are returned, with a warning.
+        The images, and sentences for a person that say which images they are. If a single network is evaluated and
+        was trained on all of the images, they are all returned, with a warning.
 
     Raises:
         DataError: as ``open_data``; if several networks are evaluated and were together trained on all of the images.
@@ -199,8 +199,8 @@ def find_data(data: str, trainings: Sequence[Training]) -> tuple[Dataset, list[s
             untouched &= ~used
         elif training.trained_on is not None:
             notes.append(
-                f"warning: {training.weights} was trained on other images, or {images} have come or gone since: the "
-                "figures may be of the training"
+                f"warning: {training.weights} was trained on other images, or {images} have come or gone since: it may "
+                "have been trained on some of them"
             )
     total = f"{len(dataset)} {images}"
     if untouched.all():
@@ -210,14 +210,14 @@ def find_data(data: str, trainings: Sequence[Training]) -> tuple[Dataset, list[s
         notes.append(f"{len(dataset)} of the {total} are evaluated: the weights were trained on the others{left_alone}")
     elif len(trainings) == 1:
         notes = [
-            f"warning: all {total} have the names of those that {trainings[0].weights} was trained on: if they are the "
-            "same, the figures are of the training"
+            f"warning: all {total} have the names of images that {trainings[0].weights} was trained on: if they are "
+            "the same images, the figures say nothing about new ones"
         ]
     else:
         raise DataError(
-            f"each of the {total} has the name of one that some of the weights were trained on, so that none is left "
-            "to evaluate them together: evaluate each alone, or train them with the same --recipe.seed and "
-            "--recipe.held-out"
+            f"each of the {total} has the name of an image that one of the networks was trained on, so that none is "
+            "left to evaluate them together: evaluate each network alone, or train them with the same --recipe.seed "
+            "and --recipe.held-out"
         )
     return dataset, notes
 
@@ -244,19 +244,19 @@ class Parts(NamedTuple):
     train: str | None
     held_out: str | None
     others: tuple[str, ...]
-    """What lies beside these: folders, and the number of images."""
+    """What lies beside these, as a message lists it: folders, and the number of images."""
 
     @property
     def left_alone(self) -> str:
-        """The end of a sentence about the parts, where others are left alone."""
+        """The end of a sentence about the parts, which names what is left alone, if anything is."""
         return f"; left alone: {', '.join(self.others)}" if self.others else ""
 
 
 def _find_parts(data: str) -> Parts | Literal["idx", "classes"]:
     """Find out which of the layouts in ``EXPECTED`` a folder has.
 
-    Folders are parts if their names are the same but for the word that says which part they are (seg_train, seg_test).
-    One alone, that has no other word in its name, is a part if it has folders in it: else it may be a class.
+    Folders are parts if their names differ only in the word that says which part they are (seg_train, seg_test). A
+    single folder whose name is that word alone is a part if it has folders in it; otherwise it may be a class.
     """
     if not os.path.isdir(data):
         raise DataError(f"{data}: no such folder; {EXPECTED}")
@@ -289,7 +289,7 @@ def _find_parts(data: str) -> Parts | Literal["idx", "classes"]:
 
 
 def _part_folder(data: str, name: str) -> str:
-    """The folder of a part's class folders: archives often hold it in one of the same name (seg_train/seg_train)."""
+    """Return the folder that holds a part's class folders; archives often nest it: seg_train/seg_train."""
     folder = os.path.join(data, name)
     inside = _subfolders(folder)
     return os.path.join(folder, *inside) if [x.casefold() for x in inside] == [name.casefold()] else folder
@@ -338,7 +338,7 @@ def _subfolders(folder: str) -> list[str]:
 
 
 def _contents(folder: str) -> tuple[list[str], int]:
-    """The names of the folders in a folder, sorted, and the number of pictures beside them; without hidden ones."""
+    """Return the sorted names of the folders in a folder, and the number of pictures beside them; no hidden ones."""
     try:
         with os.scandir(folder) as entries:
             names = [(entry.is_dir(), entry.name) for entry in entries if not is_hidden(entry.name)]
@@ -377,7 +377,7 @@ def _class_folders(folder: str) -> Dataset:
 
 
 def _did_you_mean(folder: str) -> str:
-    """The end of a message that guesses which folder was meant: the first one below that has several folders."""
+    """Return the end of a message that guesses which folder was meant: the first below that has several folders."""
     inner, names = folder, _subfolders(folder)
     for _ in range(3):
         if len(names) == 1:

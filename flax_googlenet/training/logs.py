@@ -71,7 +71,8 @@ class RunLog:
             console=self._console,
             disable=not draws_progress(self._console),
             redirect_stdout=False,
-            # The time left follows the speed of so many seconds: within rich's 30, one evaluation makes it hours.
+            # The seconds over which rich averages the speed. With its default of 30, one evaluation would make the
+            # time left jump to hours.
             speed_estimate_period=3600,
         )
         self._task = self._progress.add_task("", total=total_steps, completed=start_step)
@@ -202,7 +203,7 @@ def _text(metrics: Mapping[str, float]) -> str:
 
 
 def _records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Each line and what it says, but for what no run has written: a kill cuts lines off, a loss of power damages them.
+    """Yields each line and its record, without lines that are no record of a run: a kill or power cut can damage them.
 
     Raises:
         OSError: if the file cannot be read, or is not a regular file.
@@ -221,7 +222,7 @@ def _is_record(split: Any = None, step: Any = None, **values: Any) -> bool:
         split in (TRAIN, HELD_OUT)
         and type(step) is int
         and 0 <= step < 2**31
-        # A float's range bounds integers, too, which have no limit in JSON; null is what is not finite.
+        # Integers in JSON have no limit, floats have. null stands for a value that is not finite.
         and all(x is None or (type(x) in (int, float) and abs(x) <= sys.float_info.max) for x in values.values())
     )
 

@@ -15,7 +15,7 @@ class StopSignals:
     """In its ``with`` block the first Ctrl-C and any SIGTERM only set ``status``; a second Ctrl-C acts as before.
 
     Args:
-        patience: How many seconds a wait for input may still last when a signal came.
+        patience: The number of seconds that a wait for input may go on after a signal.
     """
 
     status: Status | None = None

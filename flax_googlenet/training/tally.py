@@ -7,7 +7,7 @@ from flax_googlenet.preprocessing import ImageError
 from flax_googlenet.training.datasets import Dataset
 
 ALWAYS_ALLOWED = 3
-"""Unreadable images that stop no run, however few images there are; unless the recipe allows none at all."""
+"""Number of unreadable images that stop no run, however small the data, unless the recipe allows none at all."""
 
 NOT_FINITE_LIMIT = 5
 """Steps in a row whose loss or gradient is not finite, after which a run stops."""
@@ -57,8 +57,8 @@ class Tally:
     ) -> None:
         """Counts the images at the indices, each once however often it is met.
 
-        ``max_corrupt`` is the share of the dataset that may be unreadable. ``ALWAYS_ALLOWED`` images may be in any
-        case, unless the share is 0: a thousandth of 200 images would be none.
+        ``max_corrupt`` is the share of the dataset that may be unreadable. Unless it is 0, ``ALWAYS_ALLOWED`` images
+        may be unreadable in any case: a thousandth of 200 images would be none.
         """
         for index in indices:
             name = dataset.name(index)
