@@ -83,10 +83,10 @@ def _selected(state_dict: dict[str, np.ndarray], args: argparse.Namespace) -> di
 
 
 def _way_out(path: Path) -> str:
-    """What to give instead of a path that cannot be read."""
+    """Return the end of a message: what to give instead of a path that cannot be read."""
     if not os.path.exists(path):
         return ": give a file, a URL, imagenet or random"
-    if not path.is_dir():
+    if not (path.is_dir() and os.access(path, os.R_OK | os.X_OK)):
         return ""
     if (path / "data.pkl").exists():
         return f": it is an unpacked .pth: pack it again with zip -0 -r {path.name}.pth {path.name}"

@@ -1,4 +1,4 @@
-"""The names of the classes, from a file that a person wrote."""
+"""Reads the class names from a file that a person wrote."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from flax_googlenet.checkpoint import check_class_names
 
 
 def read_class_names(path: Path, num_classes: int) -> list[str]:
-    """Read one name a line, or a JSON list of names, in the order of the logits.
+    """Read the class names, one a line or as a JSON list, in the order of the logits.
 
     Raises:
         PortFailureError: UNAVAILABLE if the file cannot be read, REFUSED if it does not hold one name for each class.
@@ -24,7 +24,7 @@ def read_class_names(path: Path, num_classes: int) -> list[str]:
         raise PortFailureError(Status.UNAVAILABLE, f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise PortFailureError(Status.REFUSED, f"{path} is not UTF-8: save it as UTF-8") from error
-    except (json.JSONDecodeError, RecursionError, CheckpointError) as error:
+    except (ValueError, RecursionError, CheckpointError) as error:  # ValueError: bad JSON, or an endless number in it
         message = f"{path}: {error}; expected one name a line, or a JSON list of names"
         raise PortFailureError(Status.REFUSED, message) from error
     names = [name.strip() for name in names]

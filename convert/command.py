@@ -262,7 +262,8 @@ def what_a_state_dict_lacks(weights: Weights) -> dict[str, tuple[str, str]]:
         "computation": (f"{np.dtype(model.dtype)}, precision {model.precision}", "model.to(dtype), torch.backends"),
     }
     if isinstance(recipe, dict):
-        frozen = ", ".join(map(str, recipe.get("frozen", ()))) or "none"
+        blocks = recipe.get("frozen")  # metadata is free: anything can be there
+        frozen = ", ".join(map(str, blocks)) if isinstance(blocks, list) and blocks else "none"
         lacking["recipe"] = (f"{len(recipe)} fields; frozen: {frozen}", "to train on, freeze the same blocks yourself")
     if others := [str(name) for name in metadata if name not in ("class_names", "recipe")]:
         lacking["other metadata"] = (", ".join(others), "flax_googlenet.load_metadata reads it")

@@ -41,10 +41,10 @@ def hash_in_name(url_or_path: str) -> str | None:
     """Returns the start of the sha256 in a file's name, as PyTorch's hub has it, or None.
 
     ``googlenet-1378be20.pth`` -> ``1378be20``: a dash, eight or more digits of a hash, a dot. Decimal digits alone are
-    no hash but a date, a time or a count of steps: ``model-20240131.pth``. Of real hashes of eight digits 1 in 43 looks
-    like that, and such a file is then taken unchecked, as any other without a hash in its name. The last group of a
-    UUID is none either. torch.hub compares a hash only if it is asked to (``check_hash``); here a name that
-    has one is always held to it, because the older of PyTorch's formats has no checksum.
+    taken for a date, a time or a count of steps: ``model-20240131.pth``. One in 43 real hashes of eight digits looks
+    like that, too; such a file is not checked, like any other without a hash in its name. The last group of a UUID is
+    no hash either. torch.hub compares a hash only if it is asked to (``check_hash``). Here a hash in the name is always
+    compared, because the older of PyTorch's formats has no checksum.
     """
     name = re.split("[?#]", url_or_path)[0].rpartition("/")[2]
     if re.search(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\.", name):
@@ -116,7 +116,7 @@ def _sha256(file: BufferedIOBase) -> str:
 
 
 def _lock(file: BufferedRandom, path: Path, warn: Callable[[str], object] = warnings.warn) -> None:
-    """Two processes that append to one partial file would make a mixture of both."""
+    """Lock a partial file: two processes that append to it would make a mixture of both."""
     try:
         lock(file, warn)
         is_ours = os.path.samestat(os.fstat(file.fileno()), path.stat())  # or another process has renamed it
@@ -210,7 +210,7 @@ def _request(url: str, start: int) -> Request:
 
 
 def _http_status(code: int) -> str:
-    """Python's words for it: the server's may quote the URL, and with it a signature or a password."""
+    """Return the status in Python's words: the server's may quote the URL, with a signature or a password in it."""
     try:
         words = HTTPStatus(code).phrase
     except ValueError:
@@ -220,7 +220,7 @@ def _http_status(code: int) -> str:
 
 
 def _reason(error: BaseException | str) -> str:
-    """Our words or the system's: those of urllib may quote a URL, and the proxy's has a password, too."""
+    """Return the reason in our words or the system's: urllib may quote a URL, even a proxy's with its password."""
     if isinstance(error, RemoteDisconnected):
         return "closed without an answer"
     if isinstance(error, OSError):

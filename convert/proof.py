@@ -134,9 +134,9 @@ def widen_heads(
     """Give heads of few classes ``HEAD_CLASSES``, in the reference and in the port alike.
 
     The proof compares the largest error of PyTorch with the largest error of Flax. For a head of one class, each is the
-    largest of five numbers, and the quotient is a matter of luck. The classes that are added are copies of the head's
-    own in turn, in which each weight has its sign flipped or not, at random: their errors have the same spread, and the
-    largest of many hardly depends on luck. The head's own classes come first, unchanged.
+    largest of five numbers, and their quotient is a matter of luck; the largest of many numbers hardly is. So classes
+    are added: copies of the head's own, each weight with its sign flipped at random, whose errors have the same spread.
+    The head's own classes come first, unchanged.
 
     Args:
         state_dict: the reference's, checked.

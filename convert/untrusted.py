@@ -40,7 +40,7 @@ class Checkpoint:
     sha256: str
     """SHA-256 digest of the file, in hexadecimal digits."""
     notes: list[str]
-    """What the person should know of how the state dict was found, one line each."""
+    """What a person should know about how the state dict was found, one line each."""
 
 
 class Placeholder:

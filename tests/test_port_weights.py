@@ -156,6 +156,7 @@ def test_class_names_are_read_from_lines_or_a_json_list(content: str, names: lis
         (b'["daisy", 3]', 4, "names: class_names must be strings, and that of class 1 is 3"),
         (b'{"0": "daisy", "1": "rose"}', 4, "names: class_names must be a list of 2 strings, got a dict"),
         (b'["daisy", "rose"', 4, "names: Expecting ',' delimiter"),
+        (b"[" + b"9" * 5000 + b"]", 4, "names: Exceeds the limit (4300 digits)"),
         (b"caf\xe9\nrose\n", 4, "names is not UTF-8: save it as UTF-8"),
         (None, 3, "cannot read names: No such file or directory"),
     ],
