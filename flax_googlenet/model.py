@@ -15,6 +15,7 @@ import numpy as np
 from flax import linen as nn
 from flax.typing import Dtype, Initializer
 from jax import numpy as jnp
+from jax.sharding import AxisType
 from jaxtyping import Array, Float
 
 from flax_googlenet import winograd
@@ -212,7 +213,7 @@ class InceptionAux(nn.Module):
             x.shape[0], 128 * 4 * 4
         )  # channels first: fc1 reads them in PyTorch's order
         x = nn.relu(_dense(self, 1024, x.shape[-1], self.kernel_init, "fc1")(x))
-        x = nn.Dropout(self.dropout, name="dropout")(x, deterministic=not train)
+        x = _dropout(x, self.dropout, train)
         return _dense(self, self.num_classes, x.shape[-1], self.kernel_init, "fc2")(x)
 
 
@@ -333,7 +334,7 @@ class GoogLeNet(nn.Module):
         x = inception("inception5b", x)
         x = stage("avgpool", x.mean((1, 2), keepdims=True))
         x = x[:, 0, 0, :]
-        x = nn.Dropout(self.dropout, name="dropout")(x, deterministic=not train)
+        x = _dropout(x, self.dropout, train)
         logits = stage("fc", _dense(self, self.num_classes, x.shape[-1], kernel_init, "fc")(x))
 
         if not train:
@@ -412,6 +413,19 @@ def _dense(module: nn.Module, features: int, fan_in: int, kernel_init: Initializ
         dot_general=_blocked_dot,
         name=name,
     )
+
+
+def _dropout(x: jax.Array, rate: float, train: bool) -> jax.Array:
+    layer = nn.Dropout(rate, deterministic=not train, name="dropout")
+    if not is_explicit(x):
+        return layer(x)
+    # Its mask is not sharded, and must be as x is, before the two can be combined.
+    return x * jax.reshard(layer(jnp.ones(x.shape, x.dtype)), jax.typeof(x).sharding)
+
+
+def is_explicit(x: jax.Array) -> bool:
+    """Return whether ``x`` lies on a mesh with explicit axes, where JAX asks each operation how its result is split."""
+    return AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
 
 
 def _blocked_dot(

@@ -1,6 +1,8 @@
 """Folding and the predictor, against the model and against PyTorch."""
 
+import copy
 import json
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from jax import numpy as jnp
+from PIL import Image
 from torchvision.models import GoogLeNet as TorchGoogLeNet
 
 import flax_googlenet
@@ -125,6 +128,9 @@ def test_predictor_can_be_traced(variables64: dict[str, Any], random_images: Ima
 
     values, gradients = jax.jit(jax.vmap(jax.value_and_grad(logit)))(images)
     assert _relative_error(values, predict(images)[:, 7]) < 1e-13  # measured: 2.5e-15
+    teacher = predict(images).sum()  # concrete images are computed at once, in somebody's trace, too
+    assert jax.grad(lambda x: x * predict(images).sum())(2.0) == teacher
+    assert jax.jit(lambda x: x * predict(images).sum())(2.0) == 2 * teacher
     difference = predict(images + step)[:, 7] - predict(images - step)[:, 7]
     assert _relative_error((gradients * step).sum((1, 2, 3)), difference / 2) < 1e-7  # measured: 1.2e-9
 
@@ -154,6 +160,34 @@ def test_wrong_images_are_refused_as_by_the_model(predict: flax_googlenet.Predic
         predict(np.zeros((1, 3, 224, 224), np.float32))
 
 
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ("dog.jpg", r"got str: pass flax_googlenet.preprocess_batch\("),
+        (Path("dog.jpg"), r"got pathlib.PosixPath: pass flax_googlenet.preprocess_batch\("),
+        (Image.new("RGB", (5, 5)), r"got PIL.Image.Image: pass flax_googlenet.preprocess_batch\("),
+        ([np.zeros((15, 15, 3))], r"got list: pass flax_googlenet.preprocess_batch.*, or numpy.stack\(images\) if"),
+        (torch.zeros(1, 15, 15, 3), r"got torch.Tensor: pass numpy.asarray\(images\)"),
+        (np.zeros((1, 15, 15, 3), np.uint8), "normalise first, as flax_googlenet.preprocess_batch does"),
+    ],
+)
+def test_what_is_no_batch_of_images_is_refused_with_the_way_out(
+    images: Any, message: str, predict: flax_googlenet.Predictor
+) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        predict(images)
+
+
+def test_a_predictor_says_what_it_is_and_its_copies_give_the_same_bits(
+    predict: flax_googlenet.Predictor, random_images: Images
+) -> None:
+    images = random_images(1, 15, 15).astype(np.float32)
+    copied = copy.deepcopy(pickle.loads(pickle.dumps(predict)))
+    assert isinstance(copied, flax_googlenet.Predictor)
+    assert repr(copied) == repr(predict) == f"Predictor(GoogLeNet with 1000 classes in float32, on {jax.devices()[0]})"
+    np.testing.assert_array_equal(copied(images), predict(images))
+
+
 def test_concurrent_calls_never_mix_their_images(predict: flax_googlenet.Predictor, random_images: Images) -> None:
     images = random_images(64, 32, 32).astype(np.float32)
     batches = [images[i : i + n] for i in range(0, 50, 5) for n in (1, 4, 8)]
@@ -165,7 +199,7 @@ def test_concurrent_calls_never_mix_their_images(predict: flax_googlenet.Predict
 
 
 _ON_DEVICES = """
-import json, sys
+import json, pickle, sys
 from concurrent.futures import ThreadPoolExecutor
 import jax, numpy as np
 jax.config.update("jax_num_cpu_devices", 3)
@@ -184,17 +218,24 @@ for size, axis_type in ((3, jax.sharding.AxisType.Auto), (2, jax.sharding.AxisTy
     with jax.set_mesh(mesh):
         of_one, of_three = on_one(images[:3]), on_three(images[:3])
     errors += [float(abs(np.asarray(logits) - alone[2]).max()) for logits in (of_one, of_three)]
+    whole = images[: 2 * size]
+    split = jax.device_put(whole, jax.NamedSharding(mesh, jax.P("theirs")))
+    errors += [float(abs(np.asarray(f(split)) - np.asarray(f(whole))).max()) for f in (on_one, on_three)]
+pickled = pickle.loads(open(sys.argv[3], "rb").read())  # made where there is one device
+assert pickled.devices == tuple(jax.devices()) and pickle.loads(pickle.dumps(on_one)).devices == on_one.devices
+errors.append(float(abs(np.asarray(pickled(images[:3])) - alone[2]).max()))
 print(json.dumps([len(errors), *errors]))
 """
 
 
-def test_several_devices_give_the_logits_of_one(
-    variables: dict[str, Any], random_images: Images, tmp_path: Path
+def test_several_devices_give_the_logits_of_one_also_in_another_process(
+    variables: dict[str, Any], predict: flax_googlenet.Predictor, random_images: Images, tmp_path: Path
 ) -> None:
     flax_googlenet.save(tmp_path / "weights.safetensors", MODEL, variables)
     np.save(tmp_path / "images.npy", random_images(13, 32, 32).astype(np.float32))
-    arguments = [tmp_path / "weights.safetensors", tmp_path / "images.npy"]
+    (tmp_path / "predict.pickle").write_bytes(pickle.dumps(predict))
+    arguments = [tmp_path / "weights.safetensors", tmp_path / "images.npy", tmp_path / "predict.pickle"]
     done = subprocess.run([sys.executable, "-c", _ON_DEVICES, *arguments], capture_output=True, text=True, check=True)
     count, *errors = json.loads(done.stdout)
-    assert count == len(errors) == 107
+    assert count == len(errors) == 112
     assert max(errors) < 2e-5  # of logits up to 2: matrix products of other sizes round in another order

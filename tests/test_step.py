@@ -1,5 +1,8 @@
 """The training step against torch.optim.SGD on torchvision's model, and what it does that PyTorch has no word for."""
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -499,3 +502,50 @@ def test_evaluation_is_torchs_by_the_average_and_leaves_out_the_rows_that_fill_t
     assert int(metrics["count"]) == 6
     nothing = eval_step(state, {"image": images, "label": np.full_like(labels, -1)})
     assert {float(value) for value in nothing.values()} == {0.0}
+
+
+_ON_FOUR_DEVICES = """
+import json
+import jax, numpy as np, optax
+jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_enable_x64", True)
+from jax.sharding import AxisType
+from flax_googlenet import GoogLeNet, endpoints
+from flax_googlenet.model import BLOCKS, variable_shapes
+from flax_googlenet.training import create_train_state, eval_step, new_head, reestimate_batch_norm, train_step
+
+frozen = tuple(name for name in BLOCKS if name not in ("aux1", "fc"))  # the rest is traced alone
+model = GoogLeNet(num_classes=5, dtype=np.float64, param_dtype=np.float64, frozen=frozen)
+rng = np.random.default_rng(0)
+variables = jax.tree.map(lambda x: rng.uniform(0, 0.05, x.shape), variable_shapes(model))
+images, labels, key = rng.standard_normal((8, 32, 32, 3)), np.arange(8) % 5, jax.random.key(0)
+results = {}
+for name, axis_types in {"one": None, "explicit": (AxisType.Explicit,), "auto": (AxisType.Auto,)}.items():
+    state = create_train_state(model, variables, optax.sgd(0.1, momentum=0.9), class_weights=np.arange(1.0, 6))
+    batch = {"image": images, "label": labels}
+    if axis_types:
+        mesh = jax.make_mesh((4,), ("batch",), axis_types)
+        split, whole = jax.NamedSharding(mesh, jax.P("batch")), jax.NamedSharding(mesh, jax.P())
+        state, batch = jax.device_put((state, batch), (whole, split))
+    results[name] = [float(eval_step(state, batch)["loss"])]
+    for _ in range(3):
+        state, metrics = train_step(state, batch, key)
+        results[name].append(float(metrics["loss"]))
+    if name == "explicit":
+        soft = jax.device_put(np.eye(5)[labels], split)
+        on_one = create_train_state(model.clone(frozen=()), variables, optax.sgd(0.1))
+        jax.eval_shape(train_step, on_one, batch | {"label": soft}, key)
+        jax.eval_shape(lambda x: endpoints(model, variables, x), batch["image"])
+        jax.eval_shape(lambda x: reestimate_batch_norm(model, variables, [{"image": x}]), batch["image"])
+        jax.eval_shape(lambda v: new_head(model, v, 3, key)[1], jax.device_put(variables, whole))
+print(json.dumps(results))
+"""
+
+
+def test_batches_that_are_split_over_explicit_or_automatic_axes_have_the_losses_of_one_device() -> None:
+    done = subprocess.run([sys.executable, "-c", _ON_FOUR_DEVICES], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout)
+    assert np.std(results["one"]) > 1e-3  # they are not all the same
+    for name in ("explicit", "auto"):
+        np.testing.assert_allclose(results[name], results["one"], rtol=1e-11, err_msg=name)

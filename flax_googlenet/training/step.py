@@ -9,6 +9,7 @@ import numpy as np
 import optax
 from flax import struct
 from jax import numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from flax_googlenet.compiling import jit
@@ -21,6 +22,7 @@ from flax_googlenet.model import (
     at_least_float32,
     check_array,
     check_images,
+    is_explicit,
     plain_dicts,
 )
 from flax_googlenet.training.finetune import freeze
@@ -166,6 +168,8 @@ def train_step(state: TrainState, batch: Batch, dropout_key: jax.Array) -> tuple
 
 @functools.partial(jit, donate_argnums=0)
 def _train_step(state: TrainState, batch: Batch, dropout_key: jax.Array) -> tuple[TrainState, Metrics]:
+    state = _on_mesh_of(batch["image"], state)
+
     def objective(params: dict[str, Any]) -> tuple[jax.Array, tuple[jax.Array, dict[str, Any]]]:
         # Nothing is computed backwards into a frozen block, or below the lowest that is not.
         params = {k: jax.lax.stop_gradient(v) if k in state.model.frozen else v for k, v in params.items()}
@@ -218,6 +222,7 @@ def eval_step(state: TrainState, batch: Batch) -> Metrics:
 
 @jit
 def _eval_step(state: TrainState, batch: Batch) -> Metrics:
+    state = _on_mesh_of(batch["image"], state)
     output: Any = state.model.apply(state.eval_variables, batch["image"])
     logits = _float32(output.logits)
     labels = batch["label"]
@@ -297,6 +302,14 @@ def _hits(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
     _, likeliest = jax.lax.top_k(logits, min(k, logits.shape[-1]))
     labels = labels.argmax(-1) if _are_soft(labels) else labels
     return (likeliest == labels.astype(jnp.int32)[:, None]).any(-1)
+
+
+def _on_mesh_of(images: jax.Array, state: TrainState) -> TrainState:
+    """Return the state on all devices of the images' mesh, where its axes are explicit: JAX would not put it there."""
+    if not is_explicit(images):
+        return state
+    everywhere = NamedSharding(jax.typeof(images).sharding.mesh, PartitionSpec())
+    return jax.tree.map(lambda x: x if is_explicit(x) else jax.reshard(x, everywhere), state)
 
 
 def _average(state: TrainState, variables: dict[str, Any], step: jax.Array) -> dict[str, Any] | None:
