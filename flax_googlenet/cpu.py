@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from flax_googlenet import winograd
 from flax_googlenet.model import WIDTHS
-from flax_googlenet.ops import ceil_mode_padding, strided_slices
+from flax_googlenet.ops import ceil_mode_padding, per_channel, strided_slices
 
 Weights = Mapping[str, Any]
 """What ``prepare`` makes of the parameters: nested dicts of arrays."""
@@ -65,10 +65,10 @@ def front(weights: Weights, images: Float[Array, "n h w 3"]) -> dict[str, jax.Ar
     """
     stages = {}
     x = _stem(images, weights["conv1"]["kernel"])
-    x = stages["maxpool1"] = jax.nn.relu(_max_pool(x, 3, 2) + weights["conv1"]["bias"])
+    x = stages["maxpool1"] = _relu_after_bias(_max_pool(x, 3, 2), weights["conv1"]["bias"])
     x = stages["conv2"] = _dense_relu(x, weights["conv2"])
     x = winograd.conv3x3(x, weights["conv3"]["kernel"])
-    x = stages["maxpool2"] = jax.nn.relu(_max_pool(x, 3, 2) + weights["conv3"]["bias"])
+    x = stages["maxpool2"] = _relu_after_bias(_max_pool(x, 3, 2), weights["conv3"]["bias"])
     for name in ("inception3a", "inception3b"):
         x = stages[name] = _inception(x, weights[name], name)
     stages["maxpool3"] = _max_pool(x, 3, 2)
@@ -84,7 +84,7 @@ def back(weights: Weights, x: Float[Array, "n h w 480"]) -> dict[str, jax.Array]
     for name in ("inception5a", "inception5b"):
         x = stages[name] = _inception(x, weights[name], name)
     x = stages["avgpool"] = x.mean((1, 2), keepdims=True)
-    stages["fc"] = x[:, 0, 0, :] @ weights["fc"]["kernel"] + weights["fc"]["bias"]
+    stages["fc"] = x[:, 0, 0, :] @ weights["fc"]["kernel"] + weights["fc"]["bias"][None]
     return stages
 
 
@@ -97,8 +97,8 @@ def _inception(x: jax.Array, weights: Weights, name: str) -> jax.Array:
     return jnp.concatenate(
         [
             first[..., :width1],
-            jax.nn.relu(winograd.conv3x3(branch2, weights["branch2"]["kernel"]) + weights["branch2"]["bias"]),
-            jax.nn.relu(_convolution(branch3, weights["branch3"]["kernel"]) + weights["branch3"]["bias"]),
+            _relu_after_bias(winograd.conv3x3(branch2, weights["branch2"]["kernel"]), weights["branch2"]["bias"]),
+            _relu_after_bias(_convolution(branch3, weights["branch3"]["kernel"]), weights["branch3"]["bias"]),
             _dense_relu(_max_pool(x, 3, 1, padding=1), weights["branch4"]),
         ],
         axis=-1,
@@ -111,7 +111,11 @@ def _matrix(convolution: Mapping[str, Any]) -> dict[str, Any]:
 
 def _dense_relu(x: jax.Array, weights: Weights) -> jax.Array:
     # The barrier keeps slices and paddings that read the result from computing bias and ReLU each: 1.03x.
-    return lax.optimization_barrier(jax.nn.relu(x @ weights["kernel"] + weights["bias"]))
+    return lax.optimization_barrier(_relu_after_bias(x @ weights["kernel"], weights["bias"]))
+
+
+def _relu_after_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
+    return jax.nn.relu(x + per_channel(bias, x))
 
 
 def _convolution(

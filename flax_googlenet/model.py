@@ -19,7 +19,7 @@ from jax.sharding import AxisType
 from jaxtyping import Array, Float
 
 from flax_googlenet import winograd
-from flax_googlenet.ops import adaptive_avg_pool, max_pool
+from flax_googlenet.ops import adaptive_avg_pool, max_pool, per_channel
 
 Variables = Mapping[str, Any]
 """Nested dict ``{"params": ..., "batch_stats": ...}`` of arrays; ``batch_stats`` is absent without BatchNorm."""
@@ -117,7 +117,7 @@ class BatchNorm(nn.Module):
                     "use a larger batch or larger images"
                 )
             mean = x.mean(batch_axes)
-            var = jnp.square(x - mean).mean(batch_axes)
+            var = jnp.square(x - per_channel(mean, x)).mean(batch_axes)
             if not self.is_initializing():
                 running_mean.value = self._update(running_mean.value, mean)
                 running_var.value = self._update(running_var.value, var * (count / (count - 1)))
@@ -125,7 +125,8 @@ class BatchNorm(nn.Module):
             mean = running_mean.value.astype(compute_dtype)
             var = running_var.value.astype(compute_dtype)
         multiplier = jax.lax.rsqrt(var + self.epsilon) * scale.astype(compute_dtype)
-        return ((x - mean) * multiplier + bias.astype(compute_dtype)).astype(self.dtype)
+        mean, multiplier, bias = (per_channel(v, x) for v in (mean, multiplier, bias.astype(compute_dtype)))
+        return ((x - mean) * multiplier + bias).astype(self.dtype)
 
     def _update(self, running: jax.Array, batch: jax.Array) -> jax.Array:
         return self.momentum * running + (1 - self.momentum) * batch.astype(running.dtype)
@@ -447,9 +448,9 @@ def _blocked_dot(
 
 def transform_input(images: jax.Array) -> jax.Array:
     """From ImageNet's normalisation to the Inception one, pixels in [-1, 1], in which the checkpoint was trained."""
-    scale = [std / 0.5 for std in IMAGENET_STD]
-    shift = [(mean - 0.5) / 0.5 for mean in IMAGENET_MEAN]
-    return images * jnp.asarray(scale, images.dtype) + jnp.asarray(shift, images.dtype)
+    scale = jnp.asarray([std / 0.5 for std in IMAGENET_STD], images.dtype)
+    shift = jnp.asarray([(mean - 0.5) / 0.5 for mean in IMAGENET_MEAN], images.dtype)
+    return images * per_channel(scale, images) + per_channel(shift, images)
 
 
 def check_frozen(frozen: Sequence[str], blocks: Iterable[str]) -> tuple[str, ...]:

@@ -107,6 +107,11 @@ def _to_winners(
     return whole[:, top : top + size[0], left : left + size[1]]
 
 
+def per_channel(values: Float[Array, " c"], x: Float[Array, "*batch c"]) -> Float[Array, "*ones c"]:
+    """Return ``values`` with the rank of ``x``: broadcasting would add the axes, too, but some users forbid that."""
+    return lax.expand_dims(values, range(x.ndim - 1))
+
+
 def strided_slices(x: jax.Array, window: int, stride: int, axis: int) -> list[jax.Array]:
     """By place in the window: what all windows along ``axis`` have there."""
     last = (x.shape[axis] - window) // stride * stride

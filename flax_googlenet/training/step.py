@@ -294,7 +294,8 @@ def _probabilities(labels: jax.Array, logits: jax.Array) -> jax.Array:
     num_classes = logits.shape[-1]
     labels = labels.astype(jnp.int32)  # 8 bits would not hold the number of classes
     is_class = (labels >= 0) & (labels < num_classes)
-    return jnp.where(is_class[:, None], jax.nn.one_hot(labels, num_classes, dtype=logits.dtype), jnp.nan)
+    # Zero by zero where a label is no class: under jax_debug_nans, a constant NaN would end the sound ones, too.
+    return jax.nn.one_hot(labels, num_classes, dtype=logits.dtype) / is_class.astype(logits.dtype)[:, None]
 
 
 def _hits(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
