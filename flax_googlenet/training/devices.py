@@ -1,6 +1,7 @@
 """The devices of a run, on one host or many: their mesh, and how arrays lie on it."""
 
 import atexit
+import ctypes
 import os
 import re
 import signal
@@ -56,6 +57,20 @@ class Devices:
         )
 
 
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _on_abort(number: int) -> None:
+    """Give a status to the end that JAX puts to the processes whose coordinator has lost one of them, or is gone.
+
+    It aborts them in C++, in a thread of its own, where no handler of Python's runs; this one is the C library's.
+    """
+    os.write(
+        2,
+        b"error: JAX ended this process, most likely because another process of the run is gone (its own words are "
+        b"above): start all of them again, to go on from the last checkpoint\n",
+    )
+    os._exit(Status.GAVE_UP)
+
+
 @contextmanager
 def joined() -> Iterator[None]:
     """Makes this process one of several, as Slurm, Open MPI, Kubernetes, a TPU's host or JAX_* variables tell it.
@@ -89,6 +104,7 @@ def joined() -> Iterator[None]:
         raise _refused(str(errors[0]).splitlines()[0]) from errors[0]
     # JAX has just taken SIGTERM for itself, for a service that nobody here asks: the process would never end by it.
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+    ctypes.CDLL(None).signal(signal.SIGABRT, _on_abort)
     try:
         yield
     except BaseException as error:
