@@ -33,7 +33,7 @@ from flax_googlenet.checkpoint import load_whole, write_atomically
 from flax_googlenet.files import Weights
 from flax_googlenet.images import display_name
 from flax_googlenet.model import Variables
-from flax_googlenet.status import draws_progress, printable
+from flax_googlenet.status import draws_progress, listing, printable
 
 jax.config.update("jax_enable_x64", True)  # the proof is in float64
 
@@ -253,7 +253,7 @@ def what_a_state_dict_lacks(weights: Weights) -> dict[str, tuple[str, str]]:
     call = "an argument of the call above"
     lacking = {
         "class names": (
-            f"{len(names)}: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}" if names else "none",
+            f"{len(names)}: {listing(names, 4)}" if names else "none",
             "keep them as a list, in the order of the logits" if names else "",
         ),
         "image size": (f"{size}x{size}", "resize and crop images to it, and normalise them as ImageNet's"),
@@ -282,10 +282,7 @@ def _one_line(error: flax_googlenet.PortingError) -> str:
         advice = "; only the auxiliary heads are: --without-aux leaves them out"
     elif any(name.endswith(("_orig", "_mask")) for name in error.problems.get("unexpected", [])):
         advice = "; it was pruned: call torch.nn.utils.prune.remove(module, 'weight') for each module, and save again"
-    kinds = (
-        f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-        for kind, names in error.problems.items()
-    )
+    kinds = (f"{len(names)} {kind} ({listing(names, 3)})" for kind, names in error.problems.items())
     return f"not the weights of a GoogLeNet: {'; '.join(kinds)}{advice}"
 
 

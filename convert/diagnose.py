@@ -16,6 +16,7 @@ from torchvision.models import GoogLeNet as TorchGoogLeNet
 
 from flax_googlenet import GoogLeNet, endpoints, from_torchvision
 from flax_googlenet.model import Variables
+from flax_googlenet.status import listing
 
 ROUNDED = 1e-2  # what remains below it could be bfloat16, whose 8 bits round at 4e-3
 
@@ -117,7 +118,7 @@ def _different_leaves(
 
 
 def _explain_leaves(different: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> tuple[str, str]:
-    names = ", ".join(list(different)[:4]) + (", ..." if len(different) > 4 else "")
+    names = listing(different, 4)
     if any(
         all(np.array_equal(ours, theirs.astype(dtype).astype(np.float64)) for ours, theirs in different.values())
         for dtype in (ml_dtypes.bfloat16, np.float16, np.float32)

@@ -12,6 +12,7 @@ from typing import TypeVar
 import numpy as np
 
 from flax_googlenet.preprocessing import INSTALL_HEIF, ImageError, reads_heif
+from flax_googlenet.status import listing
 
 _IMAGE_NAME = re.compile(
     r"\.(apng|avif|bmp|gif|j2k|jfif|jp2|jpe|jpeg|jpg|pbm|pgm|png|pnm|ppm|tga|tif|tiff|webp)\Z", re.IGNORECASE
@@ -28,7 +29,6 @@ _SYSTEM_FOLDERS = {
     *("__macosx", "@eadir", "#recycle", "#snapshot", "@__thumb", "@recycle", "@recently-snapshot"),
     *("$recycle.bin", "system volume information", "lost+found", "__pycache__"),
 }
-_LISTED = 5  # groups of files that a message lists
 
 Source = TypeVar("Source")
 Fail = Callable[[str], None]
@@ -39,8 +39,8 @@ def find_images(arguments: Sequence[str], fail: Fail, unreadable: Counter[str]) 
     """Yields the images that the arguments name, one by one: no list of all of them is made.
 
     Args:
-        arguments: files; folders, all of whose images count, sorted, those in folders below them included, but not
-            those that ``is_hidden``, nor folders behind links; globs, ``**`` included, which stand for files.
+        arguments: files, folders, and globs of files, ``**`` included. A folder stands for all images in it and in the
+            folders below it, sorted, without what ``is_hidden`` and without folders behind links.
         fail: takes the message about an argument without any image.
         unreadable: counts the pictures of other formats that the folders have beside their images, for
             ``describe_unreadable``.
@@ -66,17 +66,17 @@ def find_images(arguments: Sequence[str], fail: Fail, unreadable: Counter[str]) 
 
 
 def is_image(name: str) -> bool:
-    """Whether a file of this name counts as an image in a folder."""
+    """Returns whether a file of this name counts as an image in a folder."""
     return bool(_IMAGE_NAME.search(name)) or (bool(_HEIF_NAME.search(name)) and reads_heif())
 
 
 def is_picture(name: str) -> bool:
-    """Whether a file of this name shows something, be it in a format that can be read or not."""
+    """Returns whether a file of this name is a picture, in a format that can be read or not."""
     return any(pattern.search(name) for pattern in (_IMAGE_NAME, _HEIF_NAME, _OTHER_NAME))
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder of this name is not a person's own: it begins with a dot, or a system has made it."""
+    """Returns whether a file or folder of this name is left out: it begins with a dot, or a system has made it."""
     return name.startswith(".") or name.lower() in _SYSTEM_FOLDERS
 
 
@@ -87,12 +87,11 @@ def describe_unreadable(pictures: Counter[str]) -> str:
         pictures: how many there are, by glob: ``{"photos/*.HEIC": 20}``.
     """
     counted = f"{pictures.total()} pictures are in formats" if pictures.total() > 1 else "1 picture is in a format"
-    listing = ", ".join(pictures) if len(pictures) <= _LISTED else f"{', '.join(list(pictures)[:_LISTED])}, ..."
     in_heif = [bool(_HEIF_NAME.search(name)) for name in pictures]
     way_out = "convert to JPEG or PNG first"
     if any(in_heif):
         way_out = INSTALL_HEIF if all(in_heif) else f"{INSTALL_HEIF} for HEIC, and convert the others to JPEG or PNG"
-    return f"{counted} that cannot be read here ({listing}): {way_out}"
+    return f"{counted} that cannot be read here ({listing(pictures)}): {way_out}"
 
 
 def _walk(folder: str, fail: Fail, unreadable: Counter[str]) -> Iterator[str]:

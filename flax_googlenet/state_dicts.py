@@ -13,6 +13,7 @@ from flax.traverse_util import flatten_dict
 
 from flax_googlenet.model import GoogLeNet, variable_shapes
 from flax_googlenet.porting import PortingError, torch_key
+from flax_googlenet.status import listing
 
 _ENOUGH = 100  # names of the 287 that a network has without its counters and auxiliary heads; ResNets share fc's two
 _MAX_DEPTH = 4
@@ -81,8 +82,7 @@ def find_state_dict(content: Any, key: str | None = None) -> FoundStateDict:
     arrays = {str(name): value for name, value in fullest.items() if _is_array(value)}
     if not arrays:
         missing = "no state dict found" if key is None else f"there is no state dict under --key {key}"
-        found = ", ".join(str(name) for name in list(content)[:12]) + (", ..." if len(content) > 12 else "")
-        raise PortingError(f"{missing}; the keys found: {found or 'none'}")
+        raise PortingError(f"{missing}; the keys found: {listing(map(str, content), 12) or 'none'}")
     return FoundStateDict(arrays, [])
 
 
@@ -102,8 +102,7 @@ def _choose(wanted: list[_Candidate], candidates: list[_Candidate]) -> FoundStat
         taken = repr(_label(chosen, candidates) or "the outermost weights")
         notes.append(f"took {taken}; --key {' or '.join(filter(None, others))} takes the other weights in it")
     if left_out:
-        listed = ", ".join(left_out[:3]) + (", ..." if len(left_out) > 3 else "")
-        notes.append(f"left out what stands beside the network: {listed}")
+        notes.append(f"left out what stands beside the network: {listing(left_out, 3)}")
     return FoundStateDict(state_dict, notes)
 
 

@@ -4,6 +4,7 @@ import io
 import os
 import re
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
 from enum import IntEnum
 from typing import TYPE_CHECKING
@@ -51,6 +52,12 @@ def printable(text: str) -> str:
     Such characters are written as ``\x1b`` or ``\u202e``, and a byte of a file name that is not UTF-8 as ``\xe9``.
     """
     return re.sub(f"[{_STEERING}]", _escape, text)
+
+
+def listing(names: Iterable[str], most: int = 5) -> str:
+    """Return the first few names for a message, with dots if there are more."""
+    names = list(names)
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
 def url_without_secrets(url: str) -> str:

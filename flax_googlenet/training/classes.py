@@ -10,13 +10,13 @@ import numpy as np
 from jaxtyping import Int
 
 from flax_googlenet.files import Weights
+from flax_googlenet.status import listing
 from flax_googlenet.training.datasets import DataError
 
 _WORDNET_ID = re.compile(r"n\d{8}")
 # Lists of ImageNet's class names differ ("tench", "tench, Tinca tinca", "n01440764 tench"), but all have these words at
 # these places. The alphabetical order of class folders has other words there.
 _IMAGENET_WORDS = {0: "tench", 1: "goldfish", 6: "stingray", 999: "toilet"}
-_LISTED = 5  # classes that an error lists
 
 
 class ClassMatch(NamedTuple):
@@ -69,11 +69,11 @@ def find_classes(wanted: Sequence[str], data: str, weights: Weights, path: str) 
                 return ClassMatch(by_id if ids is wanted else np.argsort(by_id), (note,))
         raise DataError(
             f"{len(missing)} of the {len(wanted)} classes of {data} are not among the {count} of {path}: "
-            f"{listing(missing)}; use the names in {path}: {listing(names)}"
+            f"{listing(map(repr, missing))}; use the names in {path}: {listing(map(repr, names))}"
         )
     if len(set(wanted)) < len(wanted):
         twice = sorted({name for name in wanted if wanted.count(name) > 1})
-        shared = f"{data} has several classes with the same name: {listing(twice)}"
+        shared = f"{data} has several classes with the same name: {listing(map(repr, twice))}"
         raise DataError(f"{shared}; {path} cannot tell them apart")
     found, notes = np.full(count, -1), []
     for label, name in enumerate(wanted):
@@ -89,8 +89,3 @@ def _is_wordnet(names: Sequence[str]) -> bool:
 
 def _is_imagenet(names: Sequence[str]) -> bool:
     return len(names) == 1000 and all(word in names[i].casefold() for i, word in _IMAGENET_WORDS.items())
-
-
-def listing(names: Sequence[str]) -> str:
-    """List the first few class names, for a message."""
-    return ", ".join(map(repr, names[:_LISTED])) + (", ..." if len(names) > _LISTED else "")

@@ -22,6 +22,7 @@ from PIL import Image
 
 from flax_googlenet.images import describe_unreadable, display_name, find_images, is_hidden, is_picture
 from flax_googlenet.preprocessing import rgb
+from flax_googlenet.status import listing
 
 EXPECTED = (
     "expected a folder of train/ and val/, each of them a folder of class folders; or one of class folders, at least "
@@ -35,7 +36,6 @@ _PART = re.compile(
     r"|(?P<test>test|testing|testset))(?![^\W_])",
     re.IGNORECASE,
 )
-_LISTED = 5  # names that a message lists
 
 _IDX_NAMES = ("{}-images-idx3-ubyte.gz", "{}-labels-idx1-ubyte.gz")
 
@@ -278,8 +278,10 @@ def _find_parts(data: str) -> Parts | Literal["idx", "classes"]:
         return "classes"
     candidates = [names for parts in sets.values() for names in parts.values()]
     if len(sets) > 1 or any(len(names) > 1 for names in candidates):
-        listing = ", ".join(f"{name}/" for names in candidates for name in names)
-        raise DataError(f"{data} has several folders that may be the same part: {listing}; keep one for each part")
+        ambiguous = [f"{name}/" for names in candidates for name in names]
+        raise DataError(
+            f"{data} has several folders that may be the same part: {', '.join(ambiguous)}; keep one for each part"
+        )
     (parts,) = sets.values()
     train, val, test = (parts.get(part, [None])[0] for part in ("train", "val", "test"))
     others = [f"{name}/" for name in folders if name not in (train, val or test)]
@@ -299,18 +301,18 @@ def _different_classes(train_name: str, train: Dataset, held_name: str, held: Da
     """Say which classes the parts do not share, and which of them differ only in case."""
     only_train = sorted(set(train.class_names) - set(held.class_names))
     only_held = sorted(set(held.class_names) - set(train.class_names))
-    listing = [
+    differences = [
         f"only in {part}/: {', '.join(names)}"
         for part, names in ((train_name, only_train), (held_name, only_held))
         if names
     ]
-    listing += [
+    differences += [
         f"{first} and {second} differ only in case: rename one of them"
         for first in only_train
         for second in only_held
         if first.casefold() == second.casefold()
     ]
-    return f"{train_name}/ and {held_name}/ must have the same classes; {'; '.join(listing)}"
+    return f"{train_name}/ and {held_name}/ must have the same classes; {'; '.join(differences)}"
 
 
 def _hold_out(dataset: Dataset, data: str, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
@@ -385,7 +387,7 @@ def _did_you_mean(folder: str) -> str:
             names = _subfolders(inner)
     if len(names) < 2:
         return ""
-    return f": did you mean {inner}, which has {', '.join(names[:_LISTED])}{', ...' * (len(names) > _LISTED)}?"
+    return f": did you mean {inner}, which has {listing(names)}?"
 
 
 def _digits() -> Dataset:

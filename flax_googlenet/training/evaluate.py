@@ -14,8 +14,15 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from flax_googlenet.files import load_weights, require_folder_of
 from flax_googlenet.images import display_name
-from flax_googlenet.status import CommandError, Status, draws_progress, message_console, printable, write_output
-from flax_googlenet.training.classes import listing
+from flax_googlenet.status import (
+    CommandError,
+    Status,
+    draws_progress,
+    listing,
+    message_console,
+    printable,
+    write_output,
+)
 from flax_googlenet.training.confusion import Score, draw_confusion
 from flax_googlenet.training.datasets import DataError, Dataset, Training, find_data
 from flax_googlenet.training.ensemble import answers, image_size, make_networks, recipe_of
@@ -90,7 +97,8 @@ def evaluate(
             del printed["top-5"]  # it is always right
         write_output("".join(f"{name:17} {value:7.2%}\n" for name, value in printed.items()))
     if empty := [name for name, count in zip(dataset.class_names, tally.matrix.sum(1), strict=True) if not count]:
-        notes.print(escape(printable(f"no image is evaluated of the class{'es' * (len(empty) > 1)} {listing(empty)}")))
+        classes = f"class{'es' * (len(empty) > 1)} {listing(map(repr, empty))}"
+        notes.print(escape(printable(f"no image is evaluated of the {classes}")))
     if confusion:
         try:
             numbered = draw_confusion(confusion, tally.matrix, dataset.class_names)
@@ -98,7 +106,7 @@ def evaluate(
             raise CommandError(Status.NOT_DONE, f"cannot write {confusion}: {error.strerror}") from error
         if numbered:
             warning = f"warning: {confusion} shows numbers for {len(numbered)} class names, which no installed font can"
-            warning += f" draw ({listing(numbered)}): install a font that can, such as Noto Sans CJK"
+            warning += f" draw ({listing(map(repr, numbered))}): install a font that can, such as Noto Sans CJK"
             notes.print(escape(printable(warning)))
     summary = f"{tally.count} image{'' if tally.count == 1 else 's'} in {seconds:.1f} s, "
     summary += f"{tally.count / seconds:.1f} images/s"

@@ -101,7 +101,10 @@ def _begin(
     if not total:
         reason = f"{len(train_data)} images are less than a batch of {recipe.batch_size}"
         largest = len(train_data) // jax.device_count() * jax.device_count()
-        raise CommandError(Status.NOT_DONE, f"{reason}: choose --recipe.batch-size {largest} or less")
+        way_out = (
+            f"choose --recipe.batch-size {largest} or less" if largest else f"a batch needs one for each of {devices}"
+        )
+        raise CommandError(Status.NOT_DONE, f"{reason}: {way_out}")
     if total < recipe.accumulate:
         reason = f"{len(train_data)} images make {total} steps, and a change of the weights takes {recipe.accumulate}"
         raise CommandError(Status.NOT_DONE, f"{reason}: choose --recipe.accumulate {total} or less, or more epochs")

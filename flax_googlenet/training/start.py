@@ -30,16 +30,11 @@ CHECKPOINTS, RECIPE = "checkpoints", "recipe.json"  # in the folder of the run
 _MAX_RECIPE_BYTES = 2**20
 
 UNEQUAL = 10
-"""How many times the images of the smallest class the largest one has where a run warns."""
-_LISTED = 10  # class names that the first lines of a run have
+"""A run warns if its largest class has at least so many times the images of its smallest one."""
+_LISTED = 10  # class names in the first lines of a run
 
-_CHANGE_NO_BIT = {
-    "workers",
-    "checkpoint_every",
-    "keep",
-    "max_corrupt",
-    "patience",
-}  # fields that need not be as they were
+# The fields of a recipe that may differ when a run is resumed: they change no bit of it.
+_CHANGE_NO_BIT = {"workers", "checkpoint_every", "keep", "max_corrupt", "patience"}
 
 
 class Head(NamedTuple):
@@ -52,7 +47,7 @@ class Head(NamedTuple):
 
 
 def find_head(class_names: tuple[str, ...], data: str, weights: Weights, path: str) -> Head:
-    """Find out whether the weights have exactly the classes of the data, as ``find_classes`` does; any order will do.
+    """Find out whether the weights have exactly the classes of the data, in any order, as ``find_classes`` does.
 
     Args:
         class_names: the class names of the data.
@@ -73,7 +68,7 @@ def find_head(class_names: tuple[str, ...], data: str, weights: Weights, path: s
 
 
 def describe_classes(dataset: Dataset, *, balanced: bool) -> list[str]:
-    """Say which classes there are, of how many images, and warn where these are very unequal and not balanced."""
+    """Return lines that name the classes and count their images, with a warning if these are very unequal."""
     counts, names = np.bincount(dataset.labels, minlength=len(dataset.class_names)), dataset.class_names
     fewest, most = int(counts.argmin()), int(counts.argmax())
     images = f"{counts[fewest]} ({names[fewest]}) to {counts[most]} ({names[most]}) images each"
