@@ -12,7 +12,6 @@ import contextlib
 import random
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,12 +21,14 @@ import numpy as np
 from side_by_side import (
     THREADS,
     Worker,
+    is_quick,
     machine,
     parse_arguments,
     peak_memory,
     print_header,
     print_row,
     progress,
+    scratch,
     serve,
     write_weights,
 )
@@ -51,7 +52,11 @@ def pytorch(folder: Path, channels_last: bool = False, compiled: bool = False) -
         import torch._inductor.config
 
         torch._inductor.config.freezing = True
-        model = torch.compile(model, dynamic=False)  # or the second batch size would get a slower graph
+        # dynamic=False, or the second batch size would get a slower graph
+        if is_quick():
+            model.conv1 = torch.compile(model.conv1, dynamic=False)
+        else:
+            model = torch.compile(model, dynamic=False)
     mode = torch.no_grad if compiled else torch.inference_mode  # freezing does not take inference tensors
 
     def run(images: "torch.Tensor") -> np.ndarray:
@@ -101,49 +106,53 @@ ENGINES: dict[str, Callable[[Path], Engine]] = {
     "make_predictor": lambda folder: flax(folder, fast=True),
 }
 BASELINE = "ONNX Runtime"
+READ_ONNX = {"ONNX Runtime", "OpenVINO"}
 
 
 def main() -> None:
     """Runs the benchmark and prints its tables in Markdown."""
     arguments = parse_arguments(__doc__, ENGINES, batches=[1, 8, 32], rounds=15)
     if arguments.work:
-        serve(lambda: load(arguments.engines[0], arguments.work))
+        serve(lambda: load(arguments.engines[0], arguments.work, arguments.size))
         return
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as processes:
-        make_inputs(Path(folder))
-        starts = {}
+    with scratch() as folder, contextlib.ExitStack() as processes:
+        make_inputs(folder, arguments.engines, arguments.size)
+        starts, workers = {}, {}
         for name in arguments.engines:
-            starts[name] = [_start(name, Path(folder)) for _ in range(2)]
+            with contextlib.ExitStack() as process:
+                first, _ = start(name, folder, process)
+            second, workers[name] = start(name, folder, processes)
+            starts[name] = (first, second)
             progress(f"{name}: started twice")
-        workers = {name: processes.enter_context(Worker(name, Path(folder))) for name in arguments.engines}
         times = measure(workers, sorted(arguments.batches), arguments.rounds)
-        errors = {name: error(worker, Path(folder)) for name, worker in workers.items()}
+        errors = {name: error(worker, folder) for name, worker in workers.items()}
         report(arguments.batches, starts, times, errors)
 
 
-def make_inputs(folder: Path) -> None:
+def make_inputs(folder: Path, engines: list[str], size: int) -> None:
     """Writes the weights in each engine's format, and the logits in float64."""
     import reference
     import torch
 
     state_dict = write_weights(folder)
     model = reference.build(state_dict, transform_input=False, dtype=torch.float32)
-    example = (torch.zeros(2, 3, 224, 224),)
-    shapes = {"x": {0: torch.export.Dim("n", min=1, max=4096)}}
-    with contextlib.redirect_stdout(sys.stderr):
-        torch.onnx.export(model, example, folder / "model.onnx", input_names=["images"], dynamic_shapes=shapes)
+    if READ_ONNX & set(engines):
+        example = (torch.zeros(2, 3, size, size),)
+        shapes = {"x": {0: torch.export.Dim("n", min=1, max=4096)}}
+        with contextlib.redirect_stdout(sys.stderr):
+            torch.onnx.export(model, example, folder / "model.onnx", input_names=["images"], dynamic_shapes=shapes)
     exact = reference.build(state_dict, transform_input=False, dtype=torch.float64)
     with torch.inference_mode():
-        images = torch.from_numpy(_images(ERROR_BATCH).astype(np.float64)).permute(0, 3, 1, 2)
+        images = torch.from_numpy(_images(ERROR_BATCH, size).astype(np.float64)).permute(0, 3, 1, 2)
         np.save(folder / "truth.npy", exact(images).numpy())
 
 
-def load(name: str, folder: Path) -> Callable[..., dict[str, Any]]:
+def load(name: str, folder: Path, size: int) -> Callable[..., dict[str, Any]]:
     """The engine as a function that answers: what ``calls`` calls on ``batch`` images took, after one uncounted."""
     to_input, run = ENGINES[name](folder)
 
     def answer(batch: int, calls: int) -> dict[str, Any]:
-        images = to_input(_images(batch))
+        images = to_input(_images(batch, size))
         logits, seconds = run(images), []
         for _ in range(calls):
             start = time.perf_counter()
@@ -179,7 +188,7 @@ def measure(
 
 def report(
     batches: list[int],
-    starts: dict[str, list[tuple[float, float]]],
+    starts: dict[str, tuple[tuple[float, float], tuple[float, float]]],
     results: dict[tuple[str, int], tuple[list[float], float]],
     errors: dict[str, float],
 ) -> None:
@@ -203,17 +212,17 @@ def report(
         print_row(name, f"{first[0]:.1f}", f"{first[1]:.1f}", f"{second[1]:.1f}", *memory, f"{errors[name]:.1e}")
 
 
-def _start(name: str, folder: Path) -> tuple[float, float]:
-    """Seconds from the start of a process until the engine is loaded, and from there to the logits of one image."""
-    start = time.perf_counter()
-    with Worker(name, folder) as worker:
-        loaded = time.perf_counter()
-        worker.ask(batch=1, calls=0)
-        return loaded - start, time.perf_counter() - loaded
+def start(name: str, folder: Path, processes: contextlib.ExitStack) -> tuple[tuple[float, float], Worker]:
+    """Starts a process; seconds until the engine is loaded, and from there to the logits of one image."""
+    begin = time.perf_counter()
+    worker = processes.enter_context(Worker(name, folder))
+    loaded = time.perf_counter()
+    worker.ask(batch=1, calls=0)
+    return (loaded - begin, time.perf_counter() - loaded), worker
 
 
-def _images(batch: int) -> np.ndarray:
-    return np.random.default_rng(batch).standard_normal((batch, 224, 224, 3)).astype(np.float32)
+def _images(batch: int, size: int) -> np.ndarray:
+    return np.random.default_rng(batch).standard_normal((batch, size, size, 3)).astype(np.float32)
 
 
 def _channels_first(images: np.ndarray) -> np.ndarray:

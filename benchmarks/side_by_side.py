@@ -5,10 +5,11 @@ import contextlib
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,30 @@ sys.path.insert(0, str(ROOT / "convert"))
 THREADS = len(os.sched_getaffinity(0))
 
 
+QUICK_SIZE = 64
+"""Height and width of the images of --quick, in pixels."""
+
+
+def is_quick() -> bool:
+    """Return whether the benchmark was started with --quick, in a worker, too."""
+    return "--quick" in sys.argv
+
+
+@contextlib.contextmanager
+def scratch() -> Iterator[Path]:
+    """A temporary folder whose path has no blank: torch.compile calls g++ with paths in it, unquoted."""
+    place = tempfile.gettempdir()
+    with tempfile.TemporaryDirectory(dir="/tmp" if re.search(r"\s", place) else place) as folder:
+        yield Path(folder)
+
+
+def folders(name: str, folder: Path) -> dict[str, str]:
+    """The environment variables that give an engine folders of its own, for what it compiles and for its scratch."""
+    own = folder / "engines" / re.sub(r"\W+", "-", name)  # no blank and no comma, as in "torch.compile, frozen"
+    places = {"JAX_COMPILATION_CACHE_DIR": "jax", "TORCHINDUCTOR_CACHE_DIR": "inductor", "TMPDIR": "tmp"}
+    return {variable: str(own / place) for variable, place in places.items()}
+
+
 class Worker:
     """A process that is one engine; a context that ends it.
 
@@ -31,13 +56,11 @@ class Worker:
 
     def __init__(self, name: str, folder: Path) -> None:
         self.name = name
-        caches = folder / "caches" / name
-        environment = os.environ | {
-            "JAX_COMPILATION_CACHE_DIR": str(caches / "jax"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
-        }
+        own = folders(name, folder)
+        Path(own["TMPDIR"]).mkdir(parents=True, exist_ok=True)
+        environment = os.environ | own | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         command = [sys.executable, sys.argv[0], "--engines", name, "--work", str(folder)]
+        command += ["--quick"] if is_quick() else []
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115  # closed with the process
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self.log, text=True, env=environment)
@@ -68,14 +91,26 @@ class Worker:
 def parse_arguments(
     description: str | None, engines: Mapping[str, Any], batches: list[int], rounds: int
 ) -> argparse.Namespace:
-    """The options of a benchmark, with its defaults; ``work`` is None but in a worker."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The options of a benchmark, with its defaults, and ``size``, the images'; ``work`` is None but in a worker."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     sizes = " ".join(map(str, batches))
     parser.add_argument("--batches", type=int, nargs="+", default=batches, help=f"images at once ({sizes})")
     parser.add_argument("--rounds", type=int, default=rounds, help=f"turns of each engine at each batch ({rounds})")
     parser.add_argument("--engines", nargs="+", choices=engines, default=list(engines), help="default: all of them")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help=f"only try whether everything runs, on two images of {QUICK_SIZE}x{QUICK_SIZE} and with less of the "
+        "network compiled; the times mean nothing",
+    )
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)  # the folder of a process that is one engine
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.batches, arguments.rounds = [2], 1
+    arguments.size = QUICK_SIZE if arguments.quick else 224
+    return arguments
 
 
 def write_weights(folder: Path) -> dict[str, np.ndarray]:

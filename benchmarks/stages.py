@@ -13,24 +13,34 @@ engine that is.
 import contextlib
 import functools
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from side_by_side import THREADS, Worker, machine, parse_arguments, print_header, print_row, progress, serve
+from side_by_side import (
+    THREADS,
+    Worker,
+    is_quick,
+    machine,
+    parse_arguments,
+    print_header,
+    print_row,
+    progress,
+    scratch,
+    serve,
+)
 
 from flax_googlenet.memory import keep_memory, tune_malloc  # imports no JAX
 
-SIZE = 224
+QUICK_STAGES = ("conv1", "maxpool1", "inception5b", "aux1")
+"""The stages of --quick: one of each kind."""
 
 Compute = Callable[[], None]
 """Computes one stage, forwards and backwards."""
 
 
-def input_shapes(batch: int) -> dict[str, list[int]]:
+def input_shapes(batch: int, size: int) -> dict[str, list[int]]:
     """The shape of each stage's input, NHWC, in the order of computation and the auxiliary heads last."""
     import jax
     import reference
@@ -44,11 +54,15 @@ def input_shapes(batch: int) -> dict[str, list[int]]:
         order.extend(stages)  # jax.eval_shape sorts them
         return stages
 
-    images = jax.ShapeDtypeStruct((batch, SIZE, SIZE, 3), np.float32)
+    images = jax.ShapeDtypeStruct((batch, size, size, 3), np.float32)
     shapes = jax.eval_shape(outputs, variable_shapes(model), images) | {"images": images}
     body = order[: order.index("avgpool")]
     before = dict(zip(body, ["images", *body], strict=False)) | reference.AUX_INPUTS
-    return {name: list(shapes[previous].shape) for name, previous in before.items()}
+    return {
+        name: list(shapes[previous].shape)
+        for name, previous in before.items()
+        if not is_quick() or name in QUICK_STAGES
+    }
 
 
 def pytorch(name: str, features: np.ndarray) -> Compute:
@@ -131,7 +145,7 @@ def main() -> None:
         return
     print(machine("jax", "jaxlib", "flax", "torch", "torchvision") + "\n")
     for batch in arguments.batches:
-        measure(arguments.engines, batch, arguments.rounds)
+        measure(arguments.engines, batch, arguments.rounds, arguments.size)
 
 
 def load(name: str) -> Callable[..., dict[str, Any]]:
@@ -154,13 +168,13 @@ def load(name: str) -> Callable[..., dict[str, Any]]:
     return answer
 
 
-def measure(engines: list[str], batch: int, rounds: int) -> None:
+def measure(engines: list[str], batch: int, rounds: int, size: int) -> None:
     """Prints the table of one number of images."""
     print_header(f"milliseconds at batch {batch}", *engines)
     totals = dict.fromkeys(engines, 0.0)
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as processes:
-        workers = {name: processes.enter_context(Worker(name, Path(folder))) for name in engines}
-        for stage, shape in input_shapes(batch).items():
+    with scratch() as folder, contextlib.ExitStack() as processes:
+        workers = {name: processes.enter_context(Worker(name, folder)) for name in engines}
+        for stage, shape in input_shapes(batch, size).items():
             progress(f"batch {batch}: {stage}")
             times: dict[str, list[float]] = {name: [] for name in engines}
             for _ in range(rounds):
