@@ -225,6 +225,16 @@ def test_a_first_loss_of_70_leaves_the_others_room(tmp_path: Path) -> None:
     assert np.ptp(rows) > 0.3 * len(picture)
 
 
+def test_losses_over_many_decades_have_labels(tmp_path: Path) -> None:
+    with RunLog(tmp_path, 2) as log:
+        log.train(1, {"loss": 1.0, "accuracy": 0.5})
+        log.evaluated(2, {"loss": 1e9, "accuracy": 0.5})
+    dark = np.asarray(Image.open(draw_curves(tmp_path)).convert("L")) < 100
+    axis = np.flatnonzero(dark.mean(0) > 0.5)[0]  # the first column that is a line
+    rows = dark[:, 40 : axis - 12].any(1).astype(np.int8)  # right of the word "loss", left of the ticks
+    assert (np.diff(rows) == 1).sum() >= 4
+
+
 def test_curves_of_a_run_without_evaluations_or_finite_losses_are_drawn_too(tmp_path: Path) -> None:
     with RunLog(tmp_path, 2) as log:
         log.train(1, {"loss": float("nan"), "accuracy": 0.5})

@@ -175,7 +175,9 @@ def draw_curves(workdir: Path, best: tuple[int, str] | None = None) -> Path:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_yscale("log")  # a first loss of 70 would flatten what follows
-    figure.axes[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = figure.axes[0].get_ylim()
+    # Labels at 2 and 5 help on a short axis. On one of many decades, LogLocator would draw no label at all with them.
+    figure.axes[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1e3 * low else (1,)))
     figure.axes[0].yaxis.set_major_formatter("{x:g}")
     figure.axes[0].yaxis.set_minor_formatter(NullFormatter())
     figure.axes[1].set_ylim(-0.01, 1.01)  # lines at 0 and at 100 % are seen in full width
