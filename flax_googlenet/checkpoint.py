@@ -211,7 +211,7 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
 
 
 def require_replaceable(path: Path) -> None:
-    """Raises a FileExistsError if there is anything but a regular file, which ``write_atomically`` must not replace."""
+    """Raises a FileExistsError if a device, pipe or folder is there, which ``write_atomically`` must not replace."""
     if path.exists() and not path.is_file():
         raise FileExistsError(errno.EEXIST, "it is there already and not a regular file", str(path))
 
@@ -246,7 +246,7 @@ def _remove_leftovers(target: Path) -> None:
 
 
 def _say_nothing(message: str) -> None:
-    """For locks that are a precaution: the work goes on as well on a file system without them."""
+    """Drops the warning about a file system without locks, where a lock is only a precaution."""
 
 
 def replace_synced(source: Path, target: Path) -> None:
@@ -270,7 +270,7 @@ def _config(model: GoogLeNet) -> dict[str, Any]:
 
 
 def _model(config: dict[str, Any]) -> GoogLeNet:
-    """The network of a stored configuration, in which a field that a later version added has its default.
+    """Returns the network of a stored configuration. A field that an earlier version did not store gets its default.
 
     Raises:
         ValueError: if a field has a value of the wrong kind.
@@ -297,7 +297,7 @@ def _float_dtype(dtype: Dtype) -> Dtype:
 
 
 def _plain(value: Any) -> Any:
-    """The value in lists, dicts and Python's own numbers, with None for what JSON has no number for."""
+    """Returns the value in lists, dicts and Python's own numbers, and None for NaN and infinities, which JSON lacks."""
     if isinstance(value, np.ndarray | np.generic | jax.Array):
         value = np.asarray(value).tolist()
     if isinstance(value, Mapping):

@@ -105,9 +105,8 @@ class Predictor:
     def __call__(self, images: Float[ArrayLike, "n h w 3"]) -> Float[Array, "n num_classes"]:
         """Compute the logits, on the first of the devices.
 
-        Under ``jax.jit``, ``jax.vmap`` and ``jax.grad`` images that these trace become part of the trace: the same
-        graph, made for the platform of ``devices``, with the caller's compiler options. Other images are computed at
-        once there, too.
+        Under ``jax.jit``, ``jax.vmap`` and ``jax.grad``, traced images make the same graph a part of the trace, for the
+        platform of ``devices`` and with the caller's compiler options. Concrete images are computed at once there, too.
 
         Args:
             images: floating point [N, H, W, 3], RGB, ImageNet-normalised, as ``preprocess_batch`` returns them.
@@ -124,7 +123,7 @@ class Predictor:
             return self._graph(self._weights, images)
         try:
             our_mesh = jax.set_mesh(self._mesh)  # in place of the caller's, if there is one
-        except ValueError:  # in somebody's trace: another thread is in none
+        except ValueError:  # JAX refuses it while this thread is in somebody's trace; a new thread is in none
             with ThreadPoolExecutor(1) as thread:
                 return thread.submit(self, images).result()
         with our_mesh:

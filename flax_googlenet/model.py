@@ -376,8 +376,8 @@ def _options(module: nn.Module, kernel_init: Initializer) -> dict[str, Any]:
 def _drawn_in_blocks(key: jax.Array) -> Initializer:
     """Return an initialiser that cuts kernels, one after the other, from blocks that ``_kernel_init`` draws.
 
-    XLA compiles each draw of a shape of its own: to compile ``model.init`` took 29 s of a CPU with one draw for each of
-    64 kernels, and takes 5 s with blocks. The key that Flax gives for a single kernel is not used.
+    XLA compiles a draw anew for each shape. With a draw for each of the 64 kernels, compiling ``model.init`` took 29 s
+    of CPU time; with blocks of one shape it takes 5 s. The key that Flax gives for a single kernel is not used.
     """
     rest, blocks = None, 0
 
@@ -420,7 +420,7 @@ def _dropout(x: jax.Array, rate: float, train: bool) -> jax.Array:
     layer = nn.Dropout(rate, deterministic=not train, name="dropout")
     if not is_explicit(x):
         return layer(x)
-    # Its mask is not sharded, and must be as x is, before the two can be combined.
+    # The mask that Flax draws is not sharded. It must be sharded as x is before the two can be combined.
     return x * jax.reshard(layer(jnp.ones(x.shape, x.dtype)), jax.typeof(x).sharding)
 
 

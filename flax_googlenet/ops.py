@@ -108,7 +108,7 @@ def _to_winners(
 
 
 def per_channel(values: Float[Array, " c"], x: Float[Array, "*batch c"]) -> Float[Array, "*ones c"]:
-    """Return ``values`` with the rank of ``x``: broadcasting would add the axes, too, but some users forbid that."""
+    """Return ``values`` with the rank of ``x``, for users who set ``jax_numpy_rank_promotion`` to "raise"."""
     return lax.expand_dims(values, range(x.ndim - 1))
 
 

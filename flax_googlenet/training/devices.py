@@ -59,9 +59,9 @@ class Devices:
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _on_abort(number: int) -> None:
-    """Give a status to the end that JAX puts to the processes whose coordinator has lost one of them, or is gone.
+    """End this process with a status of ours when JAX aborts it because another process of the run is gone.
 
-    It aborts them in C++, in a thread of its own, where no handler of Python's runs; this one is the C library's.
+    JAX aborts in C++, in a thread of its own, where Python runs no signal handler. So the C library calls this one.
     """
     os.write(
         2,
@@ -102,7 +102,8 @@ def joined() -> Iterator[None]:
         raise errors[0]
     if errors:
         raise _refused(str(errors[0]).splitlines()[0]) from errors[0]
-    # JAX has just taken SIGTERM for itself, for a service that nobody here asks: the process would never end by it.
+    # JAX has just put its own handler for SIGTERM in place, for a service that is not used here: SIGTERM would do
+    # nothing.
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
     ctypes.CDLL(None).signal(signal.SIGABRT, _on_abort)
     try:

@@ -275,9 +275,8 @@ def _loss(state: TrainState, output: GoogLeNetOutput, labels: jax.Array) -> jax.
         rows = cross_entropy(logits, labels, state.label_smoothing, state.class_weights)
         if state.class_weights is None or _are_soft(labels):
             return rows.mean()
-        return (
-            rows.sum() / (_probabilities(labels, _float32(logits)) * state.class_weights.astype(rows.dtype)[None]).sum()
-        )
+        weights = _probabilities(labels, _float32(logits)) * state.class_weights.astype(rows.dtype)[None]
+        return rows.sum() / weights.sum()
 
     heads = [mean(logits) for logits in output if logits is not None]
     return heads[0] + state.aux_weight * sum(heads[1:])
@@ -294,7 +293,7 @@ def _probabilities(labels: jax.Array, logits: jax.Array) -> jax.Array:
     num_classes = logits.shape[-1]
     labels = labels.astype(jnp.int32)  # 8 bits would not hold the number of classes
     is_class = (labels >= 0) & (labels < num_classes)
-    # Zero by zero where a label is no class: under jax_debug_nans, a constant NaN would end the sound ones, too.
+    # A label that is no class gives 0 / 0. With a constant NaN in its place, jax_debug_nans would stop sound batches.
     return jax.nn.one_hot(labels, num_classes, dtype=logits.dtype) / is_class.astype(logits.dtype)[:, None]
 
 
@@ -306,7 +305,7 @@ def _hits(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
 
 
 def _on_mesh_of(images: jax.Array, state: TrainState) -> TrainState:
-    """Return the state on all devices of the images' mesh, where its axes are explicit: JAX would not put it there."""
+    """Return the state on all devices of the images' mesh if its axes are explicit: JAX itself does not move it."""
     if not is_explicit(images):
         return state
     everywhere = NamedSharding(jax.typeof(images).sharding.mesh, PartitionSpec())
@@ -363,7 +362,8 @@ def _checked(state: TrainState, batch: Any) -> Batch:
         )
     check_images(batch["image"])
     _check_labels(batch["label"], (batch["image"].shape[0], state.model.num_classes))
-    if not isinstance(state.step, jax.core.Tracer) and state.step.is_deleted():
+    step = state.step  # a state of NumPy's arrays, as one from a file, is taken, too
+    if isinstance(step, jax.Array) and not isinstance(step, jax.core.Tracer) and step.is_deleted():
         raise ValueError(
             "the arrays of this state are gone, because train_step has had it before: go on with the state that it "
             "returned, as in state, metrics = train_step(state, batch, key)"
