@@ -213,7 +213,7 @@ def report(
 
 
 def start(name: str, folder: Path, processes: contextlib.ExitStack) -> tuple[tuple[float, float], Worker]:
-    """Starts a process; seconds until the engine is loaded, and from there to the logits of one image."""
+    """Starts a process; returns it, after the seconds until it is loaded and from there to one image's logits."""
     begin = time.perf_counter()
     worker = processes.enter_context(Worker(name, folder))
     loaded = time.perf_counter()

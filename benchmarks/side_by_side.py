@@ -21,7 +21,6 @@ sys.path.insert(0, str(ROOT / "convert"))
 
 THREADS = len(os.sched_getaffinity(0))
 
-
 QUICK_SIZE = 64
 """Height and width of the images of --quick, in pixels."""
 
@@ -33,14 +32,14 @@ def is_quick() -> bool:
 
 @contextlib.contextmanager
 def scratch() -> Iterator[Path]:
-    """A temporary folder whose path has no blank: torch.compile calls g++ with paths in it, unquoted."""
+    """Make a temporary folder without blanks and commas in its path, where torch.compile's g++ would split it."""
     place = tempfile.gettempdir()
-    with tempfile.TemporaryDirectory(dir="/tmp" if re.search(r"\s", place) else place) as folder:
+    with tempfile.TemporaryDirectory(dir="/tmp" if re.search(r"[\s,]", place) else place) as folder:
         yield Path(folder)
 
 
 def folders(name: str, folder: Path) -> dict[str, str]:
-    """The environment variables that give an engine folders of its own, for what it compiles and for its scratch."""
+    """Return the environment variables that give an engine its own folders for compiled code and temporary files."""
     own = folder / "engines" / re.sub(r"\W+", "-", name)  # no blank and no comma, as in "torch.compile, frozen"
     places = {"JAX_COMPILATION_CACHE_DIR": "jax", "TORCHINDUCTOR_CACHE_DIR": "inductor", "TMPDIR": "tmp"}
     return {variable: str(own / place) for variable, place in places.items()}
@@ -91,7 +90,7 @@ class Worker:
 def parse_arguments(
     description: str | None, engines: Mapping[str, Any], batches: list[int], rounds: int
 ) -> argparse.Namespace:
-    """The options of a benchmark, with its defaults, and ``size``, the images'; ``work`` is None but in a worker."""
+    """Return the options of a benchmark; ``size`` is that of the images, and ``work`` is None except in a worker."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -102,8 +101,8 @@ def parse_arguments(
     parser.add_argument(
         "--quick",
         action="store_true",
-        help=f"only try whether everything runs, on two images of {QUICK_SIZE}x{QUICK_SIZE} and with less of the "
-        "network compiled; the times mean nothing",
+        help=f"only try whether everything runs, on two images of {QUICK_SIZE}x{QUICK_SIZE} and with only a part of "
+        "the network compiled; the times mean nothing",
     )
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)  # the folder of a process that is one engine
     arguments = parser.parse_args()

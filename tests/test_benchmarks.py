@@ -16,13 +16,14 @@ import training
 BENCHMARKS = Path(side_by_side.__file__).parent
 
 
+@pytest.mark.parametrize("place", ["two words", "a,comma"])
 @pytest.mark.parametrize("module", [inference, training, stages], ids=lambda module: module.__name__)
 def test_no_engine_gets_a_folder_that_a_compiler_would_split(
-    module: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    module: object, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place = tmp_path / "two words"
-    place.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(place))
+    temporary = tmp_path / place
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     with side_by_side.scratch() as folder:
         names = list(module.ENGINES)  # type: ignore[attr-defined]
         paths = [path for name in names for path in side_by_side.folders(name, folder).values()]
