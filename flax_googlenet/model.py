@@ -15,7 +15,7 @@ import numpy as np
 from flax import linen as nn
 from flax.typing import Dtype, Initializer
 from jax import numpy as jnp
-from jax.sharding import AxisType
+from jax.sharding import AxisType, reshard
 from jaxtyping import Array, Float
 
 from flax_googlenet import winograd
@@ -421,7 +421,7 @@ def _dropout(x: jax.Array, rate: float, train: bool) -> jax.Array:
     if not is_explicit(x):
         return layer(x)
     # The mask that Flax draws is not sharded. It must be sharded as x is before the two can be combined.
-    return x * jax.reshard(layer(jnp.ones(x.shape, x.dtype)), jax.typeof(x).sharding)
+    return x * reshard(layer(jnp.ones(x.shape, x.dtype)), jax.typeof(x).sharding)
 
 
 def is_explicit(x: jax.Array) -> bool:

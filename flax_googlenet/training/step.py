@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from flax import struct
 from jax import numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, reshard
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from flax_googlenet.compiling import jit
@@ -309,7 +309,7 @@ def _on_mesh_of(images: jax.Array, state: TrainState) -> TrainState:
     if not is_explicit(images):
         return state
     everywhere = NamedSharding(jax.typeof(images).sharding.mesh, PartitionSpec())
-    return jax.tree.map(lambda x: x if is_explicit(x) else jax.reshard(x, everywhere), state)
+    return jax.tree.map(lambda x: x if is_explicit(x) else reshard(x, everywhere), state)
 
 
 def _average(state: TrainState, variables: dict[str, Any], step: jax.Array) -> dict[str, Any] | None:
