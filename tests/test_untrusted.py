@@ -172,6 +172,17 @@ def test_a_pickle_gadget_is_not_run(is_zip: bool, tensors: Tensors, tmp_path: Pa
     assert trap.exists()
 
 
+def test_a_number_in_a_pickle_fills_no_memory(tmp_path: Path) -> None:
+    class Zeros:
+        def __reduce__(self) -> Any:
+            return bytearray, (200_000_000,)
+
+    torch.save({"fc.bias": Zeros()}, path := tmp_path / "zeros.pth")
+    assert refusal(path) == (
+        "it asks for builtins.bytearray, and only plain tensors are loaded: save model.state_dict() instead"
+    )
+
+
 def test_a_plain_pickle_is_not_even_opened(tmp_path: Path) -> None:
     path, trap = tmp_path / "gadget.pth", tmp_path / "trap"
     path.write_bytes(pickle.dumps(Gadget(trap)))
