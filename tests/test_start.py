@@ -20,7 +20,7 @@ from flax_googlenet.training.devices import Devices
 from flax_googlenet.training.finetune import reorder_head
 from flax_googlenet.training.manifest import seal
 from flax_googlenet.training.recipe import Recipe
-from flax_googlenet.training.start import describe_classes, find_head, initial_state, resume, save
+from flax_googlenet.training.start import describe_classes, find_head, initial_state, resume, save, weigh_classes
 from flax_googlenet.training.tally import Tally
 
 STATE: Any = {"weights": np.arange(6, dtype=np.float32)}  # any tree will do
@@ -38,7 +38,8 @@ def make_weights(num_classes: int, *names: str, **metadata: Any) -> Weights:
 
 IMAGENET = [f"class {i}" for i in range(1000)]
 IMAGENET[0], IMAGENET[1], IMAGENET[6], IMAGENET[999] = "tench", "goldfish", "stingray", "toilet tissue"
-WORDNET = [f"n{1440764 + 37 * i:08}" for i in range(1000)]
+WORDNET = [f"n{1450000 + 7000 * i:08}" for i in range(1000)]
+WORDNET[0], WORDNET[1], WORDNET[6], WORDNET[999] = "n01440764", "n01443537", "n01498041", "n15075141"
 
 
 @pytest.mark.parametrize(
@@ -128,6 +129,7 @@ def test_the_classes_are_said_with_their_images_and_a_warning_where_these_are_ve
 @pytest.fixture
 def workdir(tmp_path: Path) -> Path:
     (tmp_path / "recipe.json").write_text(Recipe().to_json())
+    (tmp_path / "best.safetensors").touch()
     save(tmp_path, TALLY, STATE, identity(), keep=1)
     return tmp_path
 
@@ -144,6 +146,13 @@ def test_what_was_counted_comes_back_with_the_state(workdir: Path, tmp_path: Pat
     assert found[0] == TALLY
     np.testing.assert_array_equal(found[1]["weights"], STATE["weights"])  # type: ignore[index]
     assert resume(tmp_path / "another", STATE, identity(), False, pytest.fail) is None
+
+
+def test_best_weights_that_were_removed_are_no_longer_the_best(workdir: Path) -> None:
+    (workdir / "best.safetensors").unlink()
+    found = resume(workdir, STATE, identity(), False, pytest.fail)
+    assert found is not None
+    assert found[0] == dataclasses.replace(TALLY, best_step=0, best_accuracy=0.0)
 
 
 def test_a_checkpoint_of_a_version_that_did_not_know_the_best_evaluation_is_continued(tmp_path: Path) -> None:
@@ -225,3 +234,11 @@ def test_the_recipe_says_whether_classes_are_weighted(class_weights: Any, shape:
     data = Dataset(("a", "b", "c"), np.array([0, 0, 1, 2], np.int32), tuple("0123"))
     shapes, _ = initial_state(Devices(), Recipe(class_weights=class_weights), data, 1, None, None)
     assert getattr(shapes.class_weights, "shape", None) == shape
+
+
+def test_a_run_that_goes_on_with_other_data_weighs_the_classes_by_these() -> None:
+    data = Dataset(("a", "b"), np.array([0, 0, 0, 1], np.int32), tuple("0123"))
+    shapes, _ = initial_state(Devices(), Recipe(class_weights="balanced"), data, 1, None, None)
+    resumed = shapes.replace(class_weights=np.array([1, 1], np.float32))
+    weights = weigh_classes(resumed, Devices(), data).class_weights
+    np.testing.assert_array_equal(weights, np.array([4 / 6, 2], np.float32), strict=True)

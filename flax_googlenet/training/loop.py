@@ -26,7 +26,15 @@ from flax_googlenet.training.outcome import BEST, MODEL, write_outcome, write_we
 from flax_googlenet.training.reader import WaitStoppedError
 from flax_googlenet.training.recipe import Recipe, schedule
 from flax_googlenet.training.speed import Speed
-from flax_googlenet.training.start import RECIPE, describe_classes, find_head, initial_state, resume, save
+from flax_googlenet.training.start import (
+    RECIPE,
+    describe_classes,
+    find_head,
+    initial_state,
+    resume,
+    save,
+    weigh_classes,
+)
 from flax_googlenet.training.step import Batch as DeviceBatch
 from flax_googlenet.training.step import Metrics, TrainState, eval_step, train_step
 from flax_googlenet.training.stopping import StopSignals
@@ -129,6 +137,7 @@ def _begin(
         for line in dict.fromkeys(lines):
             _say_here(line)
     tally, state = resumed or (Tally(), make_state())
+    state = weigh_classes(state, devices, train_data)
     # The other processes wait for the step of this one: only an input that hangs may keep it from that.
     signals = StopSignals(patience=0.0 if jax.process_count() == 1 else 10.0)
     batches = train_batches(train_data, recipe, tally.step, stopped=signals.end_wait, **devices.share)

@@ -22,6 +22,7 @@ from flax_googlenet.training.classes import find_classes
 from flax_googlenet.training.datasets import DataError, Dataset
 from flax_googlenet.training.devices import Devices
 from flax_googlenet.training.finetune import balanced_class_weights, new_head, reorder_head
+from flax_googlenet.training.outcome import BEST
 from flax_googlenet.training.recipe import Recipe, RecipeError, make_optimizer
 from flax_googlenet.training.step import TrainState, create_train_state
 from flax_googlenet.training.tally import Tally
@@ -208,9 +209,18 @@ def resume(
         raise CheckpointError(message) from error
     if differing and not override:
         raise _of_another_run(workdir, differing)
-    if restored.extra["identity"]["data"] != identity["data"]:  # accuracies on other images do not compare
+    # Accuracies on other images do not compare, and best weights that somebody has removed are not to be named.
+    if restored.extra["identity"]["data"] != identity["data"] or not (workdir / BEST).exists():
         tally = dataclasses.replace(tally, best_step=0, best_accuracy=0.0)
     return tally, restored.state
+
+
+def weigh_classes(state: TrainState, devices: Devices, train_data: Dataset) -> TrainState:
+    """Return a resumed state whose class weights, if it has any, are those of the data, which --override may change."""
+    if state.class_weights is None:
+        return state
+    weights = balanced_class_weights(train_data.labels, len(train_data.class_names))
+    return state.replace(class_weights=devices.replicate(weights.astype(state.class_weights.dtype)))
 
 
 def save(workdir: Path, tally: Tally, state: TrainState, identity: dict[str, Any], keep: int) -> Path:
