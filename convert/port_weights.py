@@ -122,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
             with progress.status("starting PyTorch and JAX") if draws_progress(progress) else nullcontext():
                 command = _import_command()
             run = command.diagnose_port if args.diagnose else command.port_back if args.to_torchvision else command.port
-            status, facts = run(args, Console(quiet=args.json, highlight=False), progress)
+            status, facts = run(args, Console(quiet=args.json, highlight=False, emoji=False), progress)
         except PortFailureError as failure:
             status, facts = failure.status, {**failure.facts, "error": str(failure)}
         except Exception as error:  # last: what no code expected

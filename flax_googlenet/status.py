@@ -129,7 +129,8 @@ def message_console() -> "Console":
             with suppress(OSError):  # Python flushes standard error once more at its end, and would complain
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
-    return MessageConsole(stderr=True, soft_wrap=True, highlight=False)
+    # No emoji: rich would draw one in place of a word between colons, as a file name may have it.
+    return MessageConsole(stderr=True, soft_wrap=True, highlight=False, emoji=False)
 
 
 def draws_progress(console: "Console") -> bool:

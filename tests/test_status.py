@@ -75,6 +75,18 @@ def test_the_work_goes_on_where_nobody_reads_standard_error_any_more() -> None:
     assert (process.returncode, process.stdout) == (0, b"a resulta result")
 
 
+def test_a_run_shows_names_as_they_are_and_goes_on_where_nobody_reads_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loop._say_here("a:cat:[b].jpg")
+    assert capsys.readouterr().err == "a:cat:[b].jpg\n"
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        loop._say_here("a message")
+
+
 def test_a_traceback_holds_no_password_of_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["port_weights.py", "https://user:secret@host/a.pth?key=secret"])
     said = describe_crash(ValueError("no https://user:secret@host/b.pth?key=secret"), tmp_path)

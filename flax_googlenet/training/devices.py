@@ -7,7 +7,7 @@ import re
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import jax
@@ -63,11 +63,12 @@ def _on_abort(number: int) -> None:
 
     JAX aborts in C++, in a thread of its own, where Python runs no signal handler. So the C library calls this one.
     """
-    os.write(
-        2,
-        b"error: JAX ended this process, most likely because another process of the run is gone (its own words are "
-        b"above): start all of them again, to go on from the last checkpoint\n",
-    )
+    with suppress(OSError):  # nobody reads standard error any more
+        os.write(
+            2,
+            b"error: JAX ended this process, most likely because another process of the run is gone (its own words are "
+            b"above): start all of them again, to go on from the last checkpoint\n",
+        )
     os._exit(Status.GAVE_UP)
 
 

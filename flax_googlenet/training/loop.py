@@ -1,7 +1,6 @@
 """The run: data, devices, checkpoints, log and signals around the pure step."""
 
 import dataclasses
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, suppress
@@ -16,7 +15,7 @@ from jax import numpy as jnp
 from flax_googlenet.checkpoint import CheckpointError, require_replaceable, write_atomically
 from flax_googlenet.compiling import BackendError, require_backend
 from flax_googlenet.files import load_weights
-from flax_googlenet.status import CommandError, Status, printable
+from flax_googlenet.status import CommandError, Status, message_console, printable
 from flax_googlenet.training.checkpoints import CheckpointSaveError
 from flax_googlenet.training.data import Batch, eval_batches, made_ahead, train_batches
 from flax_googlenet.training.datasets import DataError, Dataset, open_data
@@ -379,7 +378,7 @@ def _warn_here(message: str) -> None:
 
 
 def _say_here(message: str) -> None:
-    sys.stderr.write(printable(message) + "\n")
+    message_console().print(printable(message), markup=False)
 
 
 def _unwritten(error: OSError, workdir: Path) -> str:

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Self
 
@@ -48,4 +49,5 @@ class StopSignals:
         if number == signal.SIGINT:
             signal.signal(number, self._before[signal.SIGINT])
             # Over the line of progress, which is drawn anew below. A print could wait for a lock that is held here.
-            os.write(2, b"\r\x1b[2K" + _SAID if os.isatty(2) else _SAID)
+            with suppress(OSError):  # nobody reads standard error any more
+                os.write(2, b"\r\x1b[2K" + _SAID if os.isatty(2) else _SAID)
