@@ -34,7 +34,7 @@ from flax_googlenet.training.classes import find_classes
 from flax_googlenet.training.confusion import Score, draw_confusion
 from flax_googlenet.training.crops import crops
 from flax_googlenet.training.datasets import DataError, Training, find_data, open_data
-from flax_googlenet.training.ensemble import Network, answers, make_networks
+from flax_googlenet.training.ensemble import Network, answers, make_networks, past_trainings, trainings_of
 from flax_googlenet.training.recipe import PRESETS
 
 NAMES = ["flower", "goat", "temple", "zebra"]
@@ -462,6 +462,32 @@ def test_of_the_folder_of_the_training_it_is_what_was_held_out(here: Path, capfd
     assert json.loads(captured.out)["count"] == len(held_out) == 4
     assert captured.err.startswith("warning: the weights of trained.safetensors are random: the figures mean nothing\n")
     assert "4 of the 11 images of photos are evaluated: the weights were trained on the others" in captured.err
+
+
+def test_images_of_a_training_before_the_last_one_do_not_count_and_are_warned_of_where_they_are_held_out(
+    here: Path,
+) -> None:
+    recipes = [dataclasses.replace(PRESETS["digits"], held_out=held_out) for held_out in (0.1, 0.5)]
+    (first, new), (second, _) = (open_data("photos", held_out=recipe.held_out, seed=0) for recipe in recipes)
+    entries = [
+        {"recipe": dataclasses.asdict(recipe), "trained_on": train.fingerprint}
+        for recipe, train in zip(recipes, (first, second), strict=True)
+    ]
+    metadata = {**entries[1], "trained_before": past_trainings(entries[0])}
+    trainings = trainings_of("w", metadata)
+    assert past_trainings(metadata) == [entries[1], entries[0]]
+    dataset, _ = find_data("photos", [Training("w", 0.5, 0, second.fingerprint, trainings)])
+    assert dataset.names == new.names
+    train, held = open_data("photos", held_out=0.5, seed=0, earlier=trainings)
+    seen = len(set(held.names) - set(new.names))
+    assert train.names == second.names
+    (note,) = train.notes
+    assert note.startswith(
+        f"warning: w was trained on {seen} of the {len(held)} images of photos that are held out now"
+    )
+    assert note.endswith("choose --recipe.seed 0 and --recipe.held-out 0.1, by which the same images are held out")
+    for broken in (None, 1, [1, {"trained_on": "a"}, {"trained_on": [], "recipe": entries[0]["recipe"]}]):
+        assert past_trainings({"trained_before": broken}) == []
 
 
 def test_one_image_added_to_the_folder_of_the_training_is_warned_of(here: Path) -> None:

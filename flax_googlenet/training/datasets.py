@@ -98,7 +98,22 @@ class Dataset:
         )
 
 
-def open_data(data: str, *, held_out: float, seed: int) -> tuple[Dataset, Dataset]:
+class Training(NamedTuple):
+    """What is known about the training of some weights."""
+
+    weights: str
+    """What to call the weights in messages."""
+    held_out: float
+    """As for ``open_data`` in that training."""
+    seed: int
+    """As for ``open_data`` in that training."""
+    trained_on: str | None
+    """The fingerprint of the images that the weights were trained on, if it is known."""
+    before: "tuple[Training, ...]" = ()
+    """The known trainings that the weights have gone through before this one."""
+
+
+def open_data(data: str, *, held_out: float, seed: int, earlier: Sequence[Training] = ()) -> tuple[Dataset, Dataset]:
     """Finds the images to train on, and those to evaluate on.
 
     Args:
@@ -109,6 +124,8 @@ def open_data(data: str, *, held_out: float, seed: int) -> tuple[Dataset, Datase
         held_out: what fraction of each class to evaluate on, where the data does not say so itself. At least one image
             of a class is held out, and at least one is not; the only image of a class is not.
         seed: of the choice of these.
+        earlier: the trainings of the weights that a run starts from. Where they used images that are held out now, a
+            note of the images to train on warns of it.
 
     Raises:
         DataError: if the data is none of these, or two of its folders may be the same part; if a class is empty, or
@@ -116,12 +133,12 @@ def open_data(data: str, *, held_out: float, seed: int) -> tuple[Dataset, Datase
             would be held out.
     """
     if data == "digits":
-        return _hold_out(_digits(), data, held_out, seed)
+        return _hold_out(_digits(), data, held_out, seed, earlier)
     parts = _find_parts(data)
     if parts == "idx":
         return _idx_files(data)
     if parts == "classes":
-        return _hold_out(_class_folders(data), data, held_out, seed)
+        return _hold_out(_class_folders(data), data, held_out, seed, earlier)
     if parts.train is None:
         raise DataError(f"{data} has {parts.held_out}/ to evaluate on, and no train/ beside it to train on")
     whole = f"name {_part_folder(data, parts.train)} as the data, and a part of it is held out"
@@ -143,19 +160,6 @@ def open_data(data: str, *, held_out: float, seed: int) -> tuple[Dataset, Datase
     if (parts.train, parts.held_out) != ("train", "val") or parts.others:
         notes = (f"{data}: {parts.train}/ is trained on and {parts.held_out}/ held out" + parts.left_alone,)
     return replace(train, notes=notes + train.notes), held
-
-
-class Training(NamedTuple):
-    """What is known about the training of some weights."""
-
-    weights: str
-    """What to call the weights in messages."""
-    held_out: float
-    """As for ``open_data`` in that training."""
-    seed: int
-    """As for ``open_data`` in that training."""
-    trained_on: str | None
-    """The fingerprint of the images that the weights were trained on, if it is known."""
 
 
 def find_data(data: str, trainings: Sequence[Training]) -> tuple[Dataset, list[str]]:
@@ -202,6 +206,10 @@ def find_data(data: str, trainings: Sequence[Training]) -> tuple[Dataset, list[s
                 f"warning: {training.weights} was trained on other images, or {images} have come or gone since: it may "
                 "have been trained on some of them"
             )
+        for earlier in training.before:
+            used = _used_in(earlier, dataset, is_certain=False)
+            if used is not None:
+                untouched &= ~used
     total = f"{len(dataset)} {images}"
     if untouched.all():
         notes.append(f"all {total} are evaluated{left_alone}")
@@ -315,14 +323,26 @@ def _different_classes(train_name: str, train: Dataset, held_name: str, held: Da
     return f"{train_name}/ and {held_name}/ must have the same classes; {'; '.join(differences)}"
 
 
-def _hold_out(dataset: Dataset, data: str, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+def _hold_out(
+    dataset: Dataset, data: str, fraction: float, seed: int, earlier: Sequence[Training]
+) -> tuple[Dataset, Dataset]:
     """The images to train on, and those to evaluate on; ``data`` is for the messages."""
     if not 0 < fraction < 1:
         raise DataError(f"the fraction to hold out of {data} must be between 0 and 1, not {fraction}")
     held = _choose_held_out(dataset, fraction, seed)
     if not held.any():
         raise DataError(f"{data}: no class has a second image to hold out for evaluation")
-    return dataset.select(np.flatnonzero(~held)), dataset.select(np.flatnonzero(held))
+    train, notes = dataset.select(np.flatnonzero(~held)), list(dataset.notes)
+    for training in earlier:
+        used = _used_in(training, dataset, is_certain=False)
+        if used is not None and (used & held).any():
+            notes.append(
+                f"warning: {training.weights} was trained on {np.sum(used & held)} of the {held.sum()} images of "
+                f"{data} that are held out now, whose accuracy will look better than that of new images: choose "
+                f"--recipe.seed {training.seed} and --recipe.held-out {training.held_out}, by which the same images "
+                "are held out"
+            )
+    return replace(train, notes=tuple(notes)), dataset.select(np.flatnonzero(held))
 
 
 def _choose_held_out(dataset: Dataset, fraction: float, seed: int) -> Bool[np.ndarray, "n"]:

@@ -15,7 +15,7 @@ from flax_googlenet.inference import Predictor, make_predictor
 from flax_googlenet.status import CommandError, Status
 from flax_googlenet.training.classes import ClassMatch, find_classes
 from flax_googlenet.training.crops import crops
-from flax_googlenet.training.datasets import DataError, Dataset
+from flax_googlenet.training.datasets import DataError, Dataset, Training
 from flax_googlenet.training.recipe import Recipe, RecipeError
 
 
@@ -116,6 +116,22 @@ def image_size(ensemble: Mapping[str, Weights]) -> int:
         listing = ", ".join(f"{path}: {size}" for path, size in sizes.items())
         raise CommandError(Status.NOT_DONE, f"the weights are for images of different sizes: {listing}")
     return next(iter(sizes.values()))
+
+
+def past_trainings(metadata: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return what metadata say of the trainings of their weights, the last one first, as ``trained_before`` has it."""
+    before = metadata.get("trained_before")
+    return [
+        {"trained_on": entry["trained_on"], "recipe": entry["recipe"]}
+        for entry in (metadata, *(before if isinstance(before, list) else ()))
+        if isinstance(entry, Mapping) and isinstance(entry.get("trained_on"), str) and recipe_of(entry)
+    ]
+
+
+def trainings_of(path: str, metadata: Mapping[str, Any]) -> tuple[Training, ...]:
+    """Return the known trainings of the weights in a file, the last one first."""
+    pasts = [(recipe_of(past), past["trained_on"]) for past in past_trainings(metadata)]
+    return tuple(Training(path, recipe.held_out, recipe.seed, data) for recipe, data in pasts if recipe)
 
 
 def recipe_of(metadata: Mapping[str, Any]) -> Recipe | None:

@@ -25,7 +25,7 @@ from flax_googlenet.status import (
 )
 from flax_googlenet.training.confusion import Score, draw_confusion
 from flax_googlenet.training.datasets import DataError, Dataset, Training, find_data
-from flax_googlenet.training.ensemble import answers, image_size, make_networks, recipe_of
+from flax_googlenet.training.ensemble import answers, image_size, make_networks, recipe_of, trainings_of
 from flax_googlenet.training.recipe import PRESETS
 
 
@@ -116,7 +116,7 @@ def evaluate(
 
 def _training(path: str, metadata: Mapping[str, Any]) -> Training:
     recipe = recipe_of(metadata) or PRESETS["digits"]
-    return Training(path, recipe.held_out, recipe.seed, metadata.get("trained_on"))
+    return Training(path, recipe.held_out, recipe.seed, metadata.get("trained_on"), trainings_of(path, metadata))
 
 
 def _figures(tally: Score, dataset: Dataset) -> dict[str, Any]:

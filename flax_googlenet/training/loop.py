@@ -20,6 +20,7 @@ from flax_googlenet.training.checkpoints import CheckpointSaveError
 from flax_googlenet.training.data import Batch, eval_batches, made_ahead, train_batches
 from flax_googlenet.training.datasets import DataError, Dataset, open_data
 from flax_googlenet.training.devices import Devices, joined
+from flax_googlenet.training.ensemble import past_trainings, trainings_of
 from flax_googlenet.training.logs import RunLog
 from flax_googlenet.training.outcome import BEST, MODEL, write_outcome, write_weights
 from flax_googlenet.training.reader import WaitStoppedError
@@ -102,7 +103,8 @@ def _begin(
         reason = f"a batch of {recipe.batch_size} cannot be shared evenly by {devices}"
         raise CommandError(Status.NOT_DONE, f"{reason}: choose --recipe.batch-size {fitting}, or another multiple")
     start = load_weights(weights, dtype=jnp.float32) if weights else None
-    train_data, held_out = open_data(data, held_out=recipe.held_out, seed=recipe.seed)
+    earlier = trainings_of(str(weights), start.metadata) if start else ()
+    train_data, held_out = open_data(data, held_out=recipe.held_out, seed=recipe.seed, earlier=earlier)
     steps_per_epoch = recipe.steps_per_epoch(len(train_data))
     total = steps_per_epoch * recipe.epochs
     if not total:
@@ -135,7 +137,7 @@ def _begin(
             lines.append(f"warning: the weights of {weights} are random: the training starts from nothing")
         for line in dict.fromkeys(lines):
             _say_here(line)
-    tally, state = resumed or (Tally(), make_state())
+    tally, state = resumed or (Tally(trained_before=past_trainings(start.metadata) if start else []), make_state())
     state = weigh_classes(state, devices, train_data)
     # The other processes wait for the step of this one: only an input that hangs may keep it from that.
     signals = StopSignals(patience=0.0 if jax.process_count() == 1 else 10.0)
@@ -316,6 +318,7 @@ class Run:
             "class_names": list(self.train_data.class_names),
             "recipe": self.identity["recipe"],
             "trained_on": self.train_data.fingerprint,
+            "trained_before": self.tally.trained_before,
             "epoch": self._epoch(self.tally.step),
             "step": self.tally.step,
             **self.held_out_metrics,

@@ -169,7 +169,7 @@ def resume(
         shapes: those of the state.
         identity: what must be as it was, for JSON: ``recipe``, ``data`` and ``weights``.
         override: whether to go on if it is not.
-        fail: takes the message about a checkpoint that is damaged.
+        fail: takes the message about a checkpoint that is damaged, and a warning about other data than before.
 
     Returns:
         What was counted, and the state; None if there is no checkpoint.
@@ -209,8 +209,15 @@ def resume(
         raise CheckpointError(message) from error
     if differing and not override:
         raise _of_another_run(workdir, differing)
+    before = restored.extra["identity"]
+    has_other_data = before["data"] != identity["data"]
+    if has_other_data:
+        if jax.process_index() == 0:
+            fail("warning: the run was trained on other data before: they may have images that are held out now")
+        past = {"trained_on": before["data"][0], "recipe": before["recipe"]}
+        tally = dataclasses.replace(tally, trained_before=[past, *tally.trained_before])
     # Accuracies on other images do not compare, and best weights that somebody has removed are not to be named.
-    if restored.extra["identity"]["data"] != identity["data"] or not (workdir / BEST).exists():
+    if has_other_data or not (workdir / BEST).exists():
         tally = dataclasses.replace(tally, best_step=0, best_accuracy=0.0)
     return tally, restored.state
 

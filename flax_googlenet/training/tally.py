@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from flax_googlenet.preprocessing import ImageError
 from flax_googlenet.training.datasets import Dataset
@@ -31,6 +32,8 @@ class Tally:
     best_step: int = 0
     """Step of the evaluation with the best accuracy; 0 before the first evaluation. Of equals it is the first one."""
     best_accuracy: float = 0.0
+    trained_before: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    """The trainings before this one that made its first weights, as ``past_trainings`` returns them."""
 
     def add_accuracy(self, accuracy: float) -> bool:
         """Counts an evaluation; returns whether its accuracy is the best so far."""
