@@ -17,7 +17,7 @@ from flax_googlenet.status import listing
 
 _ENOUGH = 100  # names of the 287 that a network has without its counters and auxiliary heads; ResNets share fc's two
 _MAX_DEPTH = 4
-_AVERAGED = re.compile(r"(^|[._])(ema|swa|avg|average|averaged|teacher)([._]|$)")
+_AVERAGED = re.compile(r"(^|[._])(ema|swa|avg|average|averaged|teacher)([._]|$)", re.IGNORECASE)
 _BOOKKEEPING = ("n_averaged",)  # a counter that torch.optim.swa_utils.AveragedModel keeps beside the network
 
 

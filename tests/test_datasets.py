@@ -125,7 +125,14 @@ def test_a_class_folder_that_is_not_utf8_has_a_name_that_every_file_can_hold(tmp
 
 
 @pytest.mark.parametrize(
-    "names", [("bus", "train"), ("bullet train", "tram"), ("seg_pred", "seg_train"), ("teste", "trainer", "valley")]
+    "names",
+    [
+        ("bus", "train"),
+        ("bullet train", "tram"),
+        ("seg_pred", "seg_train"),
+        ("teste", "trainer", "valley"),
+        ("settest", "train2"),
+    ],
 )
 def test_a_class_may_be_called_train_or_have_the_word_in_its_name(tmp_path: Path, names: tuple[str, ...]) -> None:
     for name in names:
@@ -145,6 +152,9 @@ def test_a_class_may_be_called_train_or_have_the_word_in_its_name(tmp_path: Path
         ("seg_train/seg_train", "seg_test/seg_test"),
         ("training_set/Training_Set", "test_set"),
         ("Train data", "Test data"),
+        ("train2017", "val2017"),
+        ("trainingSet/trainingSet", "testSet"),
+        ("TrainImages", "valImages"),
     ],
 )
 def test_the_parts_of_a_data_set_are_known_by_the_names_that_people_give_them(

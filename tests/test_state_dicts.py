@@ -54,6 +54,7 @@ def test_without_a_prefix_a_layer_of_another_name_stays_for_the_port_to_refuse(n
         ("ema", "ema"),
         ("ema_state_dict", "ema_state_dict"),
         ("model_ema", "model_ema"),
+        ("EMA", "EMA"),
     ],
 )
 def test_of_averaged_weights_a_note_tells_and_the_key_takes_them(

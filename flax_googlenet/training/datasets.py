@@ -30,10 +30,11 @@ EXPECTED = (
     "it); or digits, for scikit-learn's 1,797 images of handwritten digits"
 )
 
-# The words by which people name the parts of a data set, alone or set off by a sign, as in seg_train.
+# The words by which people name the parts of a data set, alone or set off by a sign, a number or a word for the whole:
+# seg_train, train2017, trainingSet, TrainData.
 _PART = re.compile(
-    r"(?<![^\W_])(?:(?P<train>train|training|trainset)|(?P<val>val|valid|validation|valset)"
-    r"|(?P<test>test|testing|testset))(?![^\W_])",
+    r"(?<![^\W_])(?:(?P<train>train|training)|(?P<val>val|valid|validation)|(?P<test>test|testing))(?:set)?"
+    r"(?=(?:data|images?|imgs?)?(?:[\W\d_]|\Z))",
     re.IGNORECASE,
 )
 
