@@ -44,10 +44,10 @@ examples
 exit status
   0    proven and written; with --diagnose, the port agrees
   2    the command line is wrong
-  3    the checkpoint or the class names cannot be had: no such file, no network,
-       a wrong hash; or a package such as PyTorch is not installed; or
+  3    the checkpoint or the class names cannot be had: no such file, no network
+       or a wrong hash; or a package such as PyTorch is not installed; or
        JAX_PLATFORMS names no device of this machine
-  4    the checkpoint is refused: damaged, unsafe or not torchvision's GoogLeNet;
+  4    the checkpoint is refused: damaged, unsafe or no GoogLeNet of torchvision;
        or the class names are not one for each class
   5    not proven: a stage differs, and nothing is written
   6    the output cannot be written

@@ -380,7 +380,7 @@ def test_an_ensemble_agrees_on_its_classes_in_any_order(here: Path, kinds: Seque
             ["weights.safetensors", "digits"],
             "10 of the 10 classes of digits are not among the 4 of weights.safetensors",
         ),
-        (["weights.safetensors", "thousand.safetensors", "photos"], "they are no ensemble"),
+        (["weights.safetensors", "thousand.safetensors", "photos"], "they cannot be averaged"),
         (["weights.safetensors", "small.safetensors", "photos"], "different sizes: weights.safetensors: 224, small"),
         (["weights.safetensors", "nowhere"], "nowhere: no such folder"),
         (["nowhere.safetensors", "photos"], "cannot read nowhere.safetensors"),
