@@ -47,8 +47,8 @@ exit status
   3    the checkpoint or the class names cannot be had: no such file, no network
        or a wrong hash; or a package such as PyTorch is not installed; or
        JAX_PLATFORMS names no device of this machine
-  4    the checkpoint is refused: damaged, unsafe or no GoogLeNet of torchvision;
-       or the class names are not one for each class
+  4    the checkpoint is refused: it is damaged, unsafe or not torchvision's
+       GoogLeNet; or the class names are not one for each class
   5    not proven: a stage differs, and nothing is written
   6    the output cannot be written
   70   an unexpected error; its traceback is in the file that the message names
