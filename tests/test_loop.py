@@ -163,7 +163,8 @@ def test_a_run_leaves_metrics_checkpoints_curves_and_weights(whole: Path) -> Non
 
 
 def test_the_first_lines_tell_the_classes_the_images_and_what_becomes_of_the_head(whole: Path, train: Training) -> None:
-    assert (whole / "said").read_text().splitlines()[:4] == [
+    assert (whole / "said").read_text().splitlines()[:5] == [
+        cli.STARTING,
         "3 classes: 0, 1, 2; 12 images each",
         "36 images to train on, 12 held out, 12 steps, 1 cpu",
         f"the head of {train.weights} is replaced by a new one: its 1000 classes have no names, and {train.data} has 3",
