@@ -193,26 +193,38 @@ def _load_pickled(file: io.BytesIO, wanted: Collection[str]) -> Any:
     # Beside the weights people keep NumPy's numbers, paths, dates and their configuration. PyTorch's loader refuses a
     # file with a class that it does not know. It takes a placeholder instead: the class is not imported, and nothing is
     # run. Its own classes, those of tensors, come first, and it refuses os and sys whatever is put in their place.
-    stubs: dict[str, Any] = {name: type("Placeholder", (Placeholder,), {"wanted": name}) for name in wanted}
-    stubs["collections.defaultdict"] = _plain_dict
     # PyTorch's loader calls bytearray itself: a number of 5 bytes in the pickle would become gigabytes.
     if "builtins.bytearray" in wanted:
         raise UntrustedFileError(_asks_for("builtins.bytearray"))
     try:
+        # The loader's errors name the placeholders, as built-in types without a module.
+        stubs: dict[str, Any] = {
+            name: type(name, (Placeholder,), {"wanted": name, "__module__": "builtins"}) for name in wanted
+        }
+        stubs |= {"collections.defaultdict": _plain_dict, "collections.deque": _plain_list}
         with (
             torch.serialization.safe_globals([(stub, name) for name, stub in stubs.items()]),
             warnings.catch_warnings(action="ignore"),
         ):
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a hostile or damaged pickle sets off
-        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
-        reason = _asks_for(refused[1]) if refused else f"the file is damaged or cut off ({_first_line(error)})"
-        raise UntrustedFileError(reason) from error
+        if refused := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise UntrustedFileError(_asks_for(refused[1])) from error
+        # The loader puts elements into plain lists and dicts alone, not into a configuration that is a dict of a class
+        # of its own.
+        if (refused := re.search(r"got <class '([^']+)'>", str(error))) and refused[1] in wanted:
+            raise UntrustedFileError(_asks_for(refused[1])) from error
+        raise UntrustedFileError(f"the file is damaged or cut off ({_first_line(error)})") from error
 
 
 def _plain_dict(*_: Any) -> dict[Any, Any]:
     """Stand in for collections.defaultdict: the loader puts elements into nothing but plain dicts."""
     return {}
+
+
+def _plain_list(*_: Any) -> list[Any]:
+    """Stand in for collections.deque in the same way."""
+    return []
 
 
 def _wanted(pickle: io.BytesIO) -> set[str]:
@@ -256,4 +268,5 @@ def _to_numpy(tensors: Mapping[str, Any], file_size: int) -> dict[str, np.ndarra
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")[:200]
+    text = str(error).rpartition("WeightsUnpickler error:")[2]  # PyTorch puts its advice in front of what is wrong
+    return (text.strip() or type(error).__name__).splitlines()[0].rstrip(".")[:200]

@@ -133,6 +133,7 @@ def beside(tensors: Tensors) -> dict[str, Any]:
         "losses": np.array([0.3]),
         "args": argparse.Namespace(data=Path("/data"), lr=0.1),
         "history": collections.defaultdict(list, {"top1": [0.5]}),
+        "last_losses": collections.deque([0.4, 0.3], maxlen=2),
         "time": datetime.datetime(2026, 1, 1),
         "optimizer_state_dict": {"momentum": dict(tensors)},
     }
@@ -181,6 +182,12 @@ def test_a_number_in_a_pickle_fills_no_memory(tmp_path: Path) -> None:
     assert refusal(path) == (
         "it asks for builtins.bytearray, and only plain tensors are loaded: save model.state_dict() instead"
     )
+
+
+def test_a_class_whose_name_no_class_can_have_is_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(path := tmp_path / "nul.pth", "w") as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02ca\0b\nC\n)\x81.")
+    assert refusal(path).startswith("the file is damaged or cut off (")
 
 
 def test_a_plain_pickle_is_not_even_opened(tmp_path: Path) -> None:
@@ -323,6 +330,10 @@ def test_a_pickle_out_of_all_proportion_is_refused(legacy: bool, tmp_path: Path)
     assert refusal(path) == "its pickle has more than 4,194,304 bytes: no list of tensors has"
 
 
+class Config(dict[str, float]):
+    """A configuration, which people keep beside the weights."""
+
+
 def sparse(tensors: Tensors) -> Any:
     return {**tensors, "fc.bias": torch.eye(3).to_sparse()}
 
@@ -337,11 +348,15 @@ def sparse(tensors: Tensors) -> Any:
             lambda t: {**t, "fc.bias": torch.zeros(3).to(torch.float8_e5m2)},
             "fc.bias is not a plain tensor (Got unsuppo",
         ),
+        (
+            lambda t: {**t, "args": Config(lr=0.1)},
+            f"it asks for {Config.__module__}.Config, and only plain tensors are",
+        ),
         (lambda t: list(t.values()), "it holds a list, not a state dict"),
         (lambda t: t["fc.bias"], "it holds a Tensor, not a state dict"),
         (lambda t: {}, "no state dict found; the keys found: none"),
     ],
-    ids=["sparse", "meta", "text", "float8", "list", "tensor", "nothing"],
+    ids=["sparse", "meta", "text", "float8", "config", "list", "tensor", "nothing"],
 )
 def test_other_contents_are_refused(
     make: Callable[[Tensors], Any], message: str, tensors: Tensors, tmp_path: Path
