@@ -293,8 +293,10 @@ def _probabilities(labels: jax.Array, logits: jax.Array) -> jax.Array:
     num_classes = logits.shape[-1]
     labels = labels.astype(jnp.int32)  # 8 bits would not hold the number of classes
     is_class = (labels >= 0) & (labels < num_classes)
-    # A label that is no class gives 0 / 0. With a constant NaN in its place, jax_debug_nans would stop sound batches.
-    return jax.nn.one_hot(labels, num_classes, dtype=logits.dtype) / is_class.astype(logits.dtype)[:, None]
+    # A label that is no class adds the root of -1, others add 0. With a constant NaN in its place, jax_debug_nans would
+    # stop sound batches. XLA makes a product or quotient with one_hot a choice between the other factor and 0, not NaN.
+    nothing = jnp.sqrt(jnp.where(is_class, 1, -1).astype(logits.dtype)) - 1  # [n]
+    return jax.nn.one_hot(labels, num_classes, dtype=logits.dtype) + nothing[:, None]  # [n, classes]
 
 
 def _hits(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
