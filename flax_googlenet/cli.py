@@ -98,7 +98,7 @@ def evaluate(
     """Measure how often networks name the right class (top-1 and top-5).
 
     The balanced accuracy is the mean of the classes' recalls, so that a class of few images counts as much as one of
-    many. Top-5 is left out for five classes or fewer, where it is always right.
+    many. Top-5 is always right for five classes or fewer, and then stands in the JSON alone.
 
     The classes of the data are found by name among those of the weights. Their order counts only where the weights
     have no class names, or where ImageNet's 1,000 classes have WordNet identifiers on one side (n01440764, ...) and
