@@ -199,7 +199,8 @@ class Run:
 
     def train(self, batches: Iterator[Batch]) -> Status | None:
         """Trains to the end, or until a signal: then there is a checkpoint, and it returns the signal's status."""
-        if measured := self.tally.step < self.total:
+        first_step = self.tally.step
+        if first_step < self.total:
             upcoming = self._to_devices(next(batches))
             self.say("compiling the step")
             # Before signals are caught: one that comes meanwhile need not wait.
@@ -222,7 +223,7 @@ class Run:
                 upcoming = following
                 if self.tally.step % self.recipe.checkpoint_every == 0 or self.tally.step == self.total:
                     self._save()
-            if measured and self.log:
+            if self.log and self.tally.step > first_step:
                 with suppress(WaitStoppedError, DataError):  # the run has ended, with or without this line
                     self.say(self.speed.compare(batches, made_ahead(self.recipe.workers)))
         return None
