@@ -29,7 +29,7 @@ def require_backend() -> None:
     try:
         jax.default_backend()
     except (AssertionError, RuntimeError) as error:  # a bare assertion where the machine has no NVIDIA GPU
-        reason = str(error).partition(" (")[0] or "this machine has no such device"
+        reason = str(error).partition(" (")[0].rstrip(".") or "this machine has no such device"
         advice = "unset it to compute on what this machine has, or set it to cpu"
         asked = jax.config.values["jax_platforms"] or ""
         raise BackendError(f"JAX cannot start with JAX_PLATFORMS={asked}: {reason}; {advice}") from error

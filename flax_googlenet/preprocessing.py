@@ -187,7 +187,8 @@ def _to_rgb(image: Image.Image, name: str, *, from_file: bool) -> Image.Image:
         raise ImageError(f"{name} is in floating point, of unknown range: scale it to 8 bits first")
     if image.mode in ("P", "PA"):
         image = image.convert("RGBA")  # the same colours; Pillow warns of transparency that goes straight to RGB
-    image = image.convert("RGB")
+    image = image.convert("RGB")  # a new image, which shares nothing with the caller's
+    image.info = {}  # the orientation has been used: whoever prepares the result again must not turn it again
     return image if turn is None else image.transpose(turn)
 
 

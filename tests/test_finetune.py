@@ -1,5 +1,6 @@
 """Fine-tuning as users do it: a new head, frozen blocks, a learning rate for the heads, new BatchNorm statistics."""
 
+import operator
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +148,7 @@ def test_reestimated_statistics_are_those_of_torchs_update_bn(
     )
     expected = torch_model.state_dict()
     actual = reestimate_batch_norm(MODEL64.clone(dropout=0.2), variables64, batches)
-    assert actual["params"] is variables64["params"]
+    assert all(map(operator.is_, jax.tree.leaves(actual["params"]), jax.tree.leaves(variables64["params"])))
     for name, x in flax_googlenet.to_torchvision(actual).items():
         if name.endswith(("running_mean", "running_var")):
             error = np.abs(x - expected[name].numpy()).max() / np.abs(expected[name].numpy()).max()

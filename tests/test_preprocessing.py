@@ -19,6 +19,7 @@ from torchvision.datasets.folder import default_loader
 
 from flax_googlenet import ImageError, preprocess, preprocess_batch
 from flax_googlenet.model import IMAGENET_MEAN, IMAGENET_STD
+from flax_googlenet.preprocessing import rgb
 
 ATOL = 1e-6  # float32 of magnitude 2.6; measured: 0
 
@@ -156,6 +157,8 @@ def test_exif_orientation_is_obeyed(tmp_path: Path, name: str, orientation: int)
     Image.fromarray(stored).save(tmp_path / name, exif=exif, **({"quality": 100} if name.endswith("jpg") else {}))
     difference = colours(preprocess(tmp_path / name)).astype(int) - corners[16:240, 16:240]
     assert abs(difference).mean() < 3  # chroma subsampling along the borders; any other turn differs by more than 60
+    # The upright picture is not turned once more, as it would be where a data set reads it and evaluation prepares it.
+    np.testing.assert_array_equal(preprocess(rgb(tmp_path / name)), preprocess(tmp_path / name))
 
 
 def exif(*tags: tuple[int, int, int, bytes]) -> bytes:
