@@ -266,8 +266,7 @@ def test_the_figures_are_those_of_scikit_learn() -> None:
 
 
 IMAGENET = list(reference.IMAGENET.meta["categories"])
-WORDNET = [f"n{1450000 + 7000 * i:08}" for i in range(1000)]  # in ImageNet's order
-WORDNET[0], WORDNET[1], WORDNET[6], WORDNET[999] = "n01440764", "n01443537", "n01498041", "n15075141"
+WORDNET = [f"n{1440764 + 37 * i:08}" for i in range(1000)]  # in ImageNet's order
 ACCENTED = [unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD")]
 
 
@@ -339,7 +338,6 @@ def test_a_name_that_two_classes_share_stands_for_both() -> None:
         ),
         (named(WORDNET), [*WORDNET[1:], "n09999999"], "1 of the 1000 classes of data are not among"),
         (named([f"class {i}" for i in range(1000)]), WORDNET, "1000 of the 1000 classes of data are not among"),
-        (named(IMAGENET), [*WORDNET[1:], "n16000000"], "1000 of the 1000 classes of data are not among"),
         (named(IMAGENET), WORDNET[:999], "999 of the 999 classes of data are not among the 1000 of weights"),
         (named(None, 4), WORDNET[:3], "weights has no class names and 4 classes, but data has 3 classes"),
         (named(["a", "b", "c"]), ["a", "a", "b"], "data has several classes with the same name: 'a'"),

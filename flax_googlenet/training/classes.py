@@ -17,8 +17,6 @@ _WORDNET_ID = re.compile(r"n\d{8}")
 # Lists of ImageNet's class names differ ("tench", "tench, Tinca tinca", "n01440764 tench"), but all have these words at
 # these places. The alphabetical order of class folders has other words there.
 _IMAGENET_WORDS = {0: "tench", 1: "goldfish", 6: "stingray", 999: "toilet"}
-# ImageNet has 21,841 classes with such identifiers. Among those of another thousand these are at other places.
-_IMAGENET_IDS = {0: "n01440764", 1: "n01443537", 6: "n01498041", 999: "n15075141"}
 
 
 class ClassMatch(NamedTuple):
@@ -86,13 +84,7 @@ def find_classes(wanted: Sequence[str], data: str, weights: Weights, path: str) 
 
 
 def _is_wordnet(names: Sequence[str]) -> bool:
-    """Return whether the names are the WordNet identifiers of ImageNet's 1,000 classes, in any order."""
-    in_order = sorted(set(names))
-    return (
-        len(in_order) == len(names) == 1000
-        and all(map(_WORDNET_ID.fullmatch, names))
-        and all(in_order[i] == name for i, name in _IMAGENET_IDS.items())
-    )
+    return len(set(names)) == len(names) == 1000 and all(map(_WORDNET_ID.fullmatch, names))
 
 
 def _is_imagenet(names: Sequence[str]) -> bool:
