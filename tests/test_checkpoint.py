@@ -1,5 +1,6 @@
 """The file: what goes in comes out, any flipped bit is noticed, and a kill leaves the old file or the new one."""
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -440,7 +441,9 @@ def test_a_file_that_is_replaced_hands_its_access_control_list_on(tmp_path: Path
     access = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
     try:
         os.setxattr(path, "system.posix_acl_access", access)
-    except OSError:
+    except OSError as error:
+        if error.errno != errno.ENOTSUP:  # a list that is refused for another reason is a defect of this test
+            raise
         pytest.skip("the file system has no access control lists")
     write_atomically(path, b"new")
     assert os.getxattr(path, "system.posix_acl_access") == access
