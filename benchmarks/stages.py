@@ -31,7 +31,7 @@ from side_by_side import (
     serve,
 )
 
-from flax_googlenet.memory import keep_memory, tune_malloc  # imports no JAX
+from flax_googlenet.training.memory import keep_memory, tune_malloc  # imports no JAX
 
 QUICK_STAGES = ("conv1", "maxpool1", "inception5b", "aux1")
 """The stages of --quick: one of each kind."""
@@ -86,8 +86,8 @@ def flax(name: str, features: np.ndarray) -> Compute:
     import jax
     from jax import numpy as jnp
 
-    from flax_googlenet.compiling import jit
-    from flax_googlenet.ops import max_pool
+    from flax_googlenet.inference.compiling import jit
+    from flax_googlenet.ops.pooling import max_pool
 
     variables: Any = {"params": {}}
     rngs = dict.fromkeys(("params", "dropout"), jax.random.key(0))

@@ -33,7 +33,7 @@ from side_by_side import (
     write_weights,
 )
 
-from flax_googlenet.memory import keep_memory, tune_malloc  # imports no JAX
+from flax_googlenet.training.memory import keep_memory, tune_malloc  # imports no JAX
 
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.001, 0.9, 1e-4
 AUX_WEIGHT = 0.3

@@ -7,7 +7,7 @@ from typing import Any
 from exit_status import PortFailureError, Status
 
 from flax_googlenet import CheckpointError
-from flax_googlenet.checkpoint import check_class_names
+from flax_googlenet.weights.checkpoint import check_class_names
 
 
 def read_class_names(path: Path, num_classes: int) -> list[str]:

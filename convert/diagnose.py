@@ -15,8 +15,8 @@ from torch.nn import functional
 from torchvision.models import GoogLeNet as TorchGoogLeNet
 
 from flax_googlenet import GoogLeNet, endpoints, from_torchvision
+from flax_googlenet.commands.status import listing
 from flax_googlenet.model import Variables
-from flax_googlenet.status import listing
 
 ROUNDED = 1e-2  # what remains below it could be bfloat16, whose 8 bits round at 4e-3
 

@@ -10,7 +10,7 @@ from types import ModuleType
 from exit_status import PortFailureError, Status
 from interrupt import ends_the_process
 
-from flax_googlenet.status import describe_crash, draws_progress, message_console, prepare_process
+from flax_googlenet.commands.status import describe_crash, draws_progress, message_console, prepare_process
 
 DESCRIPTION = """\
 Turn a torchvision GoogLeNet checkpoint into Flax variables, and prove it:
@@ -141,7 +141,7 @@ def _import_command() -> ModuleType:
         PortFailureError: UNAVAILABLE if a package is not installed, or JAX has no device.
     """
     try:
-        from flax_googlenet.compiling import BackendError, require_backend
+        from flax_googlenet.inference.compiling import BackendError, require_backend
 
         try:
             require_backend()

@@ -20,8 +20,8 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from flax_googlenet.porting import PortingError
-from flax_googlenet.state_dicts import find_state_dict
+from flax_googlenet.weights.state_dicts import find_state_dict
+from flax_googlenet.weights.torchvision import PortingError
 
 MAX_BYTES = 2**30  # a training checkpoint of GoogLeNet in float64 with averaged weights and momentum has 420 MB
 MAX_PICKLE_BYTES = 2**22  # its pickle has 150 kB; unpickling can take 60 times the space

@@ -6,33 +6,33 @@ A name is imported when it is first used: the command's ``--help`` need not wait
 TYPE_CHECKING = False  # typing's own takes longer to import than the rest
 if TYPE_CHECKING:
     from flax_googlenet import training as training
-    from flax_googlenet.checkpoint import CheckpointError, load, load_metadata, save
-    from flax_googlenet.exporting import export
-    from flax_googlenet.inference import Predictor, fold_batch_norm, make_predictor
+    from flax_googlenet.images.preprocessing import ImageError, preprocess, preprocess_batch
+    from flax_googlenet.inference.export import export
+    from flax_googlenet.inference.predictor import Predictor, fold_batch_norm, make_predictor
     from flax_googlenet.model import GoogLeNet, GoogLeNetOutput, endpoints
-    from flax_googlenet.porting import PortingError, from_torchvision, to_torchvision
-    from flax_googlenet.preprocessing import ImageError, preprocess, preprocess_batch
+    from flax_googlenet.weights.checkpoint import CheckpointError, load, load_metadata, save
+    from flax_googlenet.weights.torchvision import PortingError, from_torchvision, to_torchvision
 
     __version__: str
 else:  # where a type checker sees it, it would accept any name
     _MODULES = {
-        "CheckpointError": "checkpoint",
+        "CheckpointError": "weights.checkpoint",
         "GoogLeNet": "model",
         "GoogLeNetOutput": "model",
-        "ImageError": "preprocessing",
-        "PortingError": "porting",
-        "Predictor": "inference",
+        "ImageError": "images.preprocessing",
+        "PortingError": "weights.torchvision",
+        "Predictor": "inference.predictor",
         "endpoints": "model",
-        "export": "exporting",
-        "fold_batch_norm": "inference",
-        "from_torchvision": "porting",
-        "load": "checkpoint",
-        "load_metadata": "checkpoint",
-        "make_predictor": "inference",
-        "preprocess": "preprocessing",
-        "preprocess_batch": "preprocessing",
-        "save": "checkpoint",
-        "to_torchvision": "porting",
+        "export": "inference.export",
+        "fold_batch_norm": "inference.predictor",
+        "from_torchvision": "weights.torchvision",
+        "load": "weights.checkpoint",
+        "load_metadata": "weights.checkpoint",
+        "make_predictor": "inference.predictor",
+        "preprocess": "images.preprocessing",
+        "preprocess_batch": "images.preprocessing",
+        "save": "weights.checkpoint",
+        "to_torchvision": "weights.torchvision",
     }
 
     def __getattr__(name: str) -> object:

@@ -5,14 +5,14 @@ import signal
 import sys
 from types import FrameType
 
-from flax_googlenet.status import Status
+from flax_googlenet.commands.status import Status
 
 
 def main() -> int:
     """Runs the command of this process, and returns its exit status."""
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as it is for a job in the background of a script
         signal.signal(signal.SIGINT, _end)
-    from flax_googlenet import cli  # only now: imports take time
+    from flax_googlenet.commands import cli  # only now: imports take time
 
     status = cli.main()
     reader = sys.modules.get("flax_googlenet.training.reader")

@@ -18,8 +18,8 @@ from jax import numpy as jnp
 from jax.sharding import AxisType, reshard
 from jaxtyping import Array, Float
 
-from flax_googlenet import winograd
-from flax_googlenet.ops import adaptive_avg_pool, max_pool, per_channel
+from flax_googlenet.ops import winograd
+from flax_googlenet.ops.pooling import adaptive_avg_pool, max_pool, per_channel
 
 Variables = Mapping[str, Any]
 """Nested dict ``{"params": ..., "batch_stats": ...}`` of arrays; ``batch_stats`` is absent without BatchNorm."""

@@ -5,7 +5,6 @@ A name is imported when it is first used: the command's ``--help`` needs the rec
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from flax_googlenet.memory import keep_memory
     from flax_googlenet.training.finetune import (
         balanced_class_weights,
         freeze,
@@ -13,10 +12,11 @@ if TYPE_CHECKING:
         reestimate_batch_norm,
         scale_heads,
     )
+    from flax_googlenet.training.memory import keep_memory
     from flax_googlenet.training.step import TrainState, create_train_state, cross_entropy, eval_step, train_step
 else:  # where a type checker sees it, it would accept any name
     _MODULES = {
-        "flax_googlenet.memory": ("keep_memory",),
+        "flax_googlenet.training.memory": ("keep_memory",),
         "flax_googlenet.training.finetune": (
             "balanced_class_weights",
             "freeze",

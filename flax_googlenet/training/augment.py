@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float32
 from PIL import Image, ImageEnhance, ImageOps
 
-from flax_googlenet.preprocessing import normalise
+from flax_googlenet.images.preprocessing import normalise
 from flax_googlenet.training.recipe import Recipe
 
 Box = tuple[int, int, int, int]

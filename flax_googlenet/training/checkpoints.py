@@ -20,9 +20,9 @@ import orbax.checkpoint as ocp
 from etils import epath  # the paths that Orbax's handlers take
 from jax.experimental import multihost_utils
 
-from flax_googlenet.checkpoint import CheckpointError, read_regular_file, replace_synced
-from flax_googlenet.status import printable
+from flax_googlenet.commands.status import printable
 from flax_googlenet.training.manifest import damage, seal
+from flax_googlenet.weights.checkpoint import CheckpointError, read_regular_file, replace_synced
 
 _FORMAT = 1
 _REPLACED = ".replaced"  # what a save puts aside for a new folder of the same step

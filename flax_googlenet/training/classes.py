@@ -9,9 +9,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from flax_googlenet.files import Weights
-from flax_googlenet.status import listing
+from flax_googlenet.commands.status import listing
 from flax_googlenet.training.datasets import DataError
+from flax_googlenet.weights.files import Weights
 
 _WORDNET_ID = re.compile(r"n\d{8}")
 # Lists of ImageNet's class names differ ("tench", "tench, Tinca tinca", "n01440764 tench"), but all have these words at

@@ -21,8 +21,8 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from flax_googlenet.images import Fail
-from flax_googlenet.preprocessing import ImageError, preprocess
+from flax_googlenet.images.files import Fail
+from flax_googlenet.images.preprocessing import ImageError, preprocess
 from flax_googlenet.training.augment import augment
 from flax_googlenet.training.datasets import DataError, Dataset
 from flax_googlenet.training.reader import Batch, Reader, explained

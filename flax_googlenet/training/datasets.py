@@ -20,9 +20,9 @@ import numpy as np
 from jaxtyping import Bool, Int32, UInt8
 from PIL import Image
 
-from flax_googlenet.images import describe_unreadable, display_name, find_images, is_hidden, is_picture
-from flax_googlenet.preprocessing import rgb
-from flax_googlenet.status import listing
+from flax_googlenet.commands.status import listing
+from flax_googlenet.images.files import describe_unreadable, display_name, find_images, is_hidden, is_picture
+from flax_googlenet.images.preprocessing import rgb
 
 EXPECTED = (
     "expected a folder of train/ and val/, each of them a folder of class folders; or one of class folders, at least "

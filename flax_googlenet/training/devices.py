@@ -14,8 +14,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from flax_googlenet.compiling import compiler_options
-from flax_googlenet.status import CommandError, Status
+from flax_googlenet.commands.status import CommandError, Status
+from flax_googlenet.inference.compiling import compiler_options
 
 _HEARTBEAT_SECONDS = 30  # a process that is silent for so long is taken for dead
 

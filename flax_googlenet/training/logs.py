@@ -17,8 +17,8 @@ import numpy as np
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from flax_googlenet.checkpoint import read_regular_file, write_atomically
-from flax_googlenet.status import draws_progress, message_console, printable
+from flax_googlenet.commands.status import draws_progress, message_console, printable
+from flax_googlenet.weights.checkpoint import read_regular_file, write_atomically
 
 METRICS = "metrics.jsonl"
 CURVES = "curves.png"

@@ -12,15 +12,13 @@ import numpy as np
 import optax
 from jax import numpy as jnp
 
-from flax_googlenet.checkpoint import CheckpointError, require_replaceable, write_atomically
-from flax_googlenet.compiling import BackendError, require_backend
-from flax_googlenet.files import load_weights
-from flax_googlenet.status import CommandError, Status, message_console, printable
+from flax_googlenet.commands.status import CommandError, Status, message_console, printable
+from flax_googlenet.evaluation.ensembles import past_trainings, trainings_of
+from flax_googlenet.inference.compiling import BackendError, require_backend
 from flax_googlenet.training.checkpoints import CheckpointSaveError
 from flax_googlenet.training.data import Batch, eval_batches, made_ahead, train_batches
 from flax_googlenet.training.datasets import DataError, Dataset, open_data
 from flax_googlenet.training.devices import Devices, joined
-from flax_googlenet.training.ensemble import past_trainings, trainings_of
 from flax_googlenet.training.logs import RunLog
 from flax_googlenet.training.outcome import BEST, MODEL, write_outcome, write_weights
 from flax_googlenet.training.reader import WaitStoppedError
@@ -40,6 +38,8 @@ from flax_googlenet.training.step import Metrics, TrainState, eval_step, train_s
 from flax_googlenet.training.stopping import StopSignals
 from flax_googlenet.training.tally import Tally, TooMuchError
 from flax_googlenet.training.workdir import WorkdirInUseError, claim
+from flax_googlenet.weights.checkpoint import CheckpointError, require_replaceable, write_atomically
+from flax_googlenet.weights.files import load_weights
 
 
 def train(

@@ -9,9 +9,9 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
-from flax_googlenet.checkpoint import save
 from flax_googlenet.training.logs import draw_curves
 from flax_googlenet.training.step import TrainState
+from flax_googlenet.weights.checkpoint import save
 
 MODEL, BEST = "model.safetensors", "best.safetensors"  # in the folder of the run: the last weights and the best
 

@@ -12,7 +12,7 @@ from jax import numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec, reshard
 from jaxtyping import Array, ArrayLike, Float, Int
 
-from flax_googlenet.compiling import jit
+from flax_googlenet.inference.compiling import jit
 from flax_googlenet.model import (
     HEADS,
     MISSING_HEAD,

@@ -7,7 +7,7 @@ from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Self
 
-from flax_googlenet.status import Status
+from flax_googlenet.commands.status import Status
 
 _SAID = b"stopping after this step; Ctrl-C again ends at once\n"
 

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from flax_googlenet.preprocessing import ImageError
+from flax_googlenet.images.preprocessing import ImageError
 from flax_googlenet.training.datasets import Dataset
 
 ALWAYS_ALLOWED = 3

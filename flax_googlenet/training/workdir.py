@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from flax_googlenet.commands.status import printable
 from flax_googlenet.locks import lock
-from flax_googlenet.status import printable
 
 
 class WorkdirInUseError(RuntimeError):

@@ -1,0 +1,1 @@
+"""The subcommands of ``flax-googlenet``: arguments, words, progress and exit statuses."""

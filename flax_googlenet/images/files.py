@@ -1,0 +1,155 @@
+"""Image files: found by what a person names, and decoded ahead of the network."""
+
+import glob
+import itertools
+import os
+import re
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+import numpy as np
+
+from flax_googlenet.commands.status import listing
+from flax_googlenet.images.preprocessing import INSTALL_HEIF, ImageError, reads_heif
+
+_IMAGE_NAME = re.compile(
+    r"\.(apng|avif|bmp|gif|j2k|jfif|jp2|jpe|jpeg|jpg|pbm|pgm|png|pnm|ppm|tga|tif|tiff|webp)\Z", re.IGNORECASE
+)
+_HEIF_NAME = re.compile(r"\.(heic|heics|heif|heifs|hif)\Z", re.IGNORECASE)
+# Pictures that Pillow cannot read: cameras' raw formats, and others in which people keep photographs and drawings.
+_OTHER_NAME = re.compile(
+    r"\.(3fr|arw|cr2|cr3|crw|dcr|dng|erf|fff|gpr|iiq|kdc|mef|mos|mrw|nef|nrw|orf|pef|raf|raw|rw2|rwl|sr2|srf|srw|x3f"
+    r"|dcm|exr|hdr|jxl|jxr|psd|svg|xcf)\Z",
+    re.IGNORECASE,
+)
+# What operating systems and network storage leave beside a person's own folders: macOS, Synology, QNAP, Windows, Linux.
+_SYSTEM_FOLDERS = {
+    *("__macosx", "@eadir", "#recycle", "#snapshot", "@__thumb", "@recycle", "@recently-snapshot"),
+    *("$recycle.bin", "system volume information", "lost+found", "__pycache__"),
+}
+
+Source = TypeVar("Source")
+Fail = Callable[[str], None]
+"""Takes the message about something that cannot be read; the work goes on."""
+
+
+def find_images(arguments: Sequence[str], fail: Fail, unreadable: Counter[str]) -> Iterator[str]:
+    """Yields the images that the arguments name, one by one: no list of all of them is made.
+
+    Args:
+        arguments: files, folders, and globs of files, ``**`` included. A folder stands for all images in it and in the
+            folders below it, sorted, without what ``is_hidden`` and without folders behind links.
+        fail: takes the message about an argument without any image.
+        unreadable: counts the pictures of other formats that the folders have beside their images, for
+            ``describe_unreadable``.
+    """
+    for argument in arguments:
+        pictures = Counter[str]()
+        if os.path.isdir(argument):
+            found, nothing = _walk(argument, fail, pictures), "there is no image in this folder"
+        elif os.path.lexists(argument):
+            found, nothing = iter([argument]), ""
+        elif glob.has_magic(argument):
+            matches = sorted(glob.iglob(argument, recursive=True))
+            found, nothing = (path for path in matches if not os.path.isdir(path)), "no file matches"
+        else:
+            found, nothing = iter([]), "no such file"
+        first = next(found, None)
+        if first is None:
+            fail(f"{argument}: {nothing}" + (f", but {describe_unreadable(pictures)}" if pictures else ""))
+        else:
+            yield first
+            yield from found
+            unreadable.update(pictures)
+
+
+def is_image(name: str) -> bool:
+    """Returns whether a file of this name counts as an image in a folder."""
+    return bool(_IMAGE_NAME.search(name)) or (bool(_HEIF_NAME.search(name)) and reads_heif())
+
+
+def is_picture(name: str) -> bool:
+    """Returns whether a file of this name is a picture, in a format that can be read or not."""
+    return any(pattern.search(name) for pattern in (_IMAGE_NAME, _HEIF_NAME, _OTHER_NAME))
+
+
+def is_hidden(name: str) -> bool:
+    """Returns whether a file or folder of this name is left out: it begins with a dot, or a system has made it."""
+    return name.startswith(".") or name.lower() in _SYSTEM_FOLDERS
+
+
+def describe_unreadable(pictures: Counter[str]) -> str:
+    """Describe pictures in formats that cannot be read, and say what to do about them.
+
+    Args:
+        pictures: how many there are, by glob: ``{"photos/*.HEIC": 20}``.
+    """
+    counted = f"{pictures.total()} pictures are in formats" if pictures.total() > 1 else "1 picture is in a format"
+    in_heif = [bool(_HEIF_NAME.search(name)) for name in pictures]
+    way_out = "convert to JPEG or PNG first"
+    if any(in_heif):
+        way_out = INSTALL_HEIF if all(in_heif) else f"{INSTALL_HEIF} for HEIC, and convert the others to JPEG or PNG"
+    return f"{counted} that cannot be read here ({listing(pictures)}): {way_out}"
+
+
+def _walk(folder: str, fail: Fail, unreadable: Counter[str]) -> Iterator[str]:
+    stack = [(folder, True)]  # (path, whether it is a folder), the next one last
+    while stack:
+        path, is_folder = stack.pop()
+        if not is_folder:
+            yield path
+            continue
+        try:
+            with os.scandir(path) as entries:
+                below = [
+                    (entry.path, entry.is_dir(follow_symlinks=False)) for entry in entries if not is_hidden(entry.name)
+                ]
+        except OSError as error:
+            fail(f"{path}: {error.strerror}")
+            continue
+        stack += sorted((item for item in below if item[1] or is_image(item[0])), reverse=True)
+        others = (name for name, is_folder in below if not is_folder and not is_image(name) and is_picture(name))
+        unreadable.update(os.path.join(path, "*" + os.path.splitext(name)[1]) for name in others)
+
+
+def read_ahead(
+    sources: Iterator[Source], read: Callable[[Source], np.ndarray], ahead: int, fail: Fail
+) -> Iterator[tuple[Source, np.ndarray]]:
+    """Each source and what ``read`` makes of it, in order.
+
+    Threads read up to ``ahead`` images before they are asked for, while the network computes.
+
+    Args:
+        sources: paths, or whatever ``read`` takes.
+        read: an image's pixels; where it raises an ImageError, the message goes to ``fail``, and the work goes on.
+        ahead: images.
+        fail: takes messages.
+    """
+    pending: deque[tuple[Source, Future[np.ndarray]]] = deque()
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
+        while True:
+            pending.extend(
+                (source, pool.submit(read, source)) for source in itertools.islice(sources, ahead - len(pending))
+            )
+            if not pending:
+                return
+            source, future = pending.popleft()
+            try:
+                yield source, future.result()
+            except ImageError as error:
+                fail(str(error))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def display_name(path: str) -> str:
+    r"""Returns a path as text, another one for every path.
+
+    Bytes that are not UTF-8 are written as ``\xff``. So that no other name is written alike, a backslash in front of
+    what looks like such an escape, or like one of ``printable``, is written as ``\x5c``.
+    """
+    name = re.sub(rb"\\(?=x[0-9a-f]{2}|u[0-9a-f]{4})", rb"\\x5c", os.fsencode(path))
+    return name.decode(errors="backslashreplace")

@@ -1,0 +1,1 @@
+"""Fast inference: folding, the predictor, export, and how JAX compiles them."""

@@ -1,0 +1,152 @@
+"""Finds the state dict of a GoogLeNet in what people save: training checkpoints, wrapped modules, tensors beside it.
+
+The rules only look at names and nesting. The values may be arrays or tensors of any library.
+"""
+
+import functools
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from flax.traverse_util import flatten_dict
+
+from flax_googlenet.commands.status import listing
+from flax_googlenet.model import GoogLeNet, variable_shapes
+from flax_googlenet.weights.torchvision import PortingError, torch_key
+
+_ENOUGH = 100  # names of the 287 that a network has without its counters and auxiliary heads; ResNets share fc's two
+_MAX_DEPTH = 4
+_AVERAGED = re.compile(r"(^|[._])(ema|swa|avg|average|averaged|teacher)([._]|$)", re.IGNORECASE)
+_BOOKKEEPING = ("n_averaged",)  # a counter that torch.optim.swa_utils.AveragedModel keeps beside the network
+
+
+class FoundStateDict(NamedTuple):
+    """A state dict, and what a person should know about how it was found."""
+
+    state_dict: dict[str, Any]
+    """torchvision's names, or the names of whatever other network the file holds -> arrays, as they were given."""
+    notes: list[str]
+    """One line each: which weights were taken where there are several, and what was left out."""
+
+
+class _Candidate(NamedTuple):
+    path: tuple[str, ...]
+    """The keys that lead to the mapping."""
+    prefix: str
+    """What stands before every name of the network in this mapping: "", "module.", "model.net.", ..."""
+    mapping: Mapping[str, Any]
+
+    @property
+    def names(self) -> set[str]:
+        """What ``--key`` may call it: the mapping's place, with or without the prefix, or the prefix alone."""
+        place, prefix = ".".join(self.path), self.prefix.rstrip(".")
+        return {place, prefix, f"{place}.{prefix}".strip(".")}
+
+
+def find_state_dict(content: Any, key: str | None = None) -> FoundStateDict:
+    """Find the weights of a GoogLeNet in the contents of a file.
+
+    A network is recognised by torchvision's names. Whatever stands before all of them (``module.``, ``model.``,
+    ``_orig_mod.``, ...) is dropped. Where one prefix marks the network, other tensors beside it are left out: the
+    weights of a loss, the counters of a metric. Without a prefix, only values that cannot belong to a layer are left
+    out.
+
+    Args:
+        content: what a file holds: a state dict, or mappings around one.
+        key: which of several networks to take: the keys that lead to it, joined by dots, or its prefix. None takes the
+            first that is not a moving average of another.
+
+    Returns:
+        The state dict. If no GoogLeNet is found, the mapping with the most arrays, for which ``from_torchvision``
+        raises an error that says what is wrong with it.
+
+    Raises:
+        PortingError: if there are no arrays at all, or none under ``key``.
+    """
+    if not isinstance(content, Mapping):
+        raise PortingError(f"it holds a {type(content).__name__}, not a state dict")
+    mappings = list(_mappings(content))
+    candidates = [_Candidate(path, prefix, mapping) for path, mapping in mappings for prefix in _prefixes(mapping)]
+    wanted = candidates
+    if key is not None:
+        wanted = [
+            candidate
+            for candidate in candidates
+            if any(f"{name}.".startswith(f"{key}.") for name in candidate.names if name)
+        ]
+        mappings = [(path, mapping) for path, mapping in mappings if ".".join(path) == key]
+    if wanted:
+        return _choose(wanted, candidates)
+    fullest = max((mapping for _, mapping in mappings), key=lambda x: sum(map(_is_array, x.values())), default={})
+    arrays = {str(name): value for name, value in fullest.items() if _is_array(value)}
+    if not arrays:
+        missing = "no state dict found" if key is None else f"there is no state dict under --key {key}"
+        raise PortingError(f"{missing}; the keys found: {listing(map(str, content), 12) or 'none'}")
+    return FoundStateDict(arrays, [])
+
+
+def _choose(wanted: list[_Candidate], candidates: list[_Candidate]) -> FoundStateDict:
+    chosen = min(wanted, key=lambda candidate: any(map(_AVERAGED.search, candidate.names)))
+    prefixes = [candidate.prefix for candidate in candidates if candidate.mapping is chosen.mapping]
+    state_dict, left_out = {}, []
+    for key, value in chosen.mapping.items():
+        name = str(key)
+        longest = max((prefix for prefix in prefixes if name.startswith(prefix)), key=len, default=None)
+        if longest == chosen.prefix and (chosen.prefix or _could_be_of_a_layer(name, value)):
+            state_dict[name.removeprefix(chosen.prefix)] = value
+        elif longest in (chosen.prefix, None) and name not in _BOOKKEEPING:
+            left_out.append(name)
+    notes = []
+    if others := [_label(candidate, candidates) for candidate in wanted if candidate is not chosen]:
+        taken = repr(_label(chosen, candidates) or "the outermost weights")
+        notes.append(f"took {taken}; --key {' or '.join(filter(None, others))} takes the other weights in it")
+    if left_out:
+        notes.append(f"left out what stands beside the network: {listing(left_out, 3)}")
+    return FoundStateDict(state_dict, notes)
+
+
+def _label(candidate: _Candidate, candidates: list[_Candidate]) -> str:
+    """Return the shortest ``--key`` for a candidate: with its prefix only if its mapping holds several networks."""
+    alone = sum(other.mapping is candidate.mapping for other in candidates) == 1
+    return ".".join(filter(None, (*candidate.path, "" if alone else candidate.prefix.rstrip("."))))
+
+
+def _could_be_of_a_layer(name: str, value: Any) -> bool:
+    return name not in _BOOKKEEPING and ("." in name or (_is_array(value) and len(value.shape) > 0))
+
+
+def _mappings(content: Mapping[Any, Any]) -> Iterator[tuple[tuple[str, ...], Mapping[Any, Any]]]:
+    """Yield all mappings in ``content`` except an optimizer's, with the keys that lead to them, the outermost first."""
+    level: list[tuple[tuple[str, ...], Mapping[Any, Any]]] = [((), content)]
+    seen = {id(content)}  # a pickle can hold a mapping that holds itself
+    for _ in range(_MAX_DEPTH):
+        yield from level
+        inner = []
+        for path, mapping in level:
+            for name, value in mapping.items():
+                if isinstance(value, Mapping) and id(value) not in seen and not str(name).startswith("optim"):
+                    seen.add(id(value))
+                    inner.append(((*path, str(name)), value))
+        level = inner
+
+
+def _prefixes(mapping: Mapping[Any, Any]) -> list[str]:
+    """Return the prefix of each GoogLeNet's names in a mapping, in the order of the mapping."""
+    counts: Counter[str] = Counter()
+    for name, value in mapping.items():
+        if isinstance(name, str) and _is_array(value):
+            starts = [0, *(match.end() for match in re.finditer(r"\.", name))]
+            start = next((start for start in starts if name[start:] in _torch_names()), None)
+            if start is not None:
+                counts[name[:start]] += 1
+    return [prefix for prefix, count in counts.items() if count >= _ENOUGH]
+
+
+def _is_array(value: Any) -> bool:
+    return hasattr(value, "shape") and hasattr(value, "dtype")
+
+
+@functools.cache
+def _torch_names() -> frozenset[str]:
+    return frozenset(map(torch_key, flatten_dict(variable_shapes(GoogLeNet()))))

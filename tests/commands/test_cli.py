@@ -1,0 +1,61 @@
+"""The words of the command line: help that fits the terminal, and what is said of arguments that are wrong."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from flax_googlenet.commands import cli
+from flax_googlenet.training.recipe import PRESETS
+
+
+def words(text: str) -> list[str]:
+    """The words in alphabetical order, without the lines of boxes."""
+    return sorted(word for word in text.split() if not re.fullmatch(r"[-+|•─│╭╮╰╯]+", word))
+
+
+@pytest.mark.parametrize("width", [80, 100])
+@pytest.mark.parametrize(
+    "command",
+    [[], ["classify"], ["evaluate"], ["export"], ["summary"], *(["train", "--preset", preset] for preset in PRESETS)],
+    ids=" ".join,
+)
+def test_help_fits_the_terminal_and_breaks_no_word(
+    command: list[str], width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def shown(columns: int) -> str:
+        monkeypatch.setenv("COLUMNS", str(columns))
+        with pytest.raises(SystemExit, match="0"):
+            cli.main([*command, "--help"])
+        return capsys.readouterr().out
+
+    text = shown(width)
+    assert max(map(len, text.splitlines())) <= width
+    assert words(text) == words(shown(1000))
+
+
+def test_help_on_training_needs_no_extra() -> None:
+    missing = dict.fromkeys(("grain", "matplotlib", "optax", "orbax", "sklearn", "tensorboardX"))
+    code = f"import sys; sys.modules.update({missing}); from flax_googlenet.__main__ import main; sys.exit(main())"
+    process = subprocess.run([sys.executable, "-c", code, "train", "--help"], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert "--recipe.learning-rate" in process.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["clasify", "a.jpg"], "clasify is no command: the commands are classify, evaluate, export, summary, train"),
+        (
+            ["classify", "a.jpg", "--wieghts", "x"],
+            "--wieghts is no argument of this command: did you mean --weights? "
+            "flax-googlenet classify --help lists all",
+        ),
+    ],
+)
+def test_a_wrong_word_gets_one_line_with_what_was_meant(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(arguments) == 2
+    assert capsys.readouterr().err == f"error: {message}\n"

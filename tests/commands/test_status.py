@@ -1,0 +1,164 @@
+"""How commands end when something happens that nobody expected, or when JAX cannot start; and what they draw."""
+
+import io
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import port_weights
+import pytest
+from rich.console import Console
+
+from flax_googlenet.commands import cli
+from flax_googlenet.commands.status import describe_crash, draws_progress
+from flax_googlenet.training import loop
+
+CLASSIFY = ("-m", "flax_googlenet", "classify", "photo.jpg")
+EXPORT = ("-m", "flax_googlenet", "export", "--weights", "weights.safetensors", "--output", "out")
+TRAIN = ("-m", "flax_googlenet", "train", "digits", "--workdir", "run")
+PORT = (port_weights.__file__, "random")
+
+
+def run(cwd: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"TMPDIR": str(cwd)} | variables
+    return subprocess.run([sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("command", [CLASSIFY, TRAIN, PORT])
+def test_an_unexpected_error_ends_with_status_70_and_one_line_that_names_the_file_of_its_traceback(
+    command: tuple[str, ...], tmp_path: Path
+) -> None:
+    process = run(tmp_path, *command, JAX_ENABLE_X64="perhaps")  # which no code of ours expects
+    assert (process.returncode, process.stdout) == (70, "")
+    (path,) = tmp_path.iterdir()
+    message = r"error: unexpected ValueError: invalid truth value 'perhaps' .*; the traceback is in (.*), please report"
+    *lines, error = process.stderr.splitlines()
+    found = re.match(message, error)
+    assert found
+    assert found[1] == str(path)
+    assert lines == ([cli.STARTING] if command is TRAIN else [])  # before JAX is imported, as it fails here
+    report = path.read_text()
+    assert "Traceback (most recent call last)" in report
+    assert "perhaps" in report.splitlines()[-1]
+
+
+def test_a_crash_of_a_run_leaves_its_traceback_in_the_folder_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delattr(loop, "resume")  # a defect
+    assert cli.main(["train", "digits", "--workdir", str(tmp_path)]) == 70
+    (path,) = tmp_path.glob("*crash*")
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "unexpected NameError: name 'resume' is not defined" in said
+    assert f"the traceback is in {path}" in said
+
+
+def test_a_traceback_that_cannot_be_written_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = describe_crash(ValueError("two\nlines"), tmp_path / "missing")
+    assert said == "unexpected ValueError: two; please report it with the traceback above"
+    assert "ValueError: two\nlines\n" in capsys.readouterr().err
+
+
+def test_the_work_goes_on_where_nobody_reads_standard_error_any_more() -> None:
+    script = """if True:
+        from flax_googlenet.commands.status import message_console, write_output
+        console = message_console()
+        for i in range(2):
+            console.print("a message")
+            write_output("a result")"""
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=writer)
+    os.close(writer)
+    assert (process.returncode, process.stdout) == (0, b"a resulta result")
+
+
+def test_a_run_shows_names_as_they_are_and_goes_on_where_nobody_reads_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loop._say_here("a:cat:[b].jpg")
+    assert capsys.readouterr().err == "a:cat:[b].jpg\n"
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        loop._say_here("a message")
+
+
+def test_a_traceback_holds_no_password_of_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["port_weights.py", "https://user:secret@host/a.pth?key=secret"])
+    said = describe_crash(ValueError("no https://user:secret@host/b.pth?key=secret"), tmp_path)
+    (path,) = tmp_path.iterdir()
+    assert said.startswith("unexpected ValueError: no https://host/b.pth; ")
+    assert "'https://host/a.pth'" in (report := path.read_text())
+    assert "secret" not in report
+
+
+@pytest.mark.parametrize("command", ["classify", "evaluate", "export", "train", "port_weights.py"])
+def test_the_help_of_each_command_documents_the_status_of_a_crash(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        port_weights.main(["--help"]) if command == "port_weights.py" else cli.main([command, "--help"])
+    assert re.search(r"70 +an unexpected error", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(("command", "platform"), [(CLASSIFY, "cuda"), (EXPORT, "cuad"), (TRAIN, "tpu"), (PORT, "gpu")])
+@pytest.mark.skipif(bool(list(Path("/dev").glob("nvidia[0-9]*"))), reason="this machine has a GPU")
+def test_a_platform_that_is_not_there_is_refused_by_name_with_status_3(
+    command: tuple[str, ...], platform: str, tmp_path: Path
+) -> None:
+    process = run(tmp_path, *command, JAX_PLATFORMS=platform)
+    assert (process.returncode, process.stdout) == (3, ""), process.stderr
+    error = process.stderr.splitlines()[-1]
+    assert error.startswith(f"error: JAX cannot start with JAX_PLATFORMS={platform}: ")
+    assert error.endswith("; unset it to compute on what this machine has, or set it to cpu")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("variables", "encoding", "is_drawn"),
+    [
+        ({}, "utf-8", True),
+        ({"TERM": "dumb"}, "utf-8", False),
+        ({"TTY_COMPATIBLE": "0"}, "utf-8", False),
+        ({"TTY_INTERACTIVE": "0"}, "utf-8", False),
+        ({"JPY_PARENT_PID": "1", "FORCE_COLOR": "1"}, "utf-8", False),  # as Jupyter sets them
+        ({}, "latin-1", False),
+    ],
+)
+def test_bars_are_drawn_on_terminals_that_can_show_them(
+    variables: dict[str, str], encoding: str, is_drawn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("JPY_PARENT_PID", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in ({"TERM": "xterm"} | variables).items():
+        monkeypatch.setenv(name, value)
+    ours, theirs = os.openpty()
+    with open(theirs, "w", encoding=encoding) as terminal:
+        assert draws_progress(Console(file=terminal)) == is_drawn
+    os.close(ours)
+
+
+@pytest.mark.parametrize("name", ["FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"])
+def test_no_variable_has_bars_drawn_into_a_pipe(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv(name, "1")
+    assert not draws_progress(Console(file=io.StringIO()))
+
+
+def test_neither_a_closed_standard_output_nor_the_backend_of_a_notebook_stops_a_command(tmp_path: Path) -> None:
+    code = """
+from flax_googlenet.commands.status import prepare_process, write_output
+prepare_process()
+assert open("answers.csv").fileno() != 1
+write_output("nobody reads this")
+import matplotlib.figure
+"""
+    (tmp_path / "answers.csv").touch()
+    environment = os.environ | {"MPLBACKEND": "module://missing"}
+    command = ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, "-c", code]
+    process = subprocess.run(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    assert (process.returncode, process.stderr) == (0, "")
