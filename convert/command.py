@@ -29,10 +29,12 @@ from rich.table import Table
 
 import flax_googlenet
 from flax_googlenet import GoogLeNet
-from flax_googlenet.commands.status import draws_progress, listing, printable
+from flax_googlenet.commands.status import draws_progress
+from flax_googlenet.errors import listing, printable
+from flax_googlenet.files import write_atomically
 from flax_googlenet.images.files import display_name
 from flax_googlenet.model import Variables
-from flax_googlenet.weights.checkpoint import load_whole, write_atomically
+from flax_googlenet.weights.checkpoint import load_whole
 from flax_googlenet.weights.files import Weights
 
 jax.config.update("jax_enable_x64", True)  # the proof is in float64

@@ -15,7 +15,7 @@ from torch.nn import functional
 from torchvision.models import GoogLeNet as TorchGoogLeNet
 
 from flax_googlenet import GoogLeNet, endpoints, from_torchvision
-from flax_googlenet.commands.status import listing
+from flax_googlenet.errors import listing
 from flax_googlenet.model import Variables
 
 ROUNDED = 1e-2  # what remains below it could be bfloat16, whose 8 bits round at 4e-3

@@ -17,9 +17,8 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import unquote, urlsplit
 from urllib.request import FTPHandler, Request, build_opener
 
-from flax_googlenet.commands.status import printable, url_without_secrets
-from flax_googlenet.locks import lock
-from flax_googlenet.weights.checkpoint import keep_permissions, replace_synced
+from flax_googlenet.errors import printable, url_without_secrets
+from flax_googlenet.files import keep_permissions, lock, replace_synced
 
 _CHUNK = 1 << 20  # bytes
 

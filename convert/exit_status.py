@@ -5,7 +5,7 @@ from enum import IntEnum
 from types import MappingProxyType
 from typing import Any
 
-from flax_googlenet.commands.status import printable
+from flax_googlenet.errors import printable
 
 
 class Status(IntEnum):

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure  # not pyplot, which would choose a backend
 from PIL import Image
 from proof import FLOAT32_LIMIT, FLOAT64_LIMIT, HEAD_CLASSES, Proof, Stage, float32_limit, top5
 
-from flax_googlenet.commands.status import printable
+from flax_googlenet.errors import printable
 
 # Colours of the plot that are others in the dark.
 PAGE_COLORS = {"#000000": "currentColor", "#c5221f": "var(--red)", "#0072b2": "var(--blue)"}

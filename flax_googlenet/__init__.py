@@ -6,6 +6,7 @@ A name is imported when it is first used: the command's ``--help`` need not wait
 TYPE_CHECKING = False  # typing's own takes longer to import than the rest
 if TYPE_CHECKING:
     from flax_googlenet import training as training
+    from flax_googlenet.errors import GoogLeNetError
     from flax_googlenet.images.preprocessing import ImageError, preprocess, preprocess_batch
     from flax_googlenet.inference.export import export
     from flax_googlenet.inference.predictor import Predictor, fold_batch_norm, make_predictor
@@ -18,6 +19,7 @@ else:  # where a type checker sees it, it would accept any name
     _MODULES = {
         "CheckpointError": "weights.checkpoint",
         "GoogLeNet": "model",
+        "GoogLeNetError": "errors",
         "GoogLeNetOutput": "model",
         "ImageError": "images.preprocessing",
         "PortingError": "weights.torchvision",
@@ -54,6 +56,7 @@ else:  # where a type checker sees it, it would accept any name
 __all__ = [
     "CheckpointError",
     "GoogLeNet",
+    "GoogLeNetError",
     "GoogLeNetOutput",
     "ImageError",
     "PortingError",

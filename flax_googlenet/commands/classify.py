@@ -20,14 +20,8 @@ from rich.text import Text
 from scipy.special import softmax
 
 from flax_googlenet.commands.results import SUFFIXES, Row, open_results
-from flax_googlenet.commands.status import (
-    CommandError,
-    Status,
-    draws_progress,
-    message_console,
-    printable,
-    write_output,
-)
+from flax_googlenet.commands.status import CommandError, Status, draws_progress, message_console, write_output
+from flax_googlenet.errors import printable
 from flax_googlenet.images.files import describe_unreadable, display_name, find_images, read_ahead
 from flax_googlenet.images.preprocessing import preprocess
 from flax_googlenet.inference.predictor import Predictor, make_predictor

@@ -22,12 +22,11 @@ from flax_googlenet.commands.status import (
     CommandError,
     Status,
     describe_crash,
-    install_advice,
     message_console,
     prepare_process,
-    printable,
     write_output,
 )
+from flax_googlenet.errors import install_advice, printable
 
 if TYPE_CHECKING:
     from flax_googlenet.training.recipe import Recipe

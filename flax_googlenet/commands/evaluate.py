@@ -12,15 +12,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 
-from flax_googlenet.commands.status import (
-    CommandError,
-    Status,
-    draws_progress,
-    listing,
-    message_console,
-    printable,
-    write_output,
-)
+from flax_googlenet.commands.status import CommandError, Status, draws_progress, message_console, write_output
+from flax_googlenet.errors import listing, printable
 from flax_googlenet.evaluation.confusion import Score, draw_confusion
 from flax_googlenet.evaluation.ensembles import answers, image_size, make_networks, recipe_of, trainings_of
 from flax_googlenet.images.files import display_name

@@ -23,9 +23,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from flax_googlenet.commands.status import CommandError, Status, install_advice, printable
-from flax_googlenet.locks import lock
-from flax_googlenet.weights.checkpoint import write_atomically
+from flax_googlenet.commands.status import CommandError, Status
+from flax_googlenet.errors import install_advice, printable
+from flax_googlenet.files import lock, write_atomically
 
 SUFFIXES = (".csv", ".jsonl", ".parquet")
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float64, Int
 
-from flax_googlenet.commands.status import printable
-from flax_googlenet.weights.checkpoint import write_atomically
+from flax_googlenet.errors import printable
+from flax_googlenet.files import write_atomically
 
 OTHER = "another class"
 

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from flax_googlenet.commands.status import listing
+from flax_googlenet.errors import listing
 from flax_googlenet.images.preprocessing import INSTALL_HEIF, ImageError, reads_heif
 
 _IMAGE_NAME = re.compile(

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from flax_googlenet.errors import GoogLeNetError
 from flax_googlenet.model import IMAGENET_MEAN, IMAGENET_STD
 
 RESIZE = 256
@@ -61,7 +62,7 @@ def reads_heif() -> bool:
     return "HEIF" in Image.OPEN
 
 
-class ImageError(ValueError):
+class ImageError(GoogLeNetError, ValueError):
     """Something that is no image, or none that can be read; the message names it and the way out."""
 
 

@@ -8,6 +8,8 @@ from typing import ParamSpec, TypeVar
 import jax
 from jax import numpy as jnp
 
+from flax_googlenet.errors import GoogLeNetError
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -16,7 +18,7 @@ R = TypeVar("R")
 _EIGEN_CONVOLUTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
 
 
-class BackendError(RuntimeError):
+class BackendError(GoogLeNetError, RuntimeError):
     """JAX cannot start the platform that it was asked for; the message says what to do."""
 
 

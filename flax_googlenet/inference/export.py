@@ -12,10 +12,11 @@ import numpy as np
 from jax import export as jax_export
 from jax import numpy as jnp
 
-from flax_googlenet.commands.status import CommandError, Status, printable
+from flax_googlenet.commands.status import CommandError, Status
+from flax_googlenet.errors import printable
+from flax_googlenet.files import write_atomically
 from flax_googlenet.inference.predictor import fold_batch_norm
 from flax_googlenet.model import IMAGENET_MEAN, IMAGENET_STD, MIN_SIZE, GoogLeNet, Variables
-from flax_googlenet.weights.checkpoint import write_atomically
 from flax_googlenet.weights.files import load_weights, require_folder_of
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")

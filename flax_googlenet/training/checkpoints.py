@@ -20,9 +20,10 @@ import orbax.checkpoint as ocp
 from etils import epath  # the paths that Orbax's handlers take
 from jax.experimental import multihost_utils
 
-from flax_googlenet.commands.status import printable
+from flax_googlenet.errors import GoogLeNetError, printable
+from flax_googlenet.files import read_regular_file, replace_synced
 from flax_googlenet.training.manifest import damage, seal
-from flax_googlenet.weights.checkpoint import CheckpointError, read_regular_file, replace_synced
+from flax_googlenet.weights.checkpoint import CheckpointError
 
 _FORMAT = 1
 _REPLACED = ".replaced"  # what a save puts aside for a new folder of the same step
@@ -31,7 +32,7 @@ _MAX_EXTRA_BYTES = 2**30
 _NONE, _ALL_DAMAGED, _UNREADABLE = -1, -2, -3  # what the first process sends to the others in place of a step
 
 
-class CheckpointSaveError(RuntimeError):
+class CheckpointSaveError(GoogLeNetError, RuntimeError):
     """A checkpoint that could not be saved; the earlier ones are as they were."""
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from flax_googlenet.commands.status import listing
+from flax_googlenet.errors import listing
 from flax_googlenet.training.datasets import DataError
 from flax_googlenet.weights.files import Weights
 

@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Bool, Int32, UInt8
 from PIL import Image
 
-from flax_googlenet.commands.status import listing
+from flax_googlenet.errors import GoogLeNetError, listing
 from flax_googlenet.images.files import describe_unreadable, display_name, find_images, is_hidden, is_picture
 from flax_googlenet.images.preprocessing import rgb
 
@@ -41,7 +41,7 @@ _PART = re.compile(
 _IDX_NAMES = ("{}-images-idx3-ubyte.gz", "{}-labels-idx1-ubyte.gz")
 
 
-class DataError(ValueError):
+class DataError(GoogLeNetError, ValueError):
     """Data that cannot be trained on; the message names the folder or file and what was expected."""
 
 

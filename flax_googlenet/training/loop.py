@@ -12,8 +12,10 @@ import numpy as np
 import optax
 from jax import numpy as jnp
 
-from flax_googlenet.commands.status import CommandError, Status, message_console, printable
+from flax_googlenet.commands.status import CommandError, Status, message_console
+from flax_googlenet.errors import printable
 from flax_googlenet.evaluation.ensembles import past_trainings, trainings_of
+from flax_googlenet.files import require_replaceable, write_atomically
 from flax_googlenet.inference.compiling import BackendError, require_backend
 from flax_googlenet.training.checkpoints import CheckpointSaveError
 from flax_googlenet.training.data import Batch, eval_batches, made_ahead, train_batches
@@ -38,7 +40,7 @@ from flax_googlenet.training.step import Metrics, TrainState, eval_step, train_s
 from flax_googlenet.training.stopping import StopSignals
 from flax_googlenet.training.tally import Tally, TooMuchError
 from flax_googlenet.training.workdir import WorkdirInUseError, claim
-from flax_googlenet.weights.checkpoint import CheckpointError, require_replaceable, write_atomically
+from flax_googlenet.weights.checkpoint import CheckpointError
 from flax_googlenet.weights.files import load_weights
 
 

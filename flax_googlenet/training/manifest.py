@@ -7,7 +7,7 @@ import hashlib
 import os
 from pathlib import Path
 
-from flax_googlenet.weights.checkpoint import read_regular_file
+from flax_googlenet.files import read_regular_file
 
 _NAME = "manifest.sha256"
 _MAX_BYTES = 2**30

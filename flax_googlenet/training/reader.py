@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 import grain
 import numpy as np
 
+from flax_googlenet.errors import GoogLeNetError
 from flax_googlenet.training.datasets import DataError
 
 Batch = dict[str, np.ndarray]
@@ -28,7 +29,7 @@ _THREAD, _GRAIN_THREAD = "flax-googlenet-reader", "grain-prefetch"
 _SHARED_MEMORY = "/dev/shm"  # noqa: S108  Linux's place for the memory that processes share
 
 
-class WaitStoppedError(Exception):
+class WaitStoppedError(GoogLeNetError):
     """The run was asked to stop while it waited for a batch."""
 
 

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 
+from flax_googlenet.errors import GoogLeNetError
 from flax_googlenet.model import BLOCKS, MIN_SIZE
 
 if TYPE_CHECKING:  # the command's --help shows the recipe where the extra "train" is not installed, too
     import optax
 
 
-class RecipeError(ValueError):
+class RecipeError(GoogLeNetError, ValueError):
     """A recipe that cannot be followed; the message lists all that is wrong with it."""
 
 

@@ -14,6 +14,7 @@ from jax import numpy as jnp
 from jaxtyping import Int
 
 from flax_googlenet.commands.status import CommandError, Status
+from flax_googlenet.files import read_regular_file
 from flax_googlenet.model import MIN_SIZE, GoogLeNet, Variables
 from flax_googlenet.training import checkpoints
 from flax_googlenet.training.classes import find_classes
@@ -24,7 +25,7 @@ from flax_googlenet.training.outcome import BEST
 from flax_googlenet.training.recipe import Recipe, RecipeError, make_optimizer
 from flax_googlenet.training.step import TrainState, create_train_state
 from flax_googlenet.training.tally import Tally
-from flax_googlenet.weights.checkpoint import CheckpointError, read_regular_file
+from flax_googlenet.weights.checkpoint import CheckpointError
 from flax_googlenet.weights.files import Weights
 
 CHECKPOINTS, RECIPE = "checkpoints", "recipe.json"  # in the folder of the run

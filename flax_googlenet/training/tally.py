@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from flax_googlenet.errors import GoogLeNetError
 from flax_googlenet.images.preprocessing import ImageError
 from flax_googlenet.training.datasets import Dataset
 
@@ -14,7 +15,7 @@ NOT_FINITE_LIMIT = 5
 """Steps in a row whose loss or gradient is not finite, after which a run stops."""
 
 
-class TooMuchError(RuntimeError):
+class TooMuchError(GoogLeNetError, RuntimeError):
     """A run had better stop."""
 
 

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from flax_googlenet.commands.status import printable
-from flax_googlenet.locks import lock
+from flax_googlenet.errors import GoogLeNetError, printable
+from flax_googlenet.files import lock
 
 
-class WorkdirInUseError(RuntimeError):
+class WorkdirInUseError(GoogLeNetError, RuntimeError):
     """Another run has claimed the folder; the message names its process."""
 
 

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flax_googlenet.commands.status import CommandError, Status, well_formed
+from flax_googlenet.commands.status import CommandError, Status
+from flax_googlenet.errors import well_formed
 from flax_googlenet.images.preprocessing import CROP
 from flax_googlenet.model import MIN_SIZE, Dtype, GoogLeNet
 from flax_googlenet.weights.checkpoint import CheckpointError, check_class_names, load_whole

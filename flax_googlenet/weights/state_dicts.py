@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from flax.traverse_util import flatten_dict
 
-from flax_googlenet.commands.status import listing
+from flax_googlenet.errors import listing
 from flax_googlenet.model import GoogLeNet, variable_shapes
 from flax_googlenet.weights.torchvision import PortingError, torch_key
 

@@ -13,6 +13,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import numpy as jnp
 
+from flax_googlenet.errors import GoogLeNetError
 from flax_googlenet.model import GoogLeNet, Variables, variable_shapes
 
 NAMES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
@@ -31,7 +32,7 @@ _FIRST = "conv1.conv.weight"  # by its end a state dict is known whatever is put
 VariablePath = tuple[str, ...]
 
 
-class PortingError(ValueError):
+class PortingError(GoogLeNetError, ValueError):
     """Weights that are not those of a GoogLeNet.
 
     ``problems`` lists every offender by kind. It is empty where the weights are only wrapped in something, and the

@@ -31,7 +31,8 @@ from pyarrow import parquet
 import flax_googlenet
 from flax_googlenet.commands.cli import main
 from flax_googlenet.commands.results import Row, open_results
-from flax_googlenet.commands.status import CommandError, printable
+from flax_googlenet.commands.status import CommandError
+from flax_googlenet.errors import printable
 from flax_googlenet.images.files import display_name, find_images, read_ahead
 from flax_googlenet.model import GoogLeNet
 

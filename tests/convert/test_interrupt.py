@@ -83,7 +83,7 @@ def test_ctrl_c_while_the_output_is_written_leaves_nothing_beside_it(tmp_path: P
     code = """
 import os, signal
 from pathlib import Path
-from flax_googlenet.weights.checkpoint import write_atomically
+from flax_googlenet.files import write_atomically
 from interrupt import ends_the_process
 from output_files import writing
 os.fsync = lambda fd: signal.raise_signal(signal.SIGINT)  # when the bytes are there and the name is not

@@ -29,8 +29,8 @@ from jax import numpy as jnp
 import flax_googlenet
 from flax_googlenet import CheckpointError, GoogLeNet
 from flax_googlenet.commands.status import CommandError
+from flax_googlenet.files import write_atomically
 from flax_googlenet.model import variable_shapes
-from flax_googlenet.weights.checkpoint import write_atomically
 from flax_googlenet.weights.files import load_weights
 
 SMALL = GoogLeNet(num_classes=2, aux_logits=False)
