@@ -1,4 +1,4 @@
-"""The pages keep what they promise: the notebooks run, links lead somewhere, and the reference has every public name."""
+"""The notebooks run, every link leads somewhere, and the reference has every public name."""
 
 import os
 import re
