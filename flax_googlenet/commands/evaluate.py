@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,10 @@ from rich.progress import BarColumn, Progress, TextColumn
 from flax_googlenet.commands.status import CommandError, Status, draws_progress, message_console, write_output
 from flax_googlenet.errors import listing, printable
 from flax_googlenet.evaluation.confusion import Score, draw_confusion
-from flax_googlenet.evaluation.ensembles import answers, image_size, make_networks, recipe_of, trainings_of
+from flax_googlenet.evaluation.ensembles import answers, image_size, make_networks
 from flax_googlenet.images.files import display_name
-from flax_googlenet.training.datasets import DataError, Dataset, Training, find_data
-from flax_googlenet.training.recipe import PRESETS
+from flax_googlenet.training.datasets import DataError, Dataset, find_data
+from flax_googlenet.training.history import last_training
 from flax_googlenet.weights.files import load_weights, require_folder_of
 
 
@@ -60,7 +60,7 @@ def evaluate(
         notes.print(f"[bold yellow]warning:[/] {escape(printable(warning))}")
     size = image_size(ensemble)
     try:
-        dataset, which = find_data(data, [_training(path, weights.metadata) for path, weights in ensemble.items()])
+        dataset, which = find_data(data, [last_training(path, weights.metadata) for path, weights in ensemble.items()])
         networks, match = make_networks(ensemble, dataset.class_names, data)
     except DataError as error:
         raise CommandError(Status.NOT_DONE, error) from error
@@ -105,11 +105,6 @@ def evaluate(
     summary += f"{tally.count / seconds:.1f} images/s"
     notes.print(summary + (f"; [bold red]{failed} could not be read[/]" if failed else ""))
     return Status.SOME_UNREADABLE if failed else Status.DONE
-
-
-def _training(path: str, metadata: Mapping[str, Any]) -> Training:
-    recipe = recipe_of(metadata) or PRESETS["digits"]
-    return Training(path, recipe.held_out, recipe.seed, metadata.get("trained_on"), trainings_of(path, metadata))
 
 
 def _figures(tally: Score, dataset: Dataset) -> dict[str, Any]:

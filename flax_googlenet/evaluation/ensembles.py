@@ -1,9 +1,8 @@
 """The answers of one network, or of several together: the mean of their softmax over crops and networks."""
 
 import itertools
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float64, Int
@@ -14,8 +13,7 @@ from flax_googlenet.evaluation.crops import crops
 from flax_googlenet.images.files import Fail, read_ahead
 from flax_googlenet.inference.predictor import Predictor, make_predictor
 from flax_googlenet.training.classes import ClassMatch, find_classes
-from flax_googlenet.training.datasets import DataError, Dataset, Training
-from flax_googlenet.training.recipe import Recipe, RecipeError
+from flax_googlenet.training.datasets import DataError, Dataset
 from flax_googlenet.weights.files import Weights
 
 
@@ -116,27 +114,3 @@ def image_size(ensemble: Mapping[str, Weights]) -> int:
         listing = ", ".join(f"{path}: {size}" for path, size in sizes.items())
         raise CommandError(Status.NOT_DONE, f"the weights are for images of different sizes: {listing}")
     return next(iter(sizes.values()))
-
-
-def past_trainings(metadata: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return what metadata say of the trainings of their weights, the last one first, as ``trained_before`` has it."""
-    before = metadata.get("trained_before")
-    return [
-        {"trained_on": entry["trained_on"], "recipe": entry["recipe"]}
-        for entry in (metadata, *(before if isinstance(before, list) else ()))
-        if isinstance(entry, Mapping) and isinstance(entry.get("trained_on"), str) and recipe_of(entry)
-    ]
-
-
-def trainings_of(path: str, metadata: Mapping[str, Any]) -> tuple[Training, ...]:
-    """Return the known trainings of the weights in a file, the last one first."""
-    pasts = [(recipe_of(past), past["trained_on"]) for past in past_trainings(metadata)]
-    return tuple(Training(path, recipe.held_out, recipe.seed, data) for recipe, data in pasts if recipe)
-
-
-def recipe_of(metadata: Mapping[str, Any]) -> Recipe | None:
-    """That of the run which made the weights; metadata is free: anything else under its name is none."""
-    try:
-        return Recipe.from_json(json.dumps(metadata["recipe"]))
-    except (KeyError, RecipeError, RecursionError):
-        return None

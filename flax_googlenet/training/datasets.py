@@ -23,6 +23,7 @@ from PIL import Image
 from flax_googlenet.errors import GoogLeNetError, listing
 from flax_googlenet.images.files import describe_unreadable, display_name, find_images, is_hidden, is_picture
 from flax_googlenet.images.preprocessing import rgb
+from flax_googlenet.training.history import Training
 
 EXPECTED = (
     "expected a folder of train/ and val/, each of them a folder of class folders; or one of class folders, at least "
@@ -97,21 +98,6 @@ class Dataset:
             names=tuple(self.names[i] for i in indices),
             pixels=None if self.pixels is None else self.pixels[indices],
         )
-
-
-class Training(NamedTuple):
-    """What is known about the training of some weights."""
-
-    weights: str
-    """What to call the weights in messages."""
-    held_out: float
-    """As for ``open_data`` in that training."""
-    seed: int
-    """As for ``open_data`` in that training."""
-    trained_on: str | None
-    """The fingerprint of the images that the weights were trained on, if it is known."""
-    before: "tuple[Training, ...]" = ()
-    """The known trainings that the weights have gone through before this one."""
 
 
 def open_data(data: str, *, held_out: float, seed: int, earlier: Sequence[Training] = ()) -> tuple[Dataset, Dataset]:

@@ -14,13 +14,13 @@ from jax import numpy as jnp
 
 from flax_googlenet.commands.status import CommandError, Status, message_console
 from flax_googlenet.errors import printable
-from flax_googlenet.evaluation.ensembles import past_trainings, trainings_of
 from flax_googlenet.files import require_replaceable, write_atomically
 from flax_googlenet.inference.compiling import BackendError, require_backend
 from flax_googlenet.training.checkpoints import CheckpointSaveError
 from flax_googlenet.training.data import Batch, eval_batches, made_ahead, train_batches
 from flax_googlenet.training.datasets import DataError, Dataset, open_data
 from flax_googlenet.training.devices import Devices, joined
+from flax_googlenet.training.history import past_trainings, trainings_of
 from flax_googlenet.training.logs import RunLog
 from flax_googlenet.training.outcome import BEST, MODEL, write_outcome, write_weights
 from flax_googlenet.training.reader import WaitStoppedError

@@ -30,10 +30,11 @@ from flax_googlenet.commands.cli import main
 from flax_googlenet.commands.status import CommandError
 from flax_googlenet.evaluation.confusion import Score, draw_confusion
 from flax_googlenet.evaluation.crops import crops
-from flax_googlenet.evaluation.ensembles import Network, answers, make_networks, past_trainings, trainings_of
+from flax_googlenet.evaluation.ensembles import Network, answers, make_networks
 from flax_googlenet.images.preprocessing import ImageError, normalise
 from flax_googlenet.training.classes import find_classes
-from flax_googlenet.training.datasets import DataError, Training, find_data, open_data
+from flax_googlenet.training.datasets import DataError, find_data, open_data
+from flax_googlenet.training.history import Training, past_trainings, trainings_of
 from flax_googlenet.training.recipe import PRESETS
 from flax_googlenet.weights.files import Weights, load_weights
 

@@ -13,7 +13,8 @@ from sklearn.datasets import load_digits
 
 from flax_googlenet import ImageError
 from flax_googlenet.images.preprocessing import rgb
-from flax_googlenet.training.datasets import DataError, Dataset, Training, find_data, open_data
+from flax_googlenet.training.datasets import DataError, Dataset, find_data, open_data
+from flax_googlenet.training.history import Training
 
 IDX = {
     "train-images-idx3-ubyte.gz": np.arange(6 * 2 * 3, dtype=np.uint8).reshape(6, 2, 3),
