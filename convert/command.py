@@ -34,8 +34,7 @@ from flax_googlenet.errors import listing, printable
 from flax_googlenet.files import write_atomically
 from flax_googlenet.images.files import display_name
 from flax_googlenet.model import Variables
-from flax_googlenet.weights.checkpoint import load_whole
-from flax_googlenet.weights.files import Weights
+from flax_googlenet.weights.checkpoint import Weights, load_weights
 
 jax.config.update("jax_enable_x64", True)  # the proof is in float64
 
@@ -170,11 +169,10 @@ def _convert(source: Source, transform_input: bool) -> tuple[GoogLeNet, Variable
 
 def _load(path: Path) -> Weights:
     try:
-        return Weights(*load_whole(path))
+        return load_weights(path)
     except flax_googlenet.CheckpointError as error:
-        raise PortFailureError(Status.REFUSED, " ".join(str(error).split())) from error
-    except OSError as error:
-        raise PortFailureError(Status.UNAVAILABLE, f"cannot read {path}: {error.strerror}") from error
+        status = Status.UNAVAILABLE if isinstance(error.__cause__, OSError) else Status.REFUSED
+        raise PortFailureError(status, " ".join(str(error).split())) from error
 
 
 def _prove(state_dict: dict[str, np.ndarray], model: GoogLeNet, variables: Variables, progress: Console) -> Proof:

@@ -14,7 +14,7 @@ from rich.table import Table
 from flax_googlenet.commands.status import CommandError, Status, write_output
 from flax_googlenet.images.preprocessing import CROP
 from flax_googlenet.model import MIN_SIZE, GoogLeNet
-from flax_googlenet.weights.files import load_weights
+from flax_googlenet.weights.checkpoint import load_weights
 
 
 class Stage(NamedTuple):

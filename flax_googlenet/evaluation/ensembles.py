@@ -14,7 +14,7 @@ from flax_googlenet.images.files import Fail, read_ahead
 from flax_googlenet.inference.predictor import Predictor, make_predictor
 from flax_googlenet.training.classes import ClassMatch, find_classes
 from flax_googlenet.training.datasets import DataError, Dataset
-from flax_googlenet.weights.files import Weights
+from flax_googlenet.weights.checkpoint import Weights
 
 
 class Network(NamedTuple):

@@ -11,7 +11,7 @@ from jaxtyping import Int
 
 from flax_googlenet.errors import listing
 from flax_googlenet.training.datasets import DataError
-from flax_googlenet.weights.files import Weights
+from flax_googlenet.weights.checkpoint import Weights
 
 _WORDNET_ID = re.compile(r"n\d{8}")
 # Lists of ImageNet's class names differ ("tench", "tench, Tinca tinca", "n01440764 tench"), but all have these words at

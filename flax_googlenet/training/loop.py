@@ -40,8 +40,7 @@ from flax_googlenet.training.step import Metrics, TrainState, eval_step, train_s
 from flax_googlenet.training.stopping import StopSignals
 from flax_googlenet.training.tally import Tally, TooMuchError
 from flax_googlenet.training.workdir import WorkdirInUseError, claim
-from flax_googlenet.weights.checkpoint import CheckpointError
-from flax_googlenet.weights.files import load_weights
+from flax_googlenet.weights.checkpoint import CheckpointError, load_weights
 
 
 def train(

@@ -25,8 +25,7 @@ from flax_googlenet.training.outcome import BEST
 from flax_googlenet.training.recipe import Recipe, RecipeError, make_optimizer
 from flax_googlenet.training.step import TrainState, create_train_state
 from flax_googlenet.training.tally import Tally
-from flax_googlenet.weights.checkpoint import CheckpointError
-from flax_googlenet.weights.files import Weights
+from flax_googlenet.weights.checkpoint import CheckpointError, Weights
 
 CHECKPOINTS, RECIPE = "checkpoints", "recipe.json"  # in the folder of the run
 _MAX_RECIPE_BYTES = 2**20

@@ -18,7 +18,7 @@ import re
 import shlex
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -28,20 +28,49 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from flax.typing import Dtype
 from jax import numpy as jnp
 
-from flax_googlenet.errors import GoogLeNetError
+from flax_googlenet.errors import GoogLeNetError, well_formed
 from flax_googlenet.files import read_regular_file, write_atomically
-from flax_googlenet.model import GoogLeNet, Variables, variable_shapes
+from flax_googlenet.images.preprocessing import CROP
+from flax_googlenet.model import MIN_SIZE, GoogLeNet, Variables, variable_shapes
 
 _DTYPES = {"F64": jnp.float64, "F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}  # safetensors' names
 _MAX_BYTES = 2**32  # of a file; GoogLeNet with 170,000 classes in float64 has as many
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 _MAX_TENSORS = 10_000  # GoogLeNet has 300; a header has room for millions, which would take minutes and gigabytes
+_MAX_IMAGE_SIZE = 2**13  # pixels; in a forged file an image size could ask for any amount of memory
 _NO_DIGEST = "0" * 64
 _DIGEST = re.compile(rb'\\"sha256\\": \\"([0-9a-f]{64})\\"')  # JSON in JSON: the quotes are escaped
 
 
 class CheckpointError(GoogLeNetError, ValueError):
     """A file that is not a whole checkpoint of this library, or a model and variables that do not belong together."""
+
+
+class Weights(NamedTuple):
+    """The contents of a file that ``save`` wrote."""
+
+    model: GoogLeNet
+    variables: dict[str, Any]
+    metadata: dict[str, Any]
+    digest: str
+    """The first 16 hexadecimal digits of the file's sha256."""
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """The name of each class, or None if the metadata has no class names, or something else in their place."""
+        names = self.metadata.get("class_names")
+        try:
+            check_class_names(names, self.model.num_classes)
+        except CheckpointError:
+            return None
+        return names and list(map(well_formed, names))
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of the training images in pixels, or 224 if the metadata has no recipe of a run."""
+        recipe = self.metadata.get("recipe")
+        size = recipe.get("image_size") if isinstance(recipe, dict) else None
+        return size if type(size) is int and MIN_SIZE <= size <= _MAX_IMAGE_SIZE else CROP
 
 
 def save(
@@ -110,13 +139,22 @@ def load(path: str | os.PathLike[str], *, dtype: Dtype | None = None) -> tuple[G
         model, variables = flax_googlenet.load("googlenet.safetensors")
         logits = jax.jit(model.apply)(variables, images).logits
     """
-    return load_whole(path, dtype=dtype)[:2]
+    return _load(path, dtype)[:2]
 
 
-def load_whole(
-    path: str | os.PathLike[str], *, dtype: Dtype | None = None
-) -> tuple[GoogLeNet, dict[str, Any], dict[str, Any], str]:
-    """As ``load``; model, variables, metadata and the sha256 of the file, from one reading of it."""
+def load_weights(path: str | os.PathLike[str], *, dtype: Dtype | None = None) -> Weights:
+    """Read all that ``save`` wrote, with one reading of the file; the arguments are those of ``load``.
+
+    Raises:
+        CheckpointError: for the same reasons as ``load``, and if the file cannot be read at all.
+    """
+    try:
+        return _load(path, dtype)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {os.fspath(path)}: {error.strerror}") from error
+
+
+def _load(path: str | os.PathLike[str], dtype: Dtype | None) -> Weights:
     if dtype is not None:
         dtype = _float_dtype(dtype)
     data, content = _read(path)
@@ -149,7 +187,7 @@ def load_whole(
     for names, shape in shapes.items():
         tensor = tensors["/".join(names)]
         variables[names] = jnp.asarray(tensor, tensor.dtype if dtype is None else shape.dtype)
-    return model, unflatten_dict(variables), content["metadata"], hashlib.sha256(data).hexdigest()
+    return Weights(model, unflatten_dict(variables), content["metadata"], hashlib.sha256(data).hexdigest()[:16])
 
 
 def load_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from flax_googlenet.training.classes import find_classes
 from flax_googlenet.training.datasets import DataError, find_data, open_data
 from flax_googlenet.training.history import Training, past_trainings, trainings_of
 from flax_googlenet.training.recipe import PRESETS
-from flax_googlenet.weights.files import Weights, load_weights
+from flax_googlenet.weights.checkpoint import Weights, load_weights
 
 NAMES = ["flower", "goat", "temple", "zebra"]
 TO_TENSOR = v2.Compose(

@@ -20,8 +20,7 @@ from flax_googlenet.training.manifest import seal
 from flax_googlenet.training.recipe import Recipe
 from flax_googlenet.training.start import describe_classes, find_head, initial_state, resume, save, weigh_classes
 from flax_googlenet.training.tally import Tally
-from flax_googlenet.weights.checkpoint import CheckpointError
-from flax_googlenet.weights.files import Weights
+from flax_googlenet.weights.checkpoint import CheckpointError, Weights
 
 STATE: Any = {"weights": np.arange(6, dtype=np.float32)}  # any tree will do
 TALLY = Tally(step=7, unreadable=["a.jpg"], not_finite=2, not_finite_in_a_row=1, best_step=4, best_accuracy=0.1)

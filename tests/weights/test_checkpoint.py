@@ -28,10 +28,9 @@ from jax import numpy as jnp
 
 import flax_googlenet
 from flax_googlenet import CheckpointError, GoogLeNet
-from flax_googlenet.commands.status import CommandError
 from flax_googlenet.files import write_atomically
 from flax_googlenet.model import variable_shapes
-from flax_googlenet.weights.files import load_weights
+from flax_googlenet.weights.checkpoint import load_weights
 
 SMALL = GoogLeNet(num_classes=2, aux_logits=False)
 
@@ -358,7 +357,7 @@ def test_what_is_no_regular_file_or_too_large_is_not_read(tmp_path: Path) -> Non
         for read in (flax_googlenet.load, flax_googlenet.load_metadata):
             with pytest.raises(OSError, match=re.escape(f"{message}: '{path}'")):
                 read(path)
-        with pytest.raises(CommandError, match=re.escape(f"cannot read {path}: {message}")):
+        with pytest.raises(CheckpointError, match=re.escape(f"cannot read {path}: {message}")):
             load_weights(path)
 
 
