@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from flax_googlenet.commands.status import draws_progress
+from flax_googlenet.commands.terminal import draws_progress
 from flax_googlenet.errors import printable, url_without_secrets
 from flax_googlenet.images.files import display_name
 

@@ -29,7 +29,7 @@ from rich.table import Table
 
 import flax_googlenet
 from flax_googlenet import GoogLeNet
-from flax_googlenet.commands.status import draws_progress
+from flax_googlenet.commands.terminal import draws_progress
 from flax_googlenet.errors import listing, printable
 from flax_googlenet.files import write_atomically
 from flax_googlenet.images.files import display_name

@@ -10,7 +10,8 @@ from types import ModuleType
 from exit_status import PortFailureError, Status
 from interrupt import ends_the_process
 
-from flax_googlenet.commands.status import describe_crash, draws_progress, message_console, prepare_process
+from flax_googlenet.commands.status import describe_crash
+from flax_googlenet.commands.terminal import draws_progress, message_console, prepare_process
 
 DESCRIPTION = """\
 Turn a torchvision GoogLeNet checkpoint into Flax variables, and prove it:

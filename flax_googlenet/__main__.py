@@ -1,4 +1,4 @@
-"""The ``flax-googlenet`` command, which is ``python -m flax_googlenet``: ends on Ctrl-C from its first moment on."""
+"""The entry of the command ``flax-googlenet``, or ``python -m flax_googlenet``, which Ctrl-C can end from the start."""
 
 import os
 import signal
@@ -9,14 +9,14 @@ from flax_googlenet.commands.status import Status
 
 
 def main() -> int:
-    """Runs the command of this process, and returns its exit status."""
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as it is for a job in the background of a script
+    """Run the command line of this process and return its exit status."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # it is for a background job of a script
         signal.signal(signal.SIGINT, _end)
-    from flax_googlenet.commands import cli  # only now: imports take time
+    from flax_googlenet.commands import cli  # after the handler is in place, because imports take time
 
     status = cli.main()
     reader = sys.modules.get("flax_googlenet.training.reader")
-    if reader and reader.hangs():  # and Python would wait for its thread
+    if reader and reader.hangs():  # Python would wait for its thread for ever
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
@@ -24,13 +24,13 @@ def main() -> int:
 
 
 def _end(signum: int, frame: FrameType | None) -> None:
-    """Ends the process on the spot: outputs are made for that, as for any kill.
+    """End the process at once. The output files survive this, as they survive any kill.
 
-    KeyboardInterrupt would be lost in the callback that JAX gives to the garbage collector, and come out of an import
-    as an ImportError.
+    A KeyboardInterrupt would be lost in the callback that JAX gives to the garbage collector, and an import would turn
+    it into an ImportError.
     """
     if os.isatty(2):
-        os.write(2, b"\r\x1b[2K\x1b[?25h")  # the line of progress goes, and the cursor comes back
+        os.write(2, b"\r\x1b[2K\x1b[?25h")  # clear the progress line, and show the cursor
     os._exit(Status.INTERRUPTED)
 
 

@@ -1,18 +1,22 @@
-"""The base of the library's exceptions, and how messages write names, lists and URLs."""
+"""The base of the library's exceptions, and functions that write names, lists and URLs in messages."""
 
 import re
 from collections.abc import Iterable
 
 
 class GoogLeNetError(Exception):
-    """The base of every exception that the library raises on purpose; the message says what to do."""
+    """The base of every exception that the library raises on purpose; the message says what is wrong and what to do."""
+
+
+class TrainingStopped(GoogLeNetError):  # noqa: N818  the run stopped itself; nothing in it need be wrong
+    """A training stopped itself before its end; the message says why, and from which checkpoint it can go on."""
 
 
 _SURROGATES = r"\ud800-\udfff"
-"""Halves of pairs. Python reads a byte of a file name that is not UTF-8 as one, U+DC00 plus the byte (PEP 383)."""
+"""Surrogates. Python reads a byte of a file name that is not UTF-8 as the surrogate U+DC00 plus the byte (PEP 383)."""
 
 _STEERING = rf"\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069{_SURROGATES}"
-"""Control characters, line separators, and the characters of Unicode's property Bidi_Control, which turn text around.
+"""Control characters, line separators, and the characters that change the direction of text (Bidi_Control).
 
 ``str.isprintable`` refuses more: all spaces but one, the joiners in Persian words and in emoji, and every character
 that is newer than this Python.
@@ -20,7 +24,7 @@ that is newer than this Python.
 
 
 def printable(text: str) -> str:
-    r"""Returns the text on one line, and without anything that steers a terminal, a page or a spreadsheet.
+    r"""Return the text on one line, with every character escaped that could control a terminal or change other text.
 
     Such characters are written as ``\x1b`` or ``\u202e``, and a byte of a file name that is not UTF-8 as ``\xe9``.
     """
@@ -28,7 +32,7 @@ def printable(text: str) -> str:
 
 
 def listing(names: Iterable[str], most: int = 5) -> str:
-    """Return the first few names for a message, with dots if there are more."""
+    """Return the first ``most`` names, joined by commas, with dots if there are more."""
     names = list(names)
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
@@ -48,7 +52,7 @@ def url_without_secrets(url: str) -> str:
 
 
 def well_formed(text: str) -> str:
-    """Returns the text as Unicode that every file can hold: halves of pairs are written as in ``printable``."""
+    """Return the text as Unicode that every file can hold, with surrogates escaped as ``printable`` does."""
     return re.sub(f"[{_SURROGATES}]", _escape, text)
 
 
@@ -59,5 +63,5 @@ def _escape(match: re.Match[str]) -> str:
 
 
 def install_advice(extra: str) -> str:
-    """Return how to install what an optional part of the project needs."""
+    """Return the advice to install an extra of the project, such as ``train``."""
     return f'install flax-googlenet with its extra "{extra}": in a clone by pip install -e ".[{extra}]"'

@@ -1,4 +1,4 @@
-"""Turns a function into the command line of a subcommand: its help, and the messages about wrong arguments."""
+"""The command line of a subcommand, made from its function: the arguments, the help, and messages about wrong ones."""
 
 import dataclasses
 import difflib
@@ -8,31 +8,39 @@ import re
 import shutil
 import textwrap
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
+from tyro.conf import FlagCreatePairsOff, arg
 
-from flax_googlenet.commands.status import CommandError, Status
+from flax_googlenet.commands.status import UsageError
 
 if TYPE_CHECKING:
     from flax_googlenet.training.recipe import Recipe
+
+File = Annotated[Path, arg(metavar="FILE")]
+OptionalFile = Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")]
+Number = Annotated[int, arg(metavar="N")]
+OptionalNumber = Annotated[int | None, arg(metavar="N", help_behavior_hint="")]
+Flag = Annotated[bool, arg(help_behavior_hint=""), FlagCreatePairsOff]
 
 
 def parse(
     name: str, command: Callable[..., int], arguments: Sequence[str], recipe: "Recipe | None" = None
 ) -> Callable[[], int]:
-    """Return the call of a command with the arguments of a command line.
+    """Return the call of a subcommand that a command line asks for.
 
     The process exits with status 0 after ``--help``, and with 2 if tyro refuses an argument.
 
     Args:
         name: The name of the subcommand.
         command: The function, with a docstring of paragraphs, ``Exit status:`` and ``Args:``.
-        arguments: The words after the name.
+        arguments: The words of the command line after the name.
         recipe: The default of the function's argument ``recipe``, or None for a function without one.
 
     Raises:
-        CommandError: If the command does not take one of the arguments.
+        UsageError: If the command does not take one of the arguments.
     """
     description, _, documented = inspect.cleandoc(command.__doc__ or "").partition("\n\nArgs:\n")
 
@@ -40,8 +48,8 @@ def parse(
     def parsed(*positional: Any, **options: Any) -> Callable[[], int]:
         return functools.partial(command, *positional, **options)
 
-    # tyro keeps the line breaks in the documentation of arguments, so it gets a copy without them. It would follow
-    # ``__wrapped__`` to the original.
+    # tyro keeps the line breaks in the documentation of arguments, so it gets a copy without them. Without the deletion
+    # it would follow ``__wrapped__`` to the original.
     vars(parsed).update(__signature__=inspect.signature(command))
     del vars(parsed)["__wrapped__"]
     parsed.__doc__ = f"{name}\n\nArgs:\n" + re.sub(r"\n {8,}", " ", documented)
@@ -58,7 +66,7 @@ def parse(
         options += [f"recipe.{field.name}" for field in dataclasses.fields(recipe)] if recipe else []
         hint = _suggest(unknown[0], [option.replace("_", "-") for option in options])
         message = f"{unknown[0]} is no argument of this command: {hint}flax-googlenet {name} --help lists all"
-        raise CommandError(Status.USAGE, message)
+        raise UsageError(message)
     return call
 
 

@@ -1,98 +1,124 @@
-"""What ``flax-googlenet classify`` does: runs the network over images, and tells its answers."""
+"""``flax-googlenet classify``."""
 
-import functools
-import itertools
-import json
-import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from json import dumps
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
-from jax import numpy as jnp
-from rich.console import Console, Group
-from rich.markup import escape
-from rich.progress import Progress, SpinnerColumn, TextColumn
-from rich.progress_bar import ProgressBar
-from rich.table import Table
-from rich.text import Text
-from scipy.special import softmax
+from tyro.conf import arg
 
-from flax_googlenet.commands.results import SUFFIXES, Row, open_results
-from flax_googlenet.commands.status import CommandError, Status, draws_progress, message_console, write_output
+from flax_googlenet.commands.arguments import Flag, Number, OptionalFile
+from flax_googlenet.commands.results import SUFFIXES, Row, open_results, rank
+from flax_googlenet.commands.status import CommandError, Status, UsageError
+from flax_googlenet.commands.terminal import Messages, require_folder_of, write_output
 from flax_googlenet.errors import printable
-from flax_googlenet.images.files import describe_unreadable, display_name, find_images, read_ahead
-from flax_googlenet.images.preprocessing import preprocess
-from flax_googlenet.inference.predictor import Predictor, make_predictor
-from flax_googlenet.weights.files import load_weights, require_folder_of
+
+if TYPE_CHECKING:
+    from rich.console import Group
 
 DEFAULT_WEIGHTS = (Path("googlenet-imagenet.safetensors"), Path("googlenet-random.safetensors"))
-"""The outputs of ``convert/port_weights.py``, looked for in the working folder."""
+"""The outputs of ``convert/port_weights.py``, which are looked for in the working folder."""
 
 
 def classify(
-    arguments: Sequence[str], *, weights: Path | None, as_json: bool, output: Path | None, top: int, batch_size: int
+    images: Annotated[tuple[str, ...], arg(metavar="IMAGE|FOLDER|GLOB ...", help_behavior_hint="")],
+    /,
+    *,
+    weights: OptionalFile = None,
+    json: Flag = False,
+    output: OptionalFile = None,
+    top: Number = 5,
+    batch_size: Number = 32,
 ) -> Status:
-    """Classifies images and tells the answers, on standard output or in a file; the arguments are the command line's.
+    """Name the likeliest classes of images.
 
-    Raises:
-        CommandError: if the arguments are wrong, or nothing can be done at all.
-        OSError: if the output cannot be written.
+    The images are resized to the size that the weights were trained for, which is 224x224 unless train was given
+    another one. A folder stands for all images in it and in the folders below it, except hidden ones. Photographs in
+    HEIC are read where pillow-heif is installed. An --output file grows batch by batch. If the command is interrupted,
+    run it again: it skips the images that have a row in the file, and tries those again that could not be read.
+
+    Exit status:
+      0    all images are classified
+      1    some images could not be read; standard error names them, and the others are classified
+      2    the command line is wrong
+      3    nothing is classified: there is no such file or no image, the weights cannot be read, the output cannot be
+           written, or JAX_PLATFORMS names a device that this machine does not have
+      70   an unexpected error; its traceback is in the file that the message names
+      130  interrupted
+      141  nobody reads standard output any more
+
+    Args:
+        images: Files, folders, and globs such as 'photos/**/*.jpg'.
+        weights: File of weights, written by port_weights.py, train or flax_googlenet.save. By default
+            googlenet-imagenet.safetensors in the working folder, or else googlenet-random.safetensors.
+        json: Print one line of JSON for each image: {"image", "predictions": [{"index", "label", "probability"}]}.
+        output: Write to this .csv, .jsonl or .parquet file instead of standard output. Excludes --json.
+        top: Number of classes to name, the likeliest first.
+        batch_size: Number of images to compute at once.
     """
-    if not arguments:
-        raise CommandError(Status.USAGE, "no images: name files, folders or globs")
+    if not images:
+        raise UsageError("no images: name files, folders or globs")
     if top < 1 or batch_size < 1:
-        raise CommandError(Status.USAGE, "--top and --batch-size must be at least 1")
+        raise UsageError("--top and --batch-size must be at least 1")
     if output and output.suffix not in SUFFIXES:
-        raise CommandError(Status.USAGE, f"{output}: --output must end in one of {', '.join(SUFFIXES)}")
-    if output and as_json:
-        raise CommandError(Status.USAGE, "--json is for the standard output: leave it out, or --output")
+        raise UsageError(f"{output}: --output must end in one of {', '.join(SUFFIXES)}")
+    if output and json:
+        raise UsageError("--json is for standard output: leave it out, or --output")
     if output:
         require_folder_of(output)
-    screen, notes = Console(highlight=False), message_console()
-    failed = done = skipped = 0
 
-    def fail(message: str) -> None:
-        nonlocal failed
-        failed += 1
-        notes.print(f"[bold red]error:[/] {escape(printable(message))}")
+    import functools
+    import itertools
+    import time
+    from contextlib import nullcontext
 
-    def warn(message: str) -> None:
-        notes.print(f"[bold yellow]warning:[/] {escape(printable(message))}")
+    import numpy as np
+    from jax import numpy as jnp
+    from rich.console import Console
+    from rich.progress import SpinnerColumn, TextColumn
 
-    unreadable = Counter[str]()
-    paths = find_images(arguments, fail, unreadable)
-    first = next(paths, None)
-    if first is None:
+    from flax_googlenet.images.files import describe_unreadable, display_name, find_images, read_ahead
+    from flax_googlenet.images.preprocessing import preprocess
+    from flax_googlenet.inference.compiling import require_backend, use_compilation_cache
+    from flax_googlenet.inference.predictor import make_predictor, probabilities
+    from flax_googlenet.weights.checkpoint import load_weights
+
+    use_compilation_cache()
+    require_backend()
+    messages, unreadable = Messages(), Counter[str]()
+    paths = find_images(images, messages.fail, unreadable)
+    first_path = next(paths, None)
+    if first_path is None:
         return Status.NOT_DONE
-    loaded = load_weights(weights or _default_weights(), dtype=jnp.float32)
+    paths = itertools.chain([first_path], paths)
+    weights = weights or _default_weights()
+    loaded = load_weights(weights, dtype=jnp.float32)
     top = min(top, loaded.model.num_classes)
     if loaded.metadata.get("source") == "random":
-        warn("these weights are random: the answers mean nothing")
+        messages.warn("these weights are random: the answers mean nothing")
 
     predict = make_predictor(loaded.model, loaded.variables)
-    with nullcontext() if output is None else open_results(output, loaded.digest, top, warn) as results:
-
-        def is_new(path: str) -> bool:
-            nonlocal skipped
-            new = results is None or results.claim(display_name(path))
-            skipped += not new
-            return new
-
+    screen, done = Console(highlight=False), 0
+    with nullcontext() if output is None else open_results(output, loaded.digest, top, messages.warn) as results:
+        if results:
+            paths = (path for path in paths if results.claim(display_name(path)))
         start = time.perf_counter()
+        columns = SpinnerColumn(), TextColumn("{task.completed} images, {task.fields[rate]:.1f} images/s")
         # On the terminal that shows the answers, progress would be noise.
-        hidden = not draws_progress(notes) or (screen.file.isatty() and output is None)
-        with _progress(notes, hidden) as progress:
+        with messages.progress(*columns, hidden=screen.file.isatty() and output is None) as progress:
             task = progress.add_task("", total=None, rate=0.0)
-            new = filter(is_new, itertools.chain([first], paths))
             read = functools.partial(preprocess, size=loaded.image_size)
-            images = read_ahead(new, read, 2 * batch_size, fail)
-            for rows in _answers(predict, images, batch_size, top, loaded.class_names):
+            pixels_by_path = read_ahead(paths, read, 2 * batch_size, messages.fail)
+            while batch := list(itertools.islice(pixels_by_path, batch_size)):
+                pixels = np.stack([pixels for _, pixels in batch])  # [N, H, W, 3]
+                rows = [
+                    {"image": display_name(path), "predictions": rank(row, top, loaded.class_names)}
+                    for (path, _), row in zip(batch, probabilities(predict, pixels, str(weights)), strict=True)
+                ]
                 if results:
                     results.append(rows)
-                elif as_json:
-                    write_output("".join(f"{json.dumps(row)}\n" for row in rows))
+                elif json:
+                    write_output("".join(f"{dumps(row)}\n" for row in rows))
                 else:
                     with screen.capture() as blocks:
                         for row in rows:
@@ -102,16 +128,8 @@ def classify(
                 progress.update(task, completed=done, rate=done / (time.perf_counter() - start))
         seconds = time.perf_counter() - start
     if unreadable:
-        fail(describe_unreadable(unreadable))
-        failed += unreadable.total() - 1  # that message stands for all of them
-
-    summary = f"{done} image{'' if done == 1 else 's'} in {seconds:.1f} s, {done / seconds:.1f} images/s"
-    if skipped:
-        summary += f"; {skipped} were done before"
-    if failed:
-        summary += f"; [bold red]{failed} could not be read[/]"
-    notes.print(summary)
-    return Status.SOME_UNREADABLE if failed else Status.DONE
+        messages.fail(describe_unreadable(unreadable), unreadable.total())
+    return messages.conclude(done, seconds, results.skipped if results else 0)
 
 
 def _default_weights() -> Path:
@@ -119,43 +137,18 @@ def _default_weights() -> Path:
         if path.is_file():
             return path
     raise CommandError(
-        Status.NOT_DONE,
         f"no weights: name them with --weights, or make {DEFAULT_WEIGHTS[0]} in this folder with "
-        "python convert/port_weights.py imagenet",
+        "python convert/port_weights.py imagenet"
     )
 
 
-def _answers(
-    predict: Predictor,
-    images: Iterator[tuple[str, np.ndarray]],
-    batch_size: int,
-    top: int,
-    class_names: Sequence[str] | None,
-) -> Iterator[list[Row]]:
-    while batch := list(itertools.islice(images, batch_size)):
-        logits = np.asarray(predict(np.stack([pixels for _, pixels in batch])), np.float64)
-        if not np.isfinite(logits).all():
-            raise CommandError(Status.NOT_DONE, "the weights are wrong: their answers are not finite")
-        yield [
-            {"image": display_name(path), "predictions": rank(row, top, class_names)}
-            for (path, _), row in zip(batch, logits, strict=True)
-        ]
+def _block(row: Row) -> "Group":
+    """Return what a person sees of an image: its name, and a line with a bar for each class."""
+    from rich.console import Group
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
 
-
-def rank(logits: np.ndarray, top: int, class_names: Sequence[str] | None) -> list[dict[str, int | str | float | None]]:
-    """The ``top`` likeliest classes of float64 logits [num_classes], the likeliest first."""
-    probabilities = softmax(logits)
-    return [
-        {
-            "index": int(index),
-            "label": class_names[index] if class_names else None,
-            "probability": float(f"{probabilities[index]:.6g}"),  # the logits are float32
-        }
-        for index in np.argsort(-probabilities, kind="stable")[:top]
-    ]
-
-
-def _block(row: Row) -> Group:
     table = Table.grid(padding=(0, 2))
     for prediction in row["predictions"]:
         probability = prediction["probability"]
@@ -163,11 +156,3 @@ def _block(row: Row) -> Group:
         bar = ProgressBar(total=1, completed=probability, width=30)
         table.add_row("", Text(printable(label)), f"{probability:7.2%}", bar)
     return Group(Text(printable(row["image"]), style="bold"), table, "")
-
-
-def _progress(console: Console, hidden: bool) -> Progress:
-    columns = (SpinnerColumn(), TextColumn("{task.completed} images, {task.fields[rate]:.1f} images/s"))
-    # Redirection would send the answers, too, to the terminal.
-    return Progress(
-        *columns, console=console, transient=True, disable=hidden, redirect_stdout=False, redirect_stderr=False
-    )

@@ -1,135 +1,152 @@
-"""What ``flax-googlenet evaluate`` does: accuracies and the confusion matrix of weights, or of several together."""
+"""``flax-googlenet evaluate``."""
 
-import json
-import time
-from collections.abc import Sequence
+from json import dumps
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import numpy as np
-from jax import numpy as jnp
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn
+from tyro.conf import arg
 
-from flax_googlenet.commands.status import CommandError, Status, draws_progress, message_console, write_output
-from flax_googlenet.errors import listing, printable
-from flax_googlenet.evaluation.confusion import Score, draw_confusion
-from flax_googlenet.evaluation.ensembles import answers, image_size, make_networks
-from flax_googlenet.images.files import display_name
-from flax_googlenet.training.datasets import DataError, Dataset, find_data
-from flax_googlenet.training.history import last_training
-from flax_googlenet.weights.files import load_weights, require_folder_of
+from flax_googlenet.commands.arguments import Flag, Number, OptionalFile
+from flax_googlenet.commands.status import CommandError, Status, UsageError
+from flax_googlenet.commands.terminal import Messages, require_folder_of, write_output, writing
+from flax_googlenet.commands.train import require_training_packages
+from flax_googlenet.errors import listing
+
+if TYPE_CHECKING:
+    from flax_googlenet.evaluation.confusion import Score
+
+_ORDER = "name the weights and then the data: evaluate WEIGHTS DATA"
 
 
 def evaluate(
-    inputs: Sequence[str], *, num_crops: int, as_json: bool, confusion: Path | None, batch_size: int
+    inputs: Annotated[tuple[str, ...], arg(metavar="WEIGHTS ... DATA", help_behavior_hint="")],
+    /,
+    *,
+    crops: Annotated[Literal[1, 10, 144], arg(metavar="1|10|144")] = 1,
+    json: Flag = False,
+    confusion: OptionalFile = None,
+    batch_size: Number = 32,
 ) -> Status:
-    """Evaluate weights on data and print the figures; the arguments are those of the command line.
+    """Measure how often networks name the right class (top-1 and top-5).
 
-    Raises:
-        CommandError: if the arguments are wrong, or nothing can be done at all.
-        OSError: if the output cannot be written.
+    The balanced accuracy is the mean of the classes' recalls, so that a class of few images counts as much as one of
+    many. With five classes or fewer top-5 is always right, and only the JSON has it.
+
+    The classes of the data are found by name among those of the weights. Their order counts only where the weights
+    have no class names, or where ImageNet's 1,000 classes have WordNet identifiers on one side (n01440764, ...) and
+    names on the other. The images are resized to the size that the weights were trained for. Images that one of the
+    networks was trained on are left out.
+
+    Exit status:
+      0    all images are evaluated
+      1    some images could not be read; standard error names them, and the others are evaluated
+      2    the command line is wrong
+      3    nothing is evaluated: the data or the weights cannot be read, their classes differ, the output cannot be
+           written, or JAX_PLATFORMS names a device that this machine does not have
+      70   an unexpected error; its traceback is in the file that the message names
+      130  interrupted
+      141  nobody reads standard output any more
+
+    Args:
+        inputs: Files of weights, written by train, port_weights.py or flax_googlenet.save, and then the data. The
+            probabilities of several networks are averaged. The data are a folder with a folder for each class, a
+            folder with such a folder named val, a folder of IDX files, or the word digits for scikit-learn's digits.
+        crops: Number of crops of each image whose probabilities are averaged: 1 is the centre, 10 are the corners and
+            the centre, each of them also mirrored, and 144 are the paper's, at four scales.
+        json: Print one line of JSON: {"data", "weights", "crops", "image_size", "unreadable", "count", "top1", "top5",
+            "balanced_accuracy", "classes": {name: {"count", "top1"}}}.
+        confusion: Draw the confusion matrix to this .png file. Class names that no installed font can draw are
+            replaced by numbers.
+        batch_size: Number of crops to compute at once.
     """
-    usage = "name the weights and then the data: evaluate WEIGHTS DATA"
+    require_training_packages()
     if len(inputs) < 2:
-        raise CommandError(Status.USAGE, usage)
+        raise UsageError(_ORDER)
     *paths, data = inputs
     for path in paths:
         if Path(path).is_dir():
-            raise CommandError(Status.USAGE, f"{path} is a folder: {usage}")
+            raise UsageError(f"{path} is a folder: {_ORDER}")
     if data != "digits" and Path(data).is_file():
-        raise CommandError(Status.USAGE, f"{data} is a file: {usage}")
+        raise UsageError(f"{data} is a file: {_ORDER}")
     if batch_size < 1:
-        raise CommandError(Status.USAGE, "--batch-size must be at least 1")
+        raise UsageError("--batch-size must be at least 1")
     if confusion:
         if confusion.suffix.lower() != ".png":
-            raise CommandError(Status.USAGE, f"{confusion}: --confusion must end in .png")
+            raise UsageError(f"{confusion}: --confusion must end in .png")
         require_folder_of(confusion)
-    notes = message_console()
-    failed = 0
 
-    def fail(message: str) -> None:
-        nonlocal failed
-        failed += 1
-        notes.print(f"[bold red]error:[/] {escape(printable(message))}")
+    import time
 
-    ensemble = {path: load_weights(Path(path), dtype=jnp.float32) for path in paths}
+    from jax import numpy as jnp
+    from rich.progress import BarColumn, TextColumn
+
+    from flax_googlenet.evaluation.confusion import Score, draw_confusion
+    from flax_googlenet.evaluation.ensembles import answers, image_size, make_networks
+    from flax_googlenet.images.files import display_name
+    from flax_googlenet.inference.compiling import require_backend, use_compilation_cache
+    from flax_googlenet.training.datasets import find_data
+    from flax_googlenet.training.history import last_training
+    from flax_googlenet.weights.checkpoint import load_weights
+
+    use_compilation_cache()
+    require_backend()
+    messages = Messages()
+    ensemble = {path: load_weights(path, dtype=jnp.float32) for path in paths}
     if random := [path for path, weights in ensemble.items() if weights.metadata.get("source") == "random"]:
-        warning = f"the weights of {', '.join(random)} are random: the figures mean nothing"
-        notes.print(f"[bold yellow]warning:[/] {escape(printable(warning))}")
+        messages.warn(f"the weights of {', '.join(random)} are random: the figures mean nothing")
     size = image_size(ensemble)
-    try:
-        dataset, which = find_data(data, [last_training(path, weights.metadata) for path, weights in ensemble.items()])
-        networks, match = make_networks(ensemble, dataset.class_names, data)
-    except DataError as error:
-        raise CommandError(Status.NOT_DONE, error) from error
-    for note in (*dataset.notes, *match.notes, *which):
-        notes.print(escape(printable(note)))
+    dataset, notes = find_data(data, [last_training(path, weights.metadata) for path, weights in ensemble.items()])
+    networks, match = make_networks(ensemble, dataset.class_names, data)
+    for note in (*dataset.notes, *match.notes, *notes):
+        messages.note(note)
 
-    tally, start = Score(match.wanted, len(dataset.class_names)), time.perf_counter()
-    with _progress(notes) as progress:
+    score, start = Score(match.wanted, len(dataset.class_names)), time.perf_counter()
+    columns = BarColumn(20), TextColumn("{task.completed}/{task.total} images, {task.description}")
+    with messages.progress(*columns) as progress:
         task = progress.add_task("", total=len(dataset))
-        for indices, probabilities in answers(networks, dataset, num_crops, size, batch_size, fail):
-            tally.add(dataset.labels[indices], probabilities)
-            rate = tally.count / (time.perf_counter() - start)
-            text = f"{rate:.1f} images/s, top-1 {tally.top1:.2%}"
-            progress.update(task, completed=tally.count + failed, description=text)
+        for indices, probabilities in answers(networks, dataset, crops, size, batch_size, messages.fail):
+            score.add(dataset.labels[indices], probabilities)
+            rate = score.count / (time.perf_counter() - start)
+            text = f"{rate:.1f} images/s, top-1 {score.top1:.2%}"
+            progress.update(task, completed=score.count + messages.failed, description=text)
     seconds = time.perf_counter() - start
-    if not tally.count:
-        raise CommandError(Status.NOT_DONE, f"{data}: none of the {len(dataset)} images can be read")
-    failed += dataset.unreadable
+    if not score.count:
+        raise CommandError(f"{data}: none of the {len(dataset)} images can be read")
+    messages.failed += dataset.unreadable
 
-    if as_json:
+    figures = _figures(score, dataset.class_names)
+    if json:
         named = {"data": display_name(data), "weights": [display_name(path) for path in paths]}
-        figures = {**named, "crops": num_crops, "image_size": size, "unreadable": failed, **_figures(tally, dataset)}
-        write_output(json.dumps(figures) + "\n")
+        content = {**named, "crops": crops, "image_size": size, "unreadable": messages.failed, **figures}
+        write_output(dumps(content) + "\n")
     else:
-        printed = {"top-1": tally.top1, "top-5": tally.top5, "balanced accuracy": tally.balanced_accuracy}
+        printed = {"top-1": score.top1, "top-5": score.top5, "balanced accuracy": score.balanced_accuracy}
         if len(match.wanted) <= 5:
             del printed["top-5"]  # it is always right
         write_output("".join(f"{name:17} {value:7.2%}\n" for name, value in printed.items()))
-    if empty := [name for name, count in zip(dataset.class_names, tally.matrix.sum(1), strict=True) if not count]:
-        classes = f"class{'es' * (len(empty) > 1)} {listing(map(repr, empty))}"
-        notes.print(escape(printable(f"no image is evaluated of the {classes}")))
+    if empty := [name for name, found in figures["classes"].items() if not found["count"]]:
+        messages.note(f"no image is evaluated of the class{'es' * (len(empty) > 1)} {listing(map(repr, empty))}")
     if confusion:
-        try:
-            numbered = draw_confusion(confusion, tally.matrix, dataset.class_names)
-        except OSError as error:
-            raise CommandError(Status.NOT_DONE, f"cannot write {confusion}: {error.strerror}") from error
+        with writing(confusion):
+            numbered = draw_confusion(confusion, score.matrix, dataset.class_names)
         if numbered:
-            warning = f"warning: {confusion} shows numbers for {len(numbered)} class names, which no installed font can"
-            warning += f" draw ({listing(map(repr, numbered))}): install a font that can, such as Noto Sans CJK"
-            notes.print(escape(printable(warning)))
-    summary = f"{tally.count} image{'' if tally.count == 1 else 's'} in {seconds:.1f} s, "
-    summary += f"{tally.count / seconds:.1f} images/s"
-    notes.print(summary + (f"; [bold red]{failed} could not be read[/]" if failed else ""))
-    return Status.SOME_UNREADABLE if failed else Status.DONE
+            messages.warn(
+                f"{confusion} shows numbers for {len(numbered)} class names, which no installed font can draw "
+                f"({listing(map(repr, numbered))}): install a font that can, such as Noto Sans CJK"
+            )
+    return messages.conclude(score.count, seconds)
 
 
-def _figures(tally: Score, dataset: Dataset) -> dict[str, Any]:
-    counts, right = tally.matrix.sum(1), np.diagonal(tally.matrix)
+def _figures(score: "Score", class_names: tuple[str, ...]) -> dict[str, Any]:
+    counts, right = score.matrix.sum(1), score.matrix.diagonal()
     classes = {
         name: {"count": int(count), "top1": int(hits) / int(count) if count else None}
-        for name, count, hits in zip(dataset.class_names, counts, right, strict=True)
+        for name, count, hits in zip(class_names, counts, right, strict=True)
     }
     return {
-        "count": tally.count,
-        "top1": tally.top1,
-        "top5": tally.top5,
-        "balanced_accuracy": tally.balanced_accuracy,
+        "count": score.count,
+        "top1": score.top1,
+        "top5": score.top5,
+        "balanced_accuracy": score.balanced_accuracy,
         "classes": classes,
     }
-
-
-def _progress(console: Console) -> Progress:
-    columns = (BarColumn(20), TextColumn("{task.completed}/{task.total} images, {task.description}"))
-    # Redirection would send the figures, too, to the terminal.
-    return Progress(
-        *columns,
-        console=console,
-        transient=True,
-        disable=not draws_progress(console),
-        redirect_stdout=False,
-        redirect_stderr=False,
-    )

@@ -1,15 +1,15 @@
-"""The output of ``flax-googlenet classify``: a file that holds whole rows whatever happens, and goes on in a rerun.
+"""The output file of ``flax-googlenet classify``, which survives kills, and which the next run continues.
 
-A row is ``{"image": path, "predictions": [{"index", "label", "probability"}, ...], "weights": digits}``, the likeliest
-class first. ``.jsonl`` and ``.parquet`` have it as it is; ``.csv`` has the columns image, index1, label1, probability1,
-index2, ..., weights. ``weights`` are the first digits of the sha256 of their file: rows of different weights, or of
-different numbers of predictions, are never mixed.
+A row is ``{"image": path, "predictions": [{"index", "label", "probability"}, ...], "weights": digits}``, with the
+likeliest class first. ``.jsonl`` and ``.parquet`` files have the rows in this form; ``.csv`` has the columns image,
+index1, label1, probability1, index2, ..., weights. ``weights`` holds the first digits of the sha256 of the file of
+weights: rows of different weights, or with different numbers of predictions, are never mixed.
 
-In a ``.csv``, control characters are escaped, and an apostrophe stands in front of text that a spreadsheet would take
-for a formula (https://owasp.org/www-community/attacks/CSV_Injection).
+In a ``.csv`` file, control characters are escaped, and an apostrophe stands in front of text that a spreadsheet would
+take for a formula (https://owasp.org/www-community/attacks/CSV_Injection).
 
-Rows are appended and synced batch by batch. A kill can cut off the last row: the next run removes what is left of it.
-Parquet cannot grow, so its rows wait as JSON lines in ``FILE.parquet.part`` for the end of the run.
+Rows are appended and synced batch by batch. A kill can cut off the last row; the next run removes what is left of it.
+Parquet files cannot grow, so the rows wait as JSON lines in ``FILE.parquet.part`` until the run ends.
 """
 
 import csv
@@ -18,62 +18,86 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-from flax_googlenet.commands.status import CommandError, Status
+from flax_googlenet.commands.status import CommandError
+from flax_googlenet.commands.terminal import writing
 from flax_googlenet.errors import install_advice, printable
-from flax_googlenet.files import lock, write_atomically
+from flax_googlenet.files import lock, require_replaceable, write_atomically
+
+if TYPE_CHECKING:
+    import numpy as np
+    from jaxtyping import Float64
 
 SUFFIXES = (".csv", ".jsonl", ".parquet")
 
 Row = dict[str, Any]
 
 _FORMULA = re.compile("'*[=+@\uff1d\uff0b\uff0d\uff20-]")
-"""The start of a cell that a spreadsheet would calculate, full-width signs of Chinese and Japanese included.
+"""The start of a cell that a spreadsheet would calculate, with the full-width signs of Chinese and Japanese.
 
-It also matches after apostrophes: a name that begins with one and then such a sign gets a second one, so that ``_text``
-never removes an apostrophe that belongs to the name.
+Apostrophes may come first: a name that begins with an apostrophe and such a sign gets a second apostrophe, so that
+``_text`` never removes one that belongs to the name.
 """
 
 _MAX_LINE_BYTES = 2**26  # a row of all 21,841 classes of ImageNet has a few million
 
 
 class _OtherRowsError(Exception):
-    """A file that is there holds rows which those of this run must not be mixed with; says which."""
+    """An existing file holds rows that must not be mixed with those of this run; the message says why."""
+
+
+def rank(
+    probabilities: "Float64[np.ndarray, 'num_classes']", top: int, class_names: Sequence[str] | None
+) -> list[dict[str, int | str | float | None]]:
+    """Return the predictions of a row: the ``top`` likeliest classes, the likeliest first."""
+    return [
+        {
+            "index": int(index),
+            "label": class_names[index] if class_names else None,
+            "probability": float(f"{probabilities[index]:.6g}"),  # the logits are float32
+        }
+        for index in (-probabilities).argsort(kind="stable")[:top]
+    ]
 
 
 class Results:
-    """The rows of one output, appended to an open file."""
+    """The rows of an output file, which is open and grows."""
 
     def __init__(self, file: BinaryIO, *, is_csv: bool, weights: str, top: int) -> None:
+        self.skipped = 0
+        """The number of images that ``claim`` refused."""
         self._done: set[str] = set()
         self._file, self._is_csv, self._weights, self._top = file, is_csv, weights, top
 
     def claim(self, image: str) -> bool:
-        """Returns whether an image is still to be done: it has no row, and was not asked for before."""
-        name = printable(image)  # as a .csv has it
+        """Return whether an image is still to be classified, because it has no row and was not claimed before."""
+        name = printable(image)  # as a .csv file writes it
         is_new = name not in self._done
         self._done.add(name)
+        self.skipped += not is_new
         return is_new
 
     def append(self, rows: list[Row]) -> None:
-        """Writes rows, which have no ``weights`` yet, and syncs them to the disk; a CommandError names the file."""
+        """Write rows, which have no ``weights`` yet, and sync them to the disk.
+
+        Raises:
+            CommandError: If they cannot be written. The message names the file.
+        """
         rows = [row | {"weights": self._weights} for row in rows]
         self._write(_csv(map(_flat, rows)) if self._is_csv else _json(rows))
 
     def _write(self, data: bytes) -> None:
-        try:
-            while data:  # a disk that is nearly full takes a part
+        with writing(self._file.name):
+            while data:  # a disk that is nearly full takes only a part
                 data = data[os.write(self._file.fileno(), data) :]
             os.fsync(self._file.fileno())
-        except OSError as error:
-            raise CommandError(Status.NOT_DONE, f"cannot write {self._file.name}: {error.strerror}") from error
 
     def admit(self, rows: Iterable[Row]) -> None:
-        """Counts rows as done; raises if they are not of these weights and this number of predictions."""
+        """Count the images of existing rows as done; raise an _OtherRowsError unless they can be mixed with ours."""
         for row in rows:
             if row["weights"] != self._weights:
                 raise _OtherRowsError("it was made with other weights")
@@ -82,14 +106,14 @@ class Results:
             self._done.add(printable(row["image"]))
 
     def recover(self) -> None:
-        """Admits the rows of the file, and removes what a kill has left behind the last whole one."""
+        """Admit the existing rows of the file, and remove what a kill has left after the last complete row."""
         header = _csv([_columns(self._top)]) if self._is_csv else b""
         end = 0
         self._file.seek(0)
         for row, row_end in _csv_rows(self._file, self._top) if self._is_csv else _json_rows(self._file):
             self.admit([] if row is None else [row])
             end = row_end
-        if end == 0:  # new, or cut off in its first line
+        if end == 0:  # the file is new, or was cut off in its first line
             start = header or b'{"image": "'
             self._file.seek(0)
             if not start.startswith(self._file.read(len(start))):
@@ -103,25 +127,26 @@ class Results:
 def open_results(
     path: Path, weights: str, top: int, warn: Callable[[str], object] = warnings.warn
 ) -> Iterator[Results]:
-    """Opens an output, or makes it, and locks it against other runs.
+    """Open or create an output file, and lock it against other runs.
 
     Args:
-        path: the file, with one of ``SUFFIXES``.
-        weights: what the rows have as ``weights``.
-        top: the number of predictions in a row.
-        warn: takes the warning that the file system has no locks.
+        path: The file, whose name ends in one of ``SUFFIXES``.
+        weights: The digits that the rows have as ``weights``.
+        top: Number of predictions in a row.
+        warn: Takes the warning that the file system has no locks.
 
     Raises:
-        CommandError: if it holds anything but rows of these weights and this number, or another run is writing it.
-        OSError: if it cannot be written.
+        CommandError: If the file holds anything but rows of these weights with this number of predictions, or another
+            run is writing it.
+        OSError: If it cannot be written.
     """
     is_parquet = path.suffix == ".parquet"
     growing = path.with_name(f"{path.name}.part") if is_parquet else path
     if is_parquet:
         _require_pyarrow()
     for file_to_write in (path, growing):
-        if file_to_write.exists() and not file_to_write.is_file():
-            raise CommandError(Status.NOT_DONE, f"cannot write {file_to_write}: it is there and not a regular file")
+        with writing(file_to_write):
+            require_replaceable(file_to_write)
     with growing.open("a+b") as file:
         results = Results(file, is_csv=path.suffix == ".csv", weights=weights, top=top)
         try:
@@ -130,22 +155,22 @@ def open_results(
             if is_parquet and path.exists():
                 results.admit(_parquet_rows(path))
         except BlockingIOError as error:
-            raise CommandError(Status.NOT_DONE, f"another run is writing {growing}: wait for it") from error
+            raise CommandError(f"another run is writing {growing}: wait for it") from error
         except (_OtherRowsError, ValueError, KeyError, TypeError, RecursionError, csv.Error) as error:
             if is_parquet and growing.stat().st_size == 0:
                 growing.unlink()
-            # The others are what the readers make of a file that is no output of this command, or is damaged.
+            # The other exceptions are those of readers that meet a damaged file, or one that another program wrote.
             reason = error if isinstance(error, _OtherRowsError) else "it holds something else"
             message = f"{path} cannot be continued ({reason}): name another --output, or move it away"
-            raise CommandError(Status.NOT_DONE, message) from error
+            raise CommandError(message) from error
         yield results
         if is_parquet:
             file.seek(0)
             try:
                 _add_to_parquet(path, (row for row, _ in _json_rows(file)))
             except OSError as error:
-                message = f"cannot write {path}: {error.strerror}; its rows are in {growing}, for the next run"
-                raise CommandError(Status.NOT_DONE, message) from error
+                message = f"cannot write {path}: {error.strerror}; its rows are in {growing} for the next run"
+                raise CommandError(message) from error
             growing.unlink()
 
 
@@ -154,7 +179,7 @@ def _json(rows: Iterable[Row]) -> bytes:
 
 
 def _json_rows(file: BinaryIO) -> Iterator[tuple[Row, int]]:
-    """Each whole row of a growing file, and where it ends."""
+    """Yield each complete row of a growing file, and the position of its end."""
     end = 0
     for line in _whole_lines(file):
         end += len(line)
@@ -162,7 +187,7 @@ def _json_rows(file: BinaryIO) -> Iterator[tuple[Row, int]]:
 
 
 def _whole_lines(file: BinaryIO) -> Iterator[bytes]:
-    """Yields each line of a growing file, without a last one that was cut off."""
+    """Yield each line of a growing file, except a last one that was cut off."""
     while (line := file.readline(_MAX_LINE_BYTES)).endswith(b"\n"):
         yield line
     if len(line) == _MAX_LINE_BYTES:
@@ -170,10 +195,10 @@ def _whole_lines(file: BinaryIO) -> Iterator[bytes]:
 
 
 def _checked(row: Any) -> Row:
-    """Returns a row of a file that anybody may have written; raises ValueError, TypeError or KeyError for others."""
+    """Return a row that anybody may have written; raise ValueError, TypeError or KeyError if it is not one of ours."""
     predictions = row["predictions"]
     labels = [prediction["label"] for prediction in predictions if prediction["label"] is not None]
-    "".join([row["image"], row["weights"], *labels]).encode()  # JSON can hold halves of surrogate pairs, UTF-8 cannot
+    "".join([row["image"], row["weights"], *labels]).encode()  # JSON can hold surrogates, UTF-8 cannot
     numbers = [number for prediction in predictions for number in (prediction["index"], prediction["probability"])]
     if not all(type(number) in (int, float) and 0 <= number < 2**31 for number in numbers):
         raise ValueError("it has an index or a probability of another kind")
@@ -201,7 +226,7 @@ def _flat(row: Row) -> list[Any]:
 
 
 def _cell(text: str) -> str:
-    """Returns text that a spreadsheet shows, whatever it begins with; ``_text`` goes back."""
+    """Return the cell that a spreadsheet shows as this text, whatever it begins with; ``_text`` is the inverse."""
     text = printable(text)
     return f"'{text}" if _FORMULA.match(text) else text
 
@@ -211,7 +236,7 @@ def _text(cell: str) -> str:
 
 
 def _csv_rows(file: BinaryIO, top: int) -> Iterator[tuple[Row | None, int]]:
-    """The header, as None, and each whole row of a growing file, and where it ends. A row can have several lines."""
+    """Yield the header, as None, and each complete row, with the position of its end. A row can have several lines."""
     end = 0
 
     def lines() -> Iterator[str]:
@@ -240,7 +265,7 @@ def _require_pyarrow() -> None:
         import pyarrow  # type: ignore[import-untyped]  # noqa: F401
     except ImportError as error:
         message = f"a .parquet file needs PyArrow: {install_advice('parquet')}; or name a .csv or .jsonl file"
-        raise CommandError(Status.NOT_DONE, message) from error
+        raise CommandError(message) from error
 
 
 def _parquet_schema() -> Any:
@@ -275,7 +300,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
 
 
 def _add_to_parquet(path: Path, rows: Iterable[Row]) -> None:
-    """Adds the rows to the file. They may be in it already, after a kill between this and the end of the run."""
+    """Add the rows to the file, except those that it already has from a run that was killed just before its end."""
     import pyarrow
     from pyarrow import parquet
 

@@ -1,21 +1,15 @@
-"""How a command ends, with an exit status and one message for the person, and what it may print."""
+"""How a command ends: its exit status, and the message of an error."""
 
-import io
 import os
 import re
 import sys
-from contextlib import suppress
 from enum import IntEnum
-from typing import TYPE_CHECKING
 
-from flax_googlenet.errors import printable, url_without_secrets
-
-if TYPE_CHECKING:
-    from rich.console import Console  # takes time to import
+from flax_googlenet.errors import GoogLeNetError, printable, url_without_secrets
 
 
 class Status(IntEnum):
-    """Documented in the ``--help`` of each subcommand."""
+    """The exit statuses, as the ``--help`` of each subcommand documents them."""
 
     DONE = 0
     SOME_UNREADABLE = 1
@@ -23,76 +17,48 @@ class Status(IntEnum):
     NOT_DONE = 3
     GAVE_UP = 4  # a training that stopped itself
     CRASHED = 70  # an error that nobody expected: EX_SOFTWARE of sysexits.h
-    INTERRUPTED = 130  # 128 and the number of the signal, as a shell says it: SIGINT
+    INTERRUPTED = 130  # 128 and the number of the signal, as shells report it: SIGINT
     CLOSED_PIPE = 141  # SIGPIPE
     TERMINATED = 143  # SIGTERM
 
 
-class CommandError(Exception):
-    """Ends the command with a status; the message, put on one line, names the file and the way out."""
+class CommandError(GoogLeNetError):
+    """A command cannot do its work, for a reason that only the command line knows, such as an output's place."""
 
-    def __init__(self, status: Status, message: object) -> None:
-        super().__init__(printable(" ".join(str(message).split())))
-        self.status = status
-
-
-def prepare_process() -> None:
-    """Prepares the process of a command for whatever has started it.
-
-    Standard output escapes the characters that its encoding lacks, as standard error does by itself. If it is closed,
-    what is written to it is dropped; without this, the next file to be opened would take its place. A notebook sets
-    matplotlib's backend to its own, also for commands after ``!``, and without that module matplotlib cannot be
-    imported. The commands only write files, for which the backend ``agg`` is always there.
-    """
-    if sys.stdout is None:
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # as long as the process
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a notebook's takes every character
-        sys.stdout.reconfigure(errors="backslashreplace")
-    os.environ["MPLBACKEND"] = "agg"
+    def __init__(self, *arguments: object) -> None:  # a message; in the training wing a status before it, for now
+        super().__init__(arguments[-1])
+        self.status = arguments[0] if isinstance(arguments[0], Status) else Status.NOT_DONE
 
 
-def write_output(text: str) -> None:
-    """Writes to standard output at once.
-
-    Raises:
-        BrokenPipeError: if nobody reads it any more.
-        CommandError: NOT_DONE if it cannot be written.
-    """
-    try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except OSError as error:
-        with suppress(OSError):  # Python flushes it once more at its end, and would complain
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):
-            raise
-        raise CommandError(Status.NOT_DONE, f"cannot write standard output: {error.strerror}") from error
+class UsageError(CommandError):
+    """The command line is wrong."""
 
 
-def message_console() -> "Console":
-    """Return a console on standard error that falls silent if nobody reads it any more."""
-    from rich.console import Console
-
-    class MessageConsole(Console):
-        def on_broken_pipe(self) -> None:
-            """Go on in silence: rich itself would end the process with status 1 in the middle of the work."""
-            self.quiet = True
-            with suppress(OSError):  # Python flushes standard error once more at its end, and would complain
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
-
-    # No emoji: rich would draw one in place of a word between colons, as a file name may have it.
-    return MessageConsole(stderr=True, soft_wrap=True, highlight=False, emoji=False)
+class CrashError(CommandError):
+    """A command met an error that nobody expected; the message is that of ``describe_crash``."""
 
 
-def draws_progress(console: "Console") -> bool:
-    """Returns whether a console can show a bar or a spinner, whose frames overwrite each other.
+_STATUSES = {
+    "UsageError": Status.USAGE,
+    "ExportError": Status.USAGE,
+    "TrainingStopped": Status.GAVE_UP,
+    "CrashError": Status.CRASHED,
+    "BrokenPipeError": Status.CLOSED_PIPE,
+    "OSError": Status.NOT_DONE,
+    "GoogLeNetError": Status.NOT_DONE,
+}
+"""The status with which each class of exceptions ends a command; an exception of any other class is a crash.
 
-    A pipe cannot, although rich takes it for a terminal if FORCE_COLOR or TTY_COMPATIBLE is set. A notebook runs ``!``
-    commands on a terminal of their own and shows every frame in its cell; Jupyter sets JPY_PARENT_PID there. The
-    spinner also needs Unicode.
-    """
-    is_notebook = "JPY_PARENT_PID" in os.environ
-    return console.file.isatty() and console.is_interactive and console.encoding.startswith("utf") and not is_notebook
+The classes stand here by their names: to import them would take the time, and the optional packages, of all wings.
+"""
+
+
+def exit_status(error: Exception) -> Status:
+    """Return the status with which an exception ends a command: that of its nearest base class in the table."""
+    if type(error) is CommandError:
+        return error.status
+    names = (base.__name__ for base in type(error).__mro__)
+    return next((_STATUSES[name] for name in names if name in _STATUSES), Status.CRASHED)
 
 
 def describe_crash(error: Exception, folder: str | os.PathLike[str] | None = None) -> str:
@@ -100,9 +66,9 @@ def describe_crash(error: Exception, folder: str | os.PathLike[str] | None = Non
 
     Args:
         error: The error that no code has turned into a message of its own.
-        folder: Where to write. By default the system's folder for temporary files.
+        folder: The folder of the file. By default that of the system for temporary files.
     """
-    import platform  # these here: every command imports this module before it hears Ctrl-C
+    import platform  # imported late: every command imports this module before it handles Ctrl-C
     import tempfile
     import traceback
     from importlib.metadata import distributions
@@ -119,7 +85,7 @@ def describe_crash(error: Exception, folder: str | os.PathLike[str] | None = Non
         number, path = tempfile.mkstemp(".txt", "flax-googlenet-crash-", folder)
         with open(number, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(report)
-    except OSError:  # no folder, or a full disk
+    except OSError:  # no such folder, or a full disk
         sys.stderr.write(report)
         return printable(f"{reason}; please report it with the traceback above")
     return printable(f"{reason}; the traceback is in {path}, please report it with that file")

@@ -1,4 +1,4 @@
-"""The answers of one network, or of several together: the mean of their softmax over crops and networks."""
+"""The answers of one network or several: the mean of their probabilities over crops and networks."""
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
@@ -6,25 +6,28 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float64, Int
-from scipy.special import softmax
 
-from flax_googlenet.commands.status import CommandError, Status
+from flax_googlenet.errors import GoogLeNetError
 from flax_googlenet.evaluation.crops import crops
 from flax_googlenet.images.files import Fail, read_ahead
-from flax_googlenet.inference.predictor import Predictor, make_predictor
+from flax_googlenet.inference.predictor import Predictor, make_predictor, probabilities
 from flax_googlenet.training.classes import ClassMatch, find_classes
 from flax_googlenet.training.datasets import DataError, Dataset
 from flax_googlenet.weights.checkpoint import Weights
+
+
+class EvaluationError(GoogLeNetError, ValueError):
+    """Networks that cannot be evaluated together; the message says how they differ."""
 
 
 class Network(NamedTuple):
     """One network of an ensemble."""
 
     name: str
-    """What to call it in messages."""
+    """The name of the network in messages."""
     predict: Predictor
     order: Int[np.ndarray, "num_classes"]
-    """Where the classes of the ensemble's answers stand among this network's."""
+    """For each class of the ensemble's answers, its place among the classes of this network."""
 
 
 def answers(
@@ -35,18 +38,19 @@ def answers(
     Threads read and crop the next images while the networks compute.
 
     Args:
-        networks: one or more.
-        dataset: the images.
-        num_crops: 1, 10 or 144 of each image.
-        size: height and width of a crop.
-        batch_size: crops to compute at once; but never less than those of an image.
-        fail: takes the message about an image that cannot be read.
+        networks: One network or more.
+        dataset: The images.
+        num_crops: Number of crops of each image: 1, 10 or 144.
+        size: Height and width of a crop, in pixels.
+        batch_size: Number of crops to compute at once, but at least those of one image.
+        fail: Takes the message about each image that cannot be read.
 
     Yields:
-        Places of images in the dataset, in order and without those that cannot be read, and float64 [n, num_classes].
+        The places of n images in the dataset, in order and without those that cannot be read, and their probabilities,
+        float64 [n, num_classes].
 
     Raises:
-        CommandError: if the answers of a network are not finite.
+        CheckpointError: If the answers of a network are not finite.
     """
     in_batch = max(1, batch_size // num_crops)
 
@@ -55,13 +59,10 @@ def answers(
 
     images = read_ahead(iter(range(len(dataset))), read, 2 * in_batch, fail)
     while batch := list(itertools.islice(images, in_batch)):
-        views = np.concatenate([views for _, views in batch])
-        total = 0.0
-        for network in networks:
-            logits = np.asarray(network.predict(views), np.float64)
-            if not np.isfinite(logits).all():
-                raise CommandError(Status.NOT_DONE, f"{network.name} is damaged: its answers are not finite")
-            total = total + softmax(logits, axis=1)[:, network.order]
+        views = np.concatenate([views for _, views in batch])  # [n * num_crops, size, size, 3]
+        total = sum(
+            probabilities(network.predict, views, network.name)[:, network.order] for network in networks
+        )  # [n * num_crops, num_classes]
         yield [index for index, _ in batch], np.mean(np.split(total / len(networks), len(batch)), axis=1)
 
 
@@ -73,22 +74,23 @@ def make_networks(
     The weights must have the same classes, in any order. Weights without class names take the order of the others.
 
     Args:
-        ensemble: weights by path.
-        class_names: the classes of the data.
-        data: what to call the data in messages.
+        ensemble: The weights, by the path of their file.
+        class_names: The class names of the data.
+        data: The name of the data in messages.
 
     Returns:
         The networks, and the match of the data with the classes of their answers.
 
     Raises:
-        DataError: if the weights do not have the same classes, or lack a class of the data.
+        EvaluationError: If the weights have different numbers of classes.
+        DataError: If the weights have different classes, or lack a class of the data.
     """
     first_path, first = next(iter(ensemble.items()))
     for path, weights in ensemble.items():
         if weights.model.num_classes != first.model.num_classes:
             counts = f"{first_path} has {first.model.num_classes} classes and {path} has {weights.model.num_classes}"
-            raise DataError(f"{counts}: they cannot be averaged")
-    # One file may have ImageNet's class names and another WordNet's identifiers: the data need only agree with one.
+            raise EvaluationError(f"{counts}: they cannot be averaged")
+    # One file may have ImageNet's class names and another WordNet identifiers: the data need only agree with one file.
     errors = []
     for reference in [path for path, weights in ensemble.items() if weights.class_names] or [first_path]:
         try:
@@ -108,9 +110,9 @@ def make_networks(
 
 
 def image_size(ensemble: Mapping[str, Weights]) -> int:
-    """The size that the networks were trained for; raises a CommandError unless it is one."""
+    """Return the image size that all networks were trained for; raise an EvaluationError if the sizes differ."""
     sizes = {path: weights.image_size for path, weights in ensemble.items()}
     if len(set(sizes.values())) > 1:
         listing = ", ".join(f"{path}: {size}" for path, size in sizes.items())
-        raise CommandError(Status.NOT_DONE, f"the weights are for images of different sizes: {listing}")
+        raise EvaluationError(f"the weights are for images of different sizes: {listing}")
     return next(iter(sizes.values()))

@@ -2,6 +2,7 @@
 
 import functools
 import operator
+import os
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
@@ -35,6 +36,15 @@ def require_backend() -> None:
         advice = "unset it to compute on what this machine has, or set it to cpu"
         asked = jax.config.values["jax_platforms"] or ""
         raise BackendError(f"JAX cannot start with JAX_PLATFORMS={asked}: {reason}; {advice}") from error
+
+
+def use_compilation_cache() -> None:
+    """Keep what XLA compiles in the user's cache folder, unless JAX was given another place for it."""
+    if jax.config.values["jax_compilation_cache_dir"] is None:
+        caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        if os.path.isabs(caches):  # it is not if the user has no home
+            jax.config.update("jax_compilation_cache_dir", os.path.join(caches, "flax-googlenet", "jax"))
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 @functools.cache

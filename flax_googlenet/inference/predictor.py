@@ -8,11 +8,13 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, ArrayLike, Float, Float64
+from scipy.special import softmax
 
 from flax_googlenet.inference import compiling, cpu
 from flax_googlenet.model import BatchNorm, GoogLeNet, Variables, check_images, plain_dicts, transform_input
 from flax_googlenet.ops import winograd
+from flax_googlenet.weights.checkpoint import CheckpointError
 
 _BATCH_SIZES = (256, 128, 64, 32, 16, 8, 4, 2, 1)  # of a device other than a CPU
 
@@ -152,6 +154,25 @@ class Predictor:
     def __reduce__(self) -> tuple[Any, ...]:
         ids = None if self._on_all else [device.id for device in self.devices]
         return _restore, (self.model, jax.tree.map(np.asarray, self._weights), self.devices[0].platform, ids)
+
+
+def probabilities(
+    predict: Callable[[Any], ArrayLike], images: Float[ArrayLike, "n h w 3"], name: str
+) -> Float64[np.ndarray, "n num_classes"]:
+    """Return the probabilities of the classes: the softmax, in float64, of the logits.
+
+    Args:
+        predict: A ``Predictor``, or another function from images to logits.
+        images: The images, as ``predict`` takes them.
+        name: The name of the weights in the message.
+
+    Raises:
+        CheckpointError: If the logits are not finite.
+    """
+    logits = np.asarray(predict(images), np.float64)
+    if not np.isfinite(logits).all():
+        raise CheckpointError(f"{name} is damaged: its answers are not finite")
+    return softmax(logits, axis=1)
 
 
 def _restore(model: GoogLeNet, weights: Any, platform: str, ids: Sequence[int] | None) -> Predictor:

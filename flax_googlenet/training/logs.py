@@ -17,7 +17,7 @@ import numpy as np
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from flax_googlenet.commands.status import draws_progress, message_console
+from flax_googlenet.commands.terminal import draws_progress, message_console
 from flax_googlenet.errors import printable
 from flax_googlenet.files import read_regular_file, write_atomically
 

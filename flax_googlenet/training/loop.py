@@ -12,7 +12,8 @@ import numpy as np
 import optax
 from jax import numpy as jnp
 
-from flax_googlenet.commands.status import CommandError, Status, message_console
+from flax_googlenet.commands.status import CommandError, Status
+from flax_googlenet.commands.terminal import message_console
 from flax_googlenet.errors import printable
 from flax_googlenet.files import require_replaceable, write_atomically
 from flax_googlenet.inference.compiling import BackendError, require_backend

@@ -351,7 +351,7 @@ def test_what_steers_a_terminal_is_escaped_and_every_other_character_stays() -> 
             3,
             "nowhere/a.csv: there is no folder nowhere",
         ),
-        (["photos", "--output", "folder.csv"], 3, "it is there and not a regular file"),
+        (["photos", "--output", "folder.csv"], 3, "cannot write folder.csv: it exists and is not a regular file"),
     ],
 )
 def test_what_cannot_be_done_ends_in_one_line(

@@ -27,7 +27,6 @@ from torchvision.transforms import functional, v2
 
 import flax_googlenet
 from flax_googlenet.commands.cli import main
-from flax_googlenet.commands.status import CommandError
 from flax_googlenet.evaluation.confusion import Score, draw_confusion
 from flax_googlenet.evaluation.crops import crops
 from flax_googlenet.evaluation.ensembles import Network, answers, make_networks
@@ -227,7 +226,7 @@ def test_the_network_whose_answers_are_not_finite_is_named(here: Path) -> None:
     photos, _ = find_data("photos", [])
     logits = {"sound": np.eye(4), "broken": np.where(np.eye(4), np.inf, 0)}
     networks = [Network(name, lambda images, x=x: x[: len(images)], np.arange(4)) for name, x in logits.items()]
-    with pytest.raises(CommandError, match="broken is damaged: its answers are not finite"):
+    with pytest.raises(flax_googlenet.CheckpointError, match="broken is damaged: its answers are not finite"):
         next(answers(networks, photos, 1, 32, 2, pytest.fail))
 
 

@@ -12,7 +12,8 @@ import pytest
 from rich.console import Console
 
 from flax_googlenet.commands import cli
-from flax_googlenet.commands.status import describe_crash, draws_progress
+from flax_googlenet.commands.status import describe_crash
+from flax_googlenet.commands.terminal import draws_progress
 from flax_googlenet.training import loop
 
 CLASSIFY = ("-m", "flax_googlenet", "classify", "photo.jpg")
@@ -63,7 +64,7 @@ def test_a_traceback_that_cannot_be_written_is_shown(tmp_path: Path, capsys: pyt
 
 def test_the_work_goes_on_where_nobody_reads_standard_error_any_more() -> None:
     script = """if True:
-        from flax_googlenet.commands.status import message_console, write_output
+        from flax_googlenet.commands.terminal import message_console, write_output
         console = message_console()
         for i in range(2):
             console.print("a message")
@@ -151,7 +152,7 @@ def test_no_variable_has_bars_drawn_into_a_pipe(name: str, monkeypatch: pytest.M
 
 def test_neither_a_closed_standard_output_nor_the_backend_of_a_notebook_stops_a_command(tmp_path: Path) -> None:
     code = """
-from flax_googlenet.commands.status import prepare_process, write_output
+from flax_googlenet.commands.terminal import prepare_process, write_output
 prepare_process()
 assert open("answers.csv").fileno() != 1
 write_output("nobody reads this")

@@ -14,7 +14,7 @@ from torchvision.models import GoogLeNet_Weights
 import flax_googlenet
 from flax_googlenet import GoogLeNet
 from flax_googlenet.commands import cli
-from flax_googlenet.commands.summary import summarize
+from flax_googlenet.inference.summary import summarize
 from flax_googlenet.model import variable_shapes
 
 

@@ -179,7 +179,7 @@ def test_the_file_computes_in_the_models_dtype(
         ({"platforms": "cpu"}, "some of cpu, cuda, rocm, tpu, got 'cpu'"),
         ({"top": 0}, "top must be from 1 to 10, the number of classes, got 0"),
         ({"top": 11}, "top must be from 1 to 10, the number of classes, got 11"),
-        ({"size": (14, 40)}, "H and W at least 15"),
+        ({"size": (14, 40)}, "size must be at least 15 by 15, got 14 by 40"),
         ({"gradient": True}, "add size"),
         ({"gradient": True, "uint8": True}, "leave out uint8"),
     ],
