@@ -1,9 +1,10 @@
 """GoogLeNet in JAX and Flax, proven to be torchvision's.
 
-A name is imported when it is first used: the command's ``--help`` need not wait for JAX, nor inference for optax.
+Each name is imported when it is first used, so that the command's ``--help`` need not wait for JAX, nor inference for
+optax.
 """
 
-TYPE_CHECKING = False  # typing's own takes longer to import than the rest
+TYPE_CHECKING = False  # the import of typing would take longer than everything else here
 if TYPE_CHECKING:
     from flax_googlenet import training as training
     from flax_googlenet.errors import GoogLeNetError
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from flax_googlenet.weights.torchvision import PortingError, from_torchvision, to_torchvision
 
     __version__: str
-else:  # where a type checker sees it, it would accept any name
+else:  # hidden from type checkers, which would accept any name because of __getattr__
     _MODULES = {
         "CheckpointError": "weights.checkpoint",
         "GoogLeNet": "model",

@@ -1,4 +1,4 @@
-"""Files that anybody may have made or may be writing: bounded reading, locks, and writing that a kill cannot halve."""
+"""Files that other processes may have made or be writing: bounded reading, locks, and atomic writing."""
 
 import errno
 import fcntl
@@ -14,23 +14,23 @@ from pathlib import Path
 from typing import IO, Any
 
 _HOUR = 3600  # seconds
-_ACL = "system.posix_acl_access"  # Linux's name of a file's access control list
+_ACL = "system.posix_acl_access"  # the access control list of a file, as Linux names it
 _NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS}
 """The errors of file systems without locks: NFS without its lock daemon, some in user space, Lustre without flock."""
 
 
 def lock(file: IO[Any], warn: Callable[[str], object] = warnings.warn) -> None:
-    """Locks an open file until it is closed or its process ends, even by a kill.
+    """Lock an open file until it is closed or its process ends, even by a kill.
 
-    On a file system without locks a warning says so, and the work goes on without this protection.
+    On a file system without locks, the work goes on unprotected after a warning.
 
     Args:
-        file: the file; its name is in the messages.
-        warn: takes the warning.
+        file: The file.
+        warn: Takes the warning, which names the file.
 
     Raises:
-        BlockingIOError: if another process has locked the file.
-        OSError: if it cannot be locked for any other reason; it has the name of the file.
+        BlockingIOError: If another process has locked the file.
+        OSError: If it cannot be locked for any other reason. The exception has the name of the file.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -43,11 +43,11 @@ def lock(file: IO[Any], warn: Callable[[str], object] = warnings.warn) -> None:
 
 
 def read_regular_file(path: str | os.PathLike[str], max_bytes: int) -> bytes:
-    """Reads a file that anybody may have made or replaced.
+    """Read a file that anybody may have made or replaced.
 
     Raises:
-        OSError: if there is no such file, or if it has more than ``max_bytes`` or is a folder, a pipe or a device.
-            A pipe is not waited for, and nothing is read.
+        OSError: If there is no such file, or if it has more than ``max_bytes`` or is a folder, a pipe or a device.
+            Nothing is read from it, and a pipe does not make this function wait.
     """
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         status = os.fstat(file.fileno())
@@ -60,24 +60,24 @@ def read_regular_file(path: str | os.PathLike[str], max_bytes: int) -> bytes:
 
 
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
-    """Writes a file beside its place, syncs it and renames it: afterwards the old file is there or the new one, whole.
+    """Write a file under a temporary name, sync it and rename it: a kill leaves either the old file or the new one.
 
     The new file has the permissions of the old one. Temporary files that killed processes have left beside it are
     removed once they are an hour old.
 
     Raises:
-        OSError: if it cannot be written; the old file is untouched then, and nothing is left beside it.
+        OSError: If the file cannot be written. The old file is untouched, and nothing is left beside it.
     """
     require_replaceable(Path(path))
-    target = Path(os.path.realpath(path))  # a link stays a link, to the new contents
+    target = Path(os.path.realpath(path))  # a link stays a link, and leads to the new contents
     _remove_leftovers(target)
     beside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    # Until it has the permissions of the file that it replaces, nobody else reads it.
+    # Nobody else can read it until it has the permissions of the file that it replaces.
     mode = 0o600 if target.exists() else 0o666
     try:
         with open(beside, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
             with suppress(OSError):
-                lock(file, warn=_say_nothing)  # by which others see that this is no leftover
+                lock(file, warn=_ignore)  # so that other processes do not take it for a leftover
             file.write(data)
             file.flush()
             keep_permissions(file.fileno(), target)
@@ -90,15 +90,15 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
 
 
 def require_replaceable(path: Path) -> None:
-    """Raises a FileExistsError if a device, pipe or folder is there, which ``write_atomically`` must not replace."""
+    """Raise a FileExistsError if the path is a device, pipe or folder, which ``write_atomically`` must not replace."""
     if path.exists() and not path.is_file():
-        raise FileExistsError(errno.EEXIST, "it is there already and not a regular file", str(path))
+        raise FileExistsError(errno.EEXIST, "it exists and is not a regular file", str(path))
 
 
 def keep_permissions(descriptor: int, replaced: Path) -> None:
-    """Gives an open file the owner, mode and access control list of the one that it replaces, if there is one.
+    """Give an open file the owner, mode and access control list of the file that it replaces, if there is one.
 
-    What may not be changed stays as it is: only root can give a file to another user.
+    What this user may not change stays as it is: only root can give a file to another user.
     """
     with suppress(FileNotFoundError):
         status = replaced.stat()
@@ -106,32 +106,32 @@ def keep_permissions(descriptor: int, replaced: Path) -> None:
             os.fchown(descriptor, status.st_uid, status.st_gid)
         with suppress(OSError):
             os.fchmod(descriptor, status.st_mode & 0o777)
-        with suppress(OSError, AttributeError):  # a file without a list raises as well, and macOS has no such function
+        with suppress(OSError, AttributeError):  # a file without a list raises, too, and macOS has no such function
             os.setxattr(descriptor, _ACL, os.getxattr(replaced, _ACL))
 
 
 def _remove_leftovers(target: Path) -> None:
-    """Removes the temporary files of killed writes to ``target`` that are older than an hour."""
+    """Remove the temporary files of killed writes to ``target`` that are older than an hour."""
     is_leftover = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}\.tmp").fullmatch
-    with suppress(OSError):  # a folder that can be written need not be readable
+    with suppress(OSError):  # a folder can be writable without being readable
         for name in filter(is_leftover, os.listdir(target.parent)):
             path = target.with_name(name)
-            with suppress(OSError):  # among others: a process is still writing it, however long it was suspended
+            with suppress(OSError):  # for example because a process that was suspended for long still writes it
                 status = path.lstat()
                 if stat.S_ISREG(status.st_mode) and time.time() - status.st_mtime > _HOUR:
                     with open(path, "r+b") as file:
-                        lock(file, warn=_say_nothing)
+                        lock(file, warn=_ignore)
                         path.unlink()
 
 
-def _say_nothing(message: str) -> None:
-    """Drops the warning about a file system without locks, where a lock is only a precaution."""
+def _ignore(message: str) -> None:
+    """Drop the warning about a file system without locks, where a lock is only a precaution."""
 
 
 def replace_synced(source: Path, target: Path) -> None:
-    """Renames ``source`` to ``target``, in the same directory, and waits until the disk has it."""
+    """Rename ``source`` to ``target``, in the same directory, and wait until the new name is on the disk."""
     os.replace(source, target)
-    directory = os.open(target.parent, os.O_RDONLY)  # the rename itself reaches the disk with its directory
+    directory = os.open(target.parent, os.O_RDONLY)  # the rename reaches the disk with its directory
     try:
         os.fsync(directory)
     finally:

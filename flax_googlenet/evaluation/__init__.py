@@ -1,1 +1,1 @@
-"""How good networks are: crops, ensembles and the confusion matrix."""
+"""Measuring how good networks are: crops, ensembles and the confusion matrix."""

@@ -1,4 +1,4 @@
-"""The confusion matrix: counted, and as a picture that is readable with ten classes and with a thousand."""
+"""The accuracies and the confusion matrix, and a picture of it that is readable with ten classes or a thousand."""
 
 import io
 import unicodedata
@@ -13,19 +13,19 @@ from flax_googlenet.files import write_atomically
 
 OTHER = "another class"
 
-_MAX_NUMBERED = 20  # classes up to which each cell has its number
-_MAX_NAMED = 60  # classes up to which rows and columns have their names
-_MAX_CELLS = 100  # rows: with more classes than that, a cell stands for several
-_LONGEST_NAME = 24
-_PAIRS = 20
+_MAX_NUMBERED = 20  # with more classes, the cells have no numbers
+_MAX_NAMED = 60  # with more classes, the rows and columns have no names
+_MAX_CELLS = 100  # with more classes, a cell stands for several
+_LONGEST_NAME = 24  # characters; longer names are cut
+_PAIRS = 20  # how many confusions are listed
 
 
 class Score:
-    """Counts right and wrong answers.
+    """The counts of right and wrong answers, and the accuracies that follow from them.
 
     Args:
-        wanted: for each class of the network, the class of the data that it stands for, or -1 for none.
-        num_classes: how many classes the data has.
+        wanted: For each class of the network, the class of the data that it stands for, or -1 for none.
+        num_classes: Number of classes of the data.
     """
 
     def __init__(self, wanted: Int[np.ndarray, "m"], num_classes: int) -> None:
@@ -34,14 +34,20 @@ class Score:
         self._in_top5 = 0
 
     def add(self, labels: Int[np.ndarray, "n"], probabilities: Float64[np.ndarray, "n m"]) -> None:
-        """Counts answers; labels are classes of the data. Of equally likely classes the first one is the answer."""
+        """Count the answers for n images, whose labels are classes of the data.
+
+        Of equally likely classes, the first one is the answer.
+        """
         top5 = self._column[np.argsort(-probabilities, axis=1, kind="stable")[:, :5]]
         np.add.at(self._matrix, (labels, top5[:, 0]), 1)
         self._in_top5 += int((top5 == labels[:, None]).any(1).sum())
 
     @property
     def matrix(self) -> np.ndarray:
-        """int [n, n]: images of the row's class, answered as the column's; with one column more for other answers."""
+        """int [n, n]: how many images of the row's class were taken for the column's class.
+
+        If the network has classes that the data lacks, there is one more column, for such answers.
+        """
         has_others = self._column.max() == len(self._matrix)
         return self._matrix if has_others else self._matrix[:, :-1]
 
@@ -59,7 +65,7 @@ class Score:
 
     @property
     def balanced_accuracy(self) -> float:
-        """The mean of the classes' recalls: of each class that has images, the fraction of right answers."""
+        """The mean, over the classes that have images, of the fraction of right answers."""
         counts = self._matrix.sum(1)
         return float(np.mean(np.diagonal(self._matrix)[counts > 0] / counts[counts > 0]))
 
@@ -70,16 +76,15 @@ def draw_confusion(path: Path, matrix: Int[np.ndarray, "n n_or_more"], class_nam
     A class whose name no installed font can draw is shown as its number, as ``class 17``.
 
     Args:
-        path: the picture, a PNG.
-        matrix: how many images of the class of the row were taken for that of the column. One column more than there
-            are rows counts answers that are none of the classes.
-        class_names: of the rows.
+        path: The PNG file to write.
+        matrix: The confusion matrix, as ``Score.matrix`` has it.
+        class_names: The class names of the rows.
 
     Returns:
         The class names that are shown as numbers.
 
     Raises:
-        OSError: if the picture cannot be written.
+        OSError: If the picture cannot be written.
     """
     from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure  # not pyplot, which would choose a backend and keep figures alive
@@ -89,18 +94,18 @@ def draw_confusion(path: Path, matrix: Int[np.ndarray, "n n_or_more"], class_nam
     numbered = {i: f"class {i}" for i, name in enumerate(names) if undrawable.intersection(name)}
     names = [numbered.get(i, name) for i, name in enumerate(names)]
     columns = [*names, OTHER][: matrix.shape[1]]
-    in_cell = -(-len(names) // _MAX_CELLS)
-    cells = _sum_blocks(matrix, in_cell)
+    per_cell = -(-len(names) // _MAX_CELLS)  # classes
+    cells = _sum_blocks(matrix, per_cell)
     shares = cells / np.maximum(cells.sum(1, keepdims=True), 1)
 
     side = np.clip(0.35 * len(columns), 4, 9)  # inches
     figure = Figure(figsize=(side + 5, side + 2.5), layout="constrained")
     axes = figure.subplots()
-    # Rare confusions count: on a linear scale one image in fifty would be white. No cell is smoothed into the next.
-    extent = (-0.5, in_cell * shares.shape[1] - 0.5, in_cell * shares.shape[0] - 0.5, -0.5)
+    # Not a linear scale, on which a confusion of one image in fifty would be white; and no smoothing between cells.
+    extent = (-0.5, per_cell * shares.shape[1] - 0.5, per_cell * shares.shape[0] - 0.5, -0.5)
     picture = axes.imshow(shares, "Blues", norm=PowerNorm(0.4, 0, 1), interpolation="nearest", extent=extent)
     ticks = [0, 0.01, 0.05, 0.2, 0.5, 1]
-    legend = "share of the images of the row" + (f"; a cell is {in_cell} classes by {in_cell}" if in_cell > 1 else "")
+    legend = "share of the row's images" + (f"; a cell is {per_cell} by {per_cell} classes" if per_cell > 1 else "")
     figure.colorbar(picture, ax=axes, location="top", format="{x:.0%}", ticks=ticks, aspect=40, label=legend)
     axes.set(xlabel="answer", ylabel="class")
     if len(names) <= _MAX_NAMED:
@@ -126,25 +131,25 @@ def draw_confusion(path: Path, matrix: Int[np.ndarray, "n n_or_more"], class_nam
 
 
 def _find_fonts(characters: set[str]) -> tuple[list[str], set[str]]:
-    """Find fonts for characters that the usual font lacks, as Chinese, Japanese and Korean ones.
+    """Find fonts for the characters that the usual font lacks, such as Chinese, Japanese and Korean ones.
 
-    The font files themselves are looked at, because matplotlib's own list is a cache, which knows nothing of fonts that
-    were installed since.
+    The search reads the font files themselves: matplotlib's own list is a cache, which lacks fonts that were installed
+    later.
 
     Returns:
-        Names of font families, of which matplotlib takes for each character the first one that has it; and the
-        characters that no font has.
+        The names of font families, from which matplotlib takes the first one that has a character; and the characters
+        that no font has.
     """
     from matplotlib import font_manager
 
-    # Blanks, the joiners of Persian words, and the variation selectors of emoji have no outline in any font.
+    # Spaces, the joiners of Persian words, and the variation selectors of emoji have no outline in any font.
     blank = {c for c in characters if unicodedata.category(c) in ("Zs", "Cf") or "\ufe00" <= c <= "\ufe0f"}
     characters = characters - blank
     usual = font_manager.FontProperties()
     families, missing = [*usual.get_family()], characters - _drawable(characters, font_manager.findfont(usual))
     files = font_manager.findSystemFonts() if missing else []
-    drawable = {file: _drawable(missing, file) for file in files if "LastResort" not in file}  # macOS: has only boxes
-    # Of fonts with as many of the characters, one that looks like the usual font.
+    drawable = {file: _drawable(missing, file) for file in files if "LastResort" not in file}  # macOS's has only boxes
+    # Fonts with most of the characters come first, and among equals those that look like the usual font.
     for file in sorted(drawable, key=lambda file: (-len(drawable[file]), "Sans" not in file, "Regular" not in file)):
         if drawable[file] & missing:
             font_manager.fontManager.addfont(file)
@@ -154,7 +159,7 @@ def _find_fonts(characters: set[str]) -> tuple[list[str], set[str]]:
 
 
 def _drawable(characters: set[str], file: str) -> set[str]:
-    """Return which of the characters a font has outlines for; emoji are often bitmaps, which matplotlib cannot draw."""
+    """Return the characters that a font has outlines for. matplotlib cannot draw bitmaps, as which emoji often come."""
     from matplotlib.font_manager import get_font
 
     def has_outline(character: str) -> bool:
@@ -166,18 +171,18 @@ def _drawable(characters: set[str], file: str) -> set[str]:
     try:
         font = get_font(file)
         return {character for character in characters if has_outline(character)}
-    except (OSError, RuntimeError):  # damaged, or bitmaps alone
+    except (OSError, RuntimeError):  # the file is damaged, or has only bitmaps
         return set()
 
 
 def _sum_blocks(matrix: np.ndarray, side: int) -> np.ndarray:
-    """int [n, m] -> int [ceil(n / side), ceil(m / side)]"""
+    """Sum the square blocks of a matrix: int [n, m] -> int [ceil(n / side), ceil(m / side)]."""
     rows = np.add.reduceat(matrix, np.arange(0, matrix.shape[0], side), axis=0)
     return np.add.reduceat(rows, np.arange(0, matrix.shape[1], side), axis=1)
 
 
 def _most_confused(matrix: np.ndarray) -> np.ndarray:
-    """int [up to _PAIRS, 2]: the places off the diagonal with the highest counts, the highest first."""
+    """Return the places off the diagonal with the highest counts, the highest first: int [up to _PAIRS, 2]."""
     wrong = matrix.copy()
     np.fill_diagonal(wrong, 0)
     places = np.argsort(-wrong, axis=None, kind="stable")[:_PAIRS]

@@ -1,4 +1,4 @@
-"""The views of an image that are evaluated together: the middle, ten crops, or the 144 of the paper."""
+"""The crops of an image that are evaluated together: the centre, ten crops, or the 144 of the paper."""
 
 import numpy as np
 from jaxtyping import Float32
@@ -7,40 +7,43 @@ from PIL import Image, ImageOps
 from flax_googlenet.images.preprocessing import CROP, RESIZE, ImageError, normalise, preprocess
 
 PAPER_SCALES = (256, 288, 320, 352)
-"""Short sides, in pixels, for crops of 224."""
+"""The short sides that an image is resized to, in pixels, for crops of 224."""
 
 _MAX_ASPECT = 32  # 1x20000 pixels would become 256x5120000
 
 
 def crops(image: Image.Image, count: int, size: int = CROP) -> Float32[np.ndarray, "count size size 3"]:
-    """An RGB image as the network sees it in one of three protocols.
+    """Return the crops of an RGB image that one of three protocols evaluates.
+
+    1 is the centre crop, as for inference. 10 are the four corners and the centre of the image and of its mirror image,
+    after its short side was resized to 256. 144 are the paper's. They take three squares at each of four scales, at
+    both ends and in the middle of the long side. Each square, and its mirror image, gives its four corners, its centre,
+    and the square itself, resized.
 
     Args:
-        image: RGB, of any size.
-        count: 1: the middle, as for inference. 10: the short side resized to 256; four corners and the middle, of the
-            image and of its mirror image. 144, the paper's: at four scales three squares, at the ends and in the
-            middle of the long side; of each, and of its mirror image, four corners, the middle, and the whole resized.
-        size: height and width of a crop. For another than 224 the numbers above change in proportion.
+        image: The image, RGB, of any size.
+        count: Number of crops: 1, 10 or 144.
+        size: Height and width of a crop, in pixels. The other numbers change with it in proportion to 224.
 
     Returns:
-        float32 [count, size, size, 3], normalised.
+        float32 [count, size, size, 3], ImageNet-normalised.
 
     Raises:
-        ImageError: for 10 and 144, if the image is more than 32 times as long as it is wide.
+        ImageError: For 10 and 144 crops, if the image is more than 32 times as long as it is wide.
 
     Reference: Going Deeper with Convolutions, section 7.
     """
     if count == 1:
         return preprocess(image, size)[None]
     if max(image.size) > _MAX_ASPECT * min(image.size):
-        raise ImageError(f"{image.width}x{image.height} pixels are too long for {count} crops: take one")
+        raise ImageError(f"{image.width}x{image.height} pixels are too long for {count} crops: take one crop")
     views = _ten(image, size) if count == 10 else _paper(image, size)
     return np.stack([normalise(view) for view in views])
 
 
 def _ten(image: Image.Image, size: int) -> list[Image.Image]:
     resized = _resize(image, round(RESIZE * size / CROP))
-    return [crop for view in (resized, ImageOps.mirror(resized)) for crop in _corners_and_middle(view, size)]
+    return [crop for view in (resized, ImageOps.mirror(resized)) for crop in _corners_and_centre(view, size)]
 
 
 def _paper(image: Image.Image, size: int) -> list[Image.Image]:
@@ -52,18 +55,18 @@ def _paper(image: Image.Image, size: int) -> list[Image.Image]:
             left, top = round(share * right), round(share * bottom)
             square = resized.crop((left, top, left + side, top + side))
             for view in (square, ImageOps.mirror(square)):
-                views += [*_corners_and_middle(view, size), view.resize((size, size), Image.Resampling.BILINEAR)]
+                views += [*_corners_and_centre(view, size), view.resize((size, size), Image.Resampling.BILINEAR)]
     return views
 
 
 def _resize(image: Image.Image, short: int) -> Image.Image:
-    """With ``short`` pixels on the short side; the long one is rounded down, as torchvision does."""
+    """Resize an image to ``short`` pixels on its short side, with the long side rounded down as torchvision does."""
     long = int(short * max(image.size) / min(image.size))
     size = (short, long) if image.width <= image.height else (long, short)
     return image.resize(size, Image.Resampling.BILINEAR)
 
 
-def _corners_and_middle(image: Image.Image, size: int) -> list[Image.Image]:
+def _corners_and_centre(image: Image.Image, size: int) -> list[Image.Image]:
     right, bottom = image.width - size, image.height - size
     places = ((0, 0), (right, 0), (0, bottom), (right, bottom), (round(right / 2), round(bottom / 2)))
     return [image.crop((left, top, left + size, top + size)) for left, top in places]

@@ -1,1 +1,1 @@
-"""From a file or an array to the input of the network."""
+"""Images: finding files, and turning a file or an array into the input of the network."""

@@ -1,4 +1,4 @@
-"""Image files: found by what a person names, and decoded ahead of the network."""
+"""Image files: finding the files that a person names, and decoding them ahead of the network."""
 
 import glob
 import itertools
@@ -24,7 +24,7 @@ _OTHER_NAME = re.compile(
     r"|dcm|exr|hdr|jxl|jxr|psd|svg|xcf)\Z",
     re.IGNORECASE,
 )
-# What operating systems and network storage leave beside a person's own folders: macOS, Synology, QNAP, Windows, Linux.
+# The folders that operating systems and network storage create: macOS, Synology, QNAP, Windows, Linux.
 _SYSTEM_FOLDERS = {
     *("__macosx", "@eadir", "#recycle", "#snapshot", "@__thumb", "@recycle", "@recently-snapshot"),
     *("$recycle.bin", "system volume information", "lost+found", "__pycache__"),
@@ -32,18 +32,18 @@ _SYSTEM_FOLDERS = {
 
 Source = TypeVar("Source")
 Fail = Callable[[str], None]
-"""Takes the message about something that cannot be read; the work goes on."""
+"""Takes the message about something that cannot be read, while the work goes on."""
 
 
 def find_images(arguments: Sequence[str], fail: Fail, unreadable: Counter[str]) -> Iterator[str]:
-    """Yields the images that the arguments name, one by one: no list of all of them is made.
+    """Yield the paths of the images that the arguments name, one by one, without a list of all of them.
 
     Args:
-        arguments: files, folders, and globs of files, ``**`` included. A folder stands for all images in it and in the
-            folders below it, sorted, without what ``is_hidden`` and without folders behind links.
-        fail: takes the message about an argument without any image.
-        unreadable: counts the pictures of other formats that the folders have beside their images, for
-            ``describe_unreadable``.
+        arguments: Files, folders, and globs of files, ``**`` included. A folder stands for all images in it and in the
+            folders below it, sorted. Hidden files and folders and links to folders are left out.
+        fail: Takes the message about an argument that names no image.
+        unreadable: Counts the pictures in these folders whose formats cannot be read, as ``describe_unreadable`` takes
+            them.
     """
     for argument in arguments:
         pictures = Counter[str]()
@@ -66,25 +66,25 @@ def find_images(arguments: Sequence[str], fail: Fail, unreadable: Counter[str]) 
 
 
 def is_image(name: str) -> bool:
-    """Returns whether a file of this name counts as an image in a folder."""
+    """Return whether a file with this name counts as an image in a folder."""
     return bool(_IMAGE_NAME.search(name)) or (bool(_HEIF_NAME.search(name)) and reads_heif())
 
 
 def is_picture(name: str) -> bool:
-    """Returns whether a file of this name is a picture, in a format that can be read or not."""
+    """Return whether a file with this name is a picture, even if its format cannot be read."""
     return any(pattern.search(name) for pattern in (_IMAGE_NAME, _HEIF_NAME, _OTHER_NAME))
 
 
 def is_hidden(name: str) -> bool:
-    """Returns whether a file or folder of this name is left out: it begins with a dot, or a system has made it."""
+    """Return whether a file or folder with this name is left out: it starts with a dot, or a system created it."""
     return name.startswith(".") or name.lower() in _SYSTEM_FOLDERS
 
 
 def describe_unreadable(pictures: Counter[str]) -> str:
-    """Describe pictures in formats that cannot be read, and say what to do about them.
+    """Return the message about pictures in formats that cannot be read, with the way out.
 
     Args:
-        pictures: how many there are, by glob: ``{"photos/*.HEIC": 20}``.
+        pictures: How many such pictures there are, by glob: ``{"photos/*.HEIC": 20}``.
     """
     counted = f"{pictures.total()} pictures are in formats" if pictures.total() > 1 else "1 picture is in a format"
     in_heif = [bool(_HEIF_NAME.search(name)) for name in pictures]
@@ -117,15 +117,15 @@ def _walk(folder: str, fail: Fail, unreadable: Counter[str]) -> Iterator[str]:
 def read_ahead(
     sources: Iterator[Source], read: Callable[[Source], np.ndarray], ahead: int, fail: Fail
 ) -> Iterator[tuple[Source, np.ndarray]]:
-    """Each source and what ``read`` makes of it, in order.
+    """Yield each source with the pixels that ``read`` returns for it, in order.
 
-    Threads read up to ``ahead`` images before they are asked for, while the network computes.
+    Threads read up to ``ahead`` images before they are needed, while the network computes.
 
     Args:
-        sources: paths, or whatever ``read`` takes.
-        read: an image's pixels; where it raises an ImageError, the message goes to ``fail``, and the work goes on.
-        ahead: images.
-        fail: takes messages.
+        sources: Paths, or whatever ``read`` takes.
+        read: Returns the pixels of an image. If it raises an ImageError, that image is left out.
+        ahead: Number of images to read ahead.
+        fail: Takes the message of such an ImageError.
     """
     pending: deque[tuple[Source, Future[np.ndarray]]] = deque()
     pool = ThreadPoolExecutor(os.cpu_count())
@@ -146,10 +146,10 @@ def read_ahead(
 
 
 def display_name(path: str) -> str:
-    r"""Returns a path as text, another one for every path.
+    r"""Return a path as text, such that different paths have different texts.
 
-    Bytes that are not UTF-8 are written as ``\xff``. So that no other name is written alike, a backslash in front of
-    what looks like such an escape, or like one of ``printable``, is written as ``\x5c``.
+    Bytes that are not UTF-8 are written as ``\xff``. A backslash in a path that could be taken for the start of such an
+    escape, or of one that ``printable`` writes, becomes ``\x5c``.
     """
     name = re.sub(rb"\\(?=x[0-9a-f]{2}|u[0-9a-f]{4})", rb"\\x5c", os.fsencode(path))
     return name.decode(errors="backslashreplace")

@@ -1,4 +1,4 @@
-"""An image, from a file, Pillow or NumPy, to the network's input: pixel-equal to torchvision's preset for ImageNet.
+"""Preprocessing: from an image (file, Pillow or NumPy) to the network's input, pixel-equal to torchvision's preset.
 
 The preset is ``torchvision.models.GoogLeNet_Weights.IMAGENET1K_V1.transforms()``: the short side resized to 256 pixels
 (bilinear, antialiased), a centre crop of 224, [0, 1], ImageNet's mean and standard deviation.
@@ -20,20 +20,19 @@ from flax_googlenet.errors import GoogLeNetError
 from flax_googlenet.model import IMAGENET_MEAN, IMAGENET_STD
 
 RESIZE = 256
-"""The short side after resizing, in pixels."""
+"""Short side of the resized image, in pixels."""
 
 CROP = 224
-"""Height and width of the result, in pixels."""
+"""Height and width of the crop, in pixels."""
 
 INSTALL_HEIF = "pip install pillow-heif"
 
 ImageSource = str | os.PathLike[str] | Image.Image | np.ndarray
 
 _MARGIN = (RESIZE - CROP) // 2
-# A longer side is enlarged only where the crop needs it: 1x20000 pixels would become 256x5120000.
+# Of a longer side only the part in the crop is enlarged: 1x20000 pixels would become 256x5120000.
 _LONGEST = 32 * RESIZE
-_BITS = 22  # after the point, in the fixed-point numbers of Pillow's resampling
-
+_BITS = 22  # fractional bits of the fixed-point numbers in Pillow's resampling
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -44,47 +43,48 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What turns an image upright, by its orientation in EXIF."""
+"""The operation that turns an image upright, by its EXIF orientation."""
 
 _NOT_OPENED = {"EPS", "IPTC", "BUFR", "GRIB", "HDF5", "WMF"}
-"""The formats that Pillow does not decode itself. EPS is a program, and Ghostscript runs it; IPTC can hold an EPS file
-inside; the others go to whatever handler another package has registered."""
+"""The formats that Pillow does not decode itself. EPS is a program, which Ghostscript runs; IPTC can contain an EPS
+file; the others go to whatever handler another package has registered."""
 
 
-with suppress(ImportError):  # it is optional
+with suppress(ImportError):  # the package is optional
     from pillow_heif import register_heif_opener
 
     register_heif_opener()
 
 
 def reads_heif() -> bool:
-    """Returns whether Pillow can read HEIF, by pillow-heif or by another plugin that the caller has registered."""
+    """Return whether Pillow can read HEIF, through pillow-heif or another plugin that the caller has registered."""
     return "HEIF" in Image.OPEN
 
 
 class ImageError(GoogLeNetError, ValueError):
-    """Something that is no image, or none that can be read; the message names it and the way out."""
+    """An image that cannot be read; the message names it and the way out."""
 
 
 def preprocess(image: ImageSource, size: int = CROP) -> Float32[np.ndarray, "size size 3"]:
-    """Prepares one image for the network.
+    """Prepare one image for the network.
+
+    Files and Pillow images are turned upright by their EXIF orientation and converted to RGB. An alpha channel is
+    dropped without blending, as in torchvision's loader. 16-bit greys are scaled to 8 bits, and so are 32-bit greys
+    unless all are below 256. Only the first frame of an animation is used.
 
     Args:
-        image: a file that Pillow reads, a Pillow image, or uint8 RGB [H, W, 3]; HEIC is read where the package
-            pillow-heif is installed. Files and Pillow images are turned as their EXIF orientation says and converted to
-            RGB. Alpha is dropped and what lies under it is seen, as in torchvision's loader. Greys of 16 bits are
-            scaled to 8 bits, and so are greys of 32 bits unless all are below 256. An animation gives its first frame.
-            Files that only another program can decode, such as EPS, are refused: a caller who trusts one opens it with
-            Pillow and passes the image.
-        size: height and width of the result, in pixels: that of the training. At any size it is the same part of the
-            image, the middle 224 / 256 of the short side and as much of the long one.
+        image: The path of a file that Pillow reads, a Pillow image, or a uint8 RGB array [H, W, 3]. HEIC is read where
+            the package pillow-heif is installed. Files that only another program can decode, such as EPS, are refused:
+            if you trust one, open it with Pillow and pass the image.
+        size: Height and width of the result, in pixels: those of the training images. The result shows the same part
+            of the image at any size: the middle 224 / 256 of the short side, and as much of the long side.
 
     Returns:
-        float32 [size, size, 3], normalised RGB.
+        float32 [size, size, 3], ImageNet-normalised RGB.
 
     Raises:
-        ImageError: if there is no such file, if it is damaged or not an image, if it has more pixels than
-            ``PIL.Image.MAX_IMAGE_PIXELS``, or if the array is of another dtype or shape.
+        ImageError: If there is no such file, if it is damaged or not an image, if it has more pixels than
+            ``PIL.Image.MAX_IMAGE_PIXELS``, or if the array has another dtype or shape.
     """
     picture = rgb(image)
     if size == CROP:
@@ -98,19 +98,19 @@ def preprocess(image: ImageSource, size: int = CROP) -> Float32[np.ndarray, "siz
 def preprocess_batch(
     images: Iterable[ImageSource], workers: int | None = None, size: int = CROP
 ) -> Float32[np.ndarray, "n size size 3"]:
-    """Prepares many images at once, as ``preprocess`` does one.
+    """Prepare many images in threads, each as ``preprocess`` does.
 
     Args:
-        images: as for ``preprocess``. A Pillow image that is not loaded yet must not be among them twice: Pillow reads
-            it in one thread alone.
-        workers: number of threads, by default one for each core: Pillow works outside Python's lock.
-        size: as for ``preprocess``.
+        images: Images, as for ``preprocess``. A Pillow image that is not loaded yet must not be among them twice,
+            because Pillow cannot read one image in two threads.
+        workers: Number of threads, by default one for each core. Pillow releases Python's lock while it works.
+        size: Height and width of the results, as for ``preprocess``.
 
     Returns:
         float32 [N, size, size, 3], in the order of ``images``.
 
     Raises:
-        ImageError: as ``preprocess``, for the first image that fails; the message tells its place.
+        ImageError: For the same reasons as ``preprocess``. The message has the index of the first image that fails.
     """
     if isinstance(images, str | os.PathLike):
         raise ImageError(f"images is one path, {os.fsdecode(images)}: pass a list of paths, or use preprocess")
@@ -127,13 +127,13 @@ def preprocess_batch(
 
 
 def normalise(image: Image.Image) -> Float32[np.ndarray, "h w 3"]:
-    """An RGB image -> float32 [H, W, 3], by ImageNet's mean and standard deviation."""
+    """Return an RGB image as float32 [H, W, 3], normalised by ImageNet's mean and standard deviation."""
     pixels = np.asarray(image, np.float32) / np.float32(255)
     return (pixels - np.array(IMAGENET_MEAN, np.float32)) / np.array(IMAGENET_STD, np.float32)
 
 
 def rgb(source: ImageSource) -> Image.Image:
-    """The image in RGB, decoded and upright, of its own size; raises as ``preprocess``."""
+    """Return an image decoded, upright and in RGB, in its own size; raise the same errors as ``preprocess``."""
     if isinstance(source, np.ndarray):
         return _from_array(source)
     if isinstance(source, Image.Image):
@@ -153,7 +153,7 @@ def rgb(source: ImageSource) -> Image.Image:
             raise ImageError(f"{name} is {'a folder' if stat.S_ISDIR(status.st_mode) else 'no file'}: name an image")
         if status.st_size == 0:
             raise ImageError(f"{name} is empty: get a new copy")
-        Image.init()  # so that all formats are in Image.ID
+        Image.init()  # fills Image.ID with all formats
         with Image.open(source, formats=[name for name in Image.ID if name not in _NOT_OPENED]) as image:
             return _to_rgb(image, name, from_file=True)
     except ImageError:
@@ -172,11 +172,11 @@ def rgb(source: ImageSource) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image, name: str, *, from_file: bool) -> Image.Image:
-    # Before the pixels are decoded. Pillow itself only warns up to twice this size.
+    # This check comes before the pixels are decoded. Up to twice this size, Pillow itself only warns.
     if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
         raise _too_large(name)
     if from_file and image.format == "TIFF":
-        # When the pixels are decoded, Pillow reads what these tags point to, and fails where that is damaged.
+        # While Pillow decodes the pixels, it also reads what these tags point to, and fails if that is damaged.
         for pointer in ExifTags.IFD:
             with suppress(Exception):
                 del image.getexif()[pointer]
@@ -187,18 +187,18 @@ def _to_rgb(image: Image.Image, name: str, *, from_file: bool) -> Image.Image:
     if image.mode == "F":
         raise ImageError(f"{name} is in floating point, of unknown range: scale it to 8 bits first")
     if image.mode in ("P", "PA"):
-        image = image.convert("RGBA")  # the same colours; Pillow warns of transparency that goes straight to RGB
-    image = image.convert("RGB")  # a new image, which shares nothing with the caller's
-    image.info = {}  # the orientation has been used: whoever prepares the result again must not turn it again
+        image = image.convert("RGBA")  # the same colours; a direct conversion to RGB warns of transparency
+    image = image.convert("RGB")  # a new image, which shares nothing with the caller's image
+    image.info = {}  # without the orientation, so that nobody turns the result a second time
     return image if turn is None else image.transpose(turn)
 
 
 def _orientation(image: Image.Image, *, from_file: bool) -> int:
-    """Returns EXIF's tag 274 of a loaded image: 1 to 8, or anything where the tag or the block makes no sense.
+    """Return EXIF's tag 274 of a loaded image: 1 to 8, or any other value if the tag or the block makes no sense.
 
-    A file is asked for this one tag alone. Pillow reads all tags up to the first one that is damaged, and fails to
-    write many that it can read, which ``ImageOps.exif_transpose`` does. An image of the caller's is asked through
-    Pillow, because the caller may have changed its tags.
+    For a file this reads the one tag and no other: Pillow stops at the first damaged tag, and
+    ``ImageOps.exif_transpose`` also fails on many tags that Pillow can read but not write. For an image that the caller
+    passed, Pillow is asked, because the caller may have changed its tags.
     """
     block = image.info.get("exif")
     if from_file and isinstance(block, bytes) and (orientation := _tag_274(block)) is not None:
@@ -209,14 +209,15 @@ def _orientation(image: Image.Image, *, from_file: bool) -> int:
 
 
 def _tag_274(block: bytes) -> int | None:
-    """Returns the orientation in an EXIF block, or None where it has none that can be read.
+    """Return the orientation in an EXIF block, or None if it has none that can be read.
 
-    A block is a small TIFF file. Bytes 4 to 8 say where its directory starts: two bytes for the number of tags, and
-    then 12 bytes for each: its number, its type (3 is uint16), the count of its values, and the values.
+    A block is a small TIFF file. Bytes 4 to 8 say where its directory starts. The directory has two bytes for the
+    number of tags, and then 12 bytes for each tag: its number, its type (3 is uint16), the count of its values, and the
+    values.
     """
     block = block.removeprefix(b"Exif\0\0")
     order = "<" if block.startswith(b"II") else ">"
-    with suppress(struct.error):  # it ends too early
+    with suppress(struct.error):  # the block ends too early
         (start,) = struct.unpack_from(f"{order}L", block, 4)
         (count,) = struct.unpack_from(f"{order}H", block, start)
         for place in range(start + 2, start + 2 + 12 * count, 12):
@@ -227,16 +228,16 @@ def _tag_274(block: bytes) -> int | None:
 
 
 def _to_8_bits(image: Image.Image, name: str) -> UInt8[np.ndarray, "h w"]:
-    """Scales the greys of a loaded image of mode I;16, one of its variants, or I; Pillow's ``convert`` clips at 255.
+    """Scale the greys of a loaded image of mode I or I;16 (or a variant), which Pillow's ``convert`` would clip at 255.
 
-    Pillow opens files of 16 and of 32 bits as mode I. Values of 16 bits are scaled by their full range. No picture uses
-    the range of 32 bits, so there the largest value decides: up to 255, they are 8-bit values in a wide file, and stay
-    as they are, as in torchvision's loader.
+    Pillow opens files of 16 and of 32 bits as mode I. 16-bit values are scaled by their full range. No picture uses the
+    full range of 32 bits, so there the largest value decides: if it is at most 255, the values are 8-bit values in a
+    wide file, and stay unchanged, as in torchvision's loader.
     """
     grey = np.asarray(image).astype(np.int32)
     if grey.min() < 0 or grey.max() > 65535:
         raise ImageError(f"{name} has values outside of 0 to 65535: scale it to 8 bits first")
-    bits = getattr(image, "tag_v2", {}).get(ExifTags.Base.BitsPerSample, ())  # of a TIFF file
+    bits = getattr(image, "tag_v2", {}).get(ExifTags.Base.BitsPerSample, ())  # only TIFF files have it
     is_16_bits = image.mode != "I" or image.format in ("PNG", "PPM") or 16 in bits
     if not is_16_bits and grey.max() <= 255:
         return grey.astype(np.uint8)
@@ -244,7 +245,7 @@ def _to_8_bits(image: Image.Image, name: str) -> UInt8[np.ndarray, "h w"]:
 
 
 def _is_heif(path: str) -> bool:
-    """Returns whether a file begins as HEIF does, whatever its name: phones also send HEIC as .jpg."""
+    """Return whether a file starts like HEIF, whatever its name is: phones also send HEIC as .jpg."""
     with suppress(OSError), open(path, "rb") as file:
         start = file.read(12)
         return start[4:8] == b"ftyp" and start[8:] in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
@@ -276,7 +277,7 @@ def _from_array(array: np.ndarray) -> Image.Image:
 
 
 def _resize_and_crop(image: Image.Image) -> Image.Image:
-    """torchvision's ``resize(image, 256)`` and ``center_crop(image, 224)``, its rounding included."""
+    """Do the same as torchvision's ``resize(image, 256)`` and ``center_crop(image, 224)``, with the same rounding."""
     width, height = image.size
     short, long = min(width, height), int(RESIZE * max(width, height) / min(width, height))
     start = round((long - CROP) / 2)  # to even, as torchvision does
@@ -287,10 +288,10 @@ def _resize_and_crop(image: Image.Image) -> Image.Image:
 
 
 def _enlarge_strip(image: Image.Image, long: int, start: int) -> Image.Image:
-    """The same for a very long image, without the parts that the crop would cut away; pixel-equal.
+    """Do the same for a very long image, pixel for pixel, but resize only the part that the crop keeps.
 
-    Pillow resizes horizontally, rounds to 8 bits, and then resizes vertically. It can itself take a part of an image,
-    but of one whose borders are float32: some pixels would differ. So the long side is resized here.
+    Pillow resizes horizontally, rounds to 8 bits, and then resizes vertically. It could resize a box of the image
+    itself, but the borders of a box are float32, and some pixels would differ. So the long side is resized here.
     """
     width, height = image.size
     first, weights = _bilinear_weights(max(width, height), long, start)
@@ -305,10 +306,10 @@ def _enlarge_strip(image: Image.Image, long: int, start: int) -> Image.Image:
 
 
 def _bilinear_weights(size: int, new_size: int, start: int) -> tuple[int, np.ndarray]:
-    """Pillow's weights for ``CROP`` pixels, from ``start`` on, of a side enlarged from ``size`` to ``new_size``.
+    """Return Pillow's weights for ``CROP`` pixels, from ``start`` on, of a side enlarged from ``size`` to ``new_size``.
 
     Returns:
-        The first source pixel that counts, and int64 [CROP, source pixels from there on], in fixed point.
+        The first source pixel that counts, and the fixed-point weights, int64 [CROP, source pixels from there on].
 
     Reference: ``precompute_coeffs`` in https://github.com/python-pillow/Pillow/blob/main/src/libImaging/Resample.c
     """
@@ -319,6 +320,6 @@ def _bilinear_weights(size: int, new_size: int, start: int) -> tuple[int, np.nda
 
 
 def _weighted_sums(weights: np.ndarray, pixels: np.ndarray) -> np.ndarray:
-    """int64 [CROP, L] and uint8 [L, K, 3] -> uint8 [CROP, K, 3], rounded as Pillow does."""
+    """Return the sums, rounded as Pillow does: int64 [CROP, L] and uint8 [L, K, 3] -> uint8 [CROP, K, 3]."""
     sums = np.tensordot(weights, pixels.astype(np.int64), axes=1) + (1 << (_BITS - 1))
     return (sums >> _BITS).astype(np.uint8)

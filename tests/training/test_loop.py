@@ -333,7 +333,7 @@ def test_a_checkpoint_that_cannot_be_saved_is_said_and_does_not_count(troubled: 
 def test_weights_that_cannot_be_written_are_said_with_the_last_checkpoint(troubled: tuple[list[Path], str]) -> None:
     _, said = troubled
     error = said.splitlines()[-1]
-    assert "/run/model.safetensors: it is there already and not a regular file; there is no checkpoint yet" in error
+    assert "/run/model.safetensors: it exists and is not a regular file; there is no checkpoint yet" in error
 
 
 def test_losses_that_are_not_finite_are_left_out_and_5_in_a_row_stop_the_run(
