@@ -1,20 +1,21 @@
-"""How commands end when something happens that nobody expected, or when JAX cannot start; and what they draw."""
+"""How commands end: by which status, and with which message when nobody expected the error or JAX cannot start."""
 
-import io
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import port_weights
 import pytest
-from rich.console import Console
 
-from flax_googlenet.commands import cli
-from flax_googlenet.commands.status import describe_crash
-from flax_googlenet.commands.terminal import draws_progress
+from flax_googlenet.commands import cli, status
+from flax_googlenet.commands.status import CommandError, CrashError, UsageError, describe_crash, exit_status
+from flax_googlenet.errors import GoogLeNetError, TrainingStopped
+from flax_googlenet.inference.export import ExportError
 from flax_googlenet.training import loop
+from flax_googlenet.weights.checkpoint import CheckpointError
 
 CLASSIFY = ("-m", "flax_googlenet", "classify", "photo.jpg")
 EXPORT = ("-m", "flax_googlenet", "export", "--weights", "weights.safetensors", "--output", "out")
@@ -25,6 +26,35 @@ PORT = (port_weights.__file__, "random")
 def run(cwd: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"TMPDIR": str(cwd)} | variables
     return subprocess.run([sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+def subclasses(kind: type[Exception]) -> Iterator[type[Exception]]:
+    yield kind
+    for below in kind.__subclasses__():
+        yield from subclasses(below)
+
+
+def test_the_table_of_statuses_names_exceptions_that_exist() -> None:
+    known = {*subclasses(GoogLeNetError), OSError, BrokenPipeError}
+    assert status._STATUSES.keys() <= {kind.__name__ for kind in known}
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (UsageError("a"), 2),
+        (ExportError("a"), 2),
+        (CommandError("a"), 3),
+        (CheckpointError("a"), 3),
+        (PermissionError(), 3),
+        (TrainingStopped("a"), 4),
+        (CrashError("a"), 70),
+        (ValueError(), 70),
+        (BrokenPipeError(), 141),
+    ],
+)
+def test_an_error_ends_a_command_with_the_status_of_its_kind(error: Exception, expected: int) -> None:
+    assert exit_status(error) == expected
 
 
 @pytest.mark.parametrize("command", [CLASSIFY, TRAIN, PORT])
@@ -60,20 +90,6 @@ def test_a_traceback_that_cannot_be_written_is_shown(tmp_path: Path, capsys: pyt
     said = describe_crash(ValueError("two\nlines"), tmp_path / "missing")
     assert said == "unexpected ValueError: two; please report it with the traceback above"
     assert "ValueError: two\nlines\n" in capsys.readouterr().err
-
-
-def test_the_work_goes_on_where_nobody_reads_standard_error_any_more() -> None:
-    script = """if True:
-        from flax_googlenet.commands.terminal import message_console, write_output
-        console = message_console()
-        for i in range(2):
-            console.print("a message")
-            write_output("a result")"""
-    reader, writer = os.pipe()
-    os.close(reader)
-    process = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=writer)
-    os.close(writer)
-    assert (process.returncode, process.stdout) == (0, b"a resulta result")
 
 
 def test_a_run_shows_names_as_they_are_and_goes_on_where_nobody_reads_them(
@@ -117,49 +133,3 @@ def test_a_platform_that_is_not_there_is_refused_by_name_with_status_3(
     assert error.startswith(f"error: JAX cannot start with JAX_PLATFORMS={platform}: ")
     assert error.endswith("; unset it to compute on what this machine has, or set it to cpu")
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("variables", "encoding", "is_drawn"),
-    [
-        ({}, "utf-8", True),
-        ({"TERM": "dumb"}, "utf-8", False),
-        ({"TTY_COMPATIBLE": "0"}, "utf-8", False),
-        ({"TTY_INTERACTIVE": "0"}, "utf-8", False),
-        ({"JPY_PARENT_PID": "1", "FORCE_COLOR": "1"}, "utf-8", False),  # as Jupyter sets them
-        ({}, "latin-1", False),
-    ],
-)
-def test_bars_are_drawn_on_terminals_that_can_show_them(
-    variables: dict[str, str], encoding: str, is_drawn: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("JPY_PARENT_PID", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in ({"TERM": "xterm"} | variables).items():
-        monkeypatch.setenv(name, value)
-    ours, theirs = os.openpty()
-    with open(theirs, "w", encoding=encoding) as terminal:
-        assert draws_progress(Console(file=terminal)) == is_drawn
-    os.close(ours)
-
-
-@pytest.mark.parametrize("name", ["FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"])
-def test_no_variable_has_bars_drawn_into_a_pipe(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv(name, "1")
-    assert not draws_progress(Console(file=io.StringIO()))
-
-
-def test_neither_a_closed_standard_output_nor_the_backend_of_a_notebook_stops_a_command(tmp_path: Path) -> None:
-    code = """
-from flax_googlenet.commands.terminal import prepare_process, write_output
-prepare_process()
-assert open("answers.csv").fileno() != 1
-write_output("nobody reads this")
-import matplotlib.figure
-"""
-    (tmp_path / "answers.csv").touch()
-    environment = os.environ | {"MPLBACKEND": "module://missing"}
-    command = ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, "-c", code]
-    process = subprocess.run(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
-    assert (process.returncode, process.stderr) == (0, "")
