@@ -323,26 +323,33 @@ def test_options_that_do_not_go_together_are_a_wrong_command_line(here: Path) ->
 # The network.
 
 
-def test_without_the_network_imagenet_says_how_to_go_on(here: Path, tmp_path: Path) -> None:
-    nowhere = "http://127.0.0.1:9"
-    process = command(cwd=here, https_proxy=nowhere, HTTPS_PROXY=nowhere, TORCH_HOME=str(tmp_path / "torch"))
-    assert process.returncode == 3
-    assert process.stderr.count("\n") == 1
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("https_proxy", "HTTPS_PROXY"):
+        monkeypatch.setenv(variable, "http://127.0.0.1:9")
+
+
+@pytest.mark.usefixtures("no_network")
+def test_without_the_network_imagenet_says_how_to_go_on(
+    here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, error = refused([], capsys)
+    assert status == 3
     cached = tmp_path / "torch" / "hub" / "checkpoints" / "googlenet-1378be20.pth"
-    assert f"put googlenet-1378be20.pth at {cached} and run this again, or try the port with: random" in process.stderr
+    assert f"put googlenet-1378be20.pth at {cached} and run this again, or try the port with: random" in error
     assert list(here.iterdir()) == []
 
 
-def test_a_damaged_file_in_the_cache_is_not_used(here: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("no_network")
+def test_a_damaged_file_in_the_cache_is_not_used(
+    here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     cached = tmp_path / "torch" / "hub" / "checkpoints" / "googlenet-1378be20.pth"
     cached.parent.mkdir(parents=True)
     torch.save(reference.random_checkpoint(), cached)
-    nowhere = "http://127.0.0.1:9"
-    process = command(
-        "imagenet", cwd=here, https_proxy=nowhere, HTTPS_PROXY=nowhere, TORCH_HOME=str(tmp_path / "torch")
-    )
-    assert process.returncode == 3
-    assert f"the file at {cached} is damaged: its sha256 is" in process.stderr
+    status, error = refused(["imagenet"], capsys)
+    assert status == 3
+    assert f"the file at {cached} is damaged: its sha256 is" in error
 
 
 def test_a_damaged_imagenet_file_by_hand_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
