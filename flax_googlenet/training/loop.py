@@ -12,22 +12,18 @@ import numpy as np
 import optax
 from jax import numpy as jnp
 
-from flax_googlenet.commands.status import CommandError, Status
-from flax_googlenet.commands.terminal import message_console
+from flax_googlenet.commands.status import CommandError, Status, message_console
 from flax_googlenet.errors import printable
+from flax_googlenet.evaluation.ensembles import past_trainings, trainings_of
 from flax_googlenet.files import require_replaceable, write_atomically
 from flax_googlenet.inference.compiling import BackendError, require_backend
 from flax_googlenet.training.checkpoints import CheckpointSaveError
 from flax_googlenet.training.data import Batch, eval_batches, made_ahead, train_batches
 from flax_googlenet.training.datasets import DataError, Dataset, open_data
 from flax_googlenet.training.devices import Devices, joined
-from flax_googlenet.training.history import past_trainings, trainings_of
 from flax_googlenet.training.logs import RunLog
 from flax_googlenet.training.outcome import BEST, MODEL, write_outcome, write_weights
-from flax_googlenet.training.reader import WaitStoppedError
-from flax_googlenet.training.recipe import Recipe, schedule
-from flax_googlenet.training.speed import Speed
-from flax_googlenet.training.start import (
+from flax_googlenet.training.preparation import (
     RECIPE,
     describe_classes,
     find_head,
@@ -36,11 +32,14 @@ from flax_googlenet.training.start import (
     save,
     weigh_classes,
 )
+from flax_googlenet.training.reader import WaitStoppedError
+from flax_googlenet.training.recipe import Recipe, schedule
+from flax_googlenet.training.run_folder import WorkdirInUseError, claim
+from flax_googlenet.training.speed import Speed
 from flax_googlenet.training.step import Batch as DeviceBatch
 from flax_googlenet.training.step import Metrics, TrainState, eval_step, train_step
 from flax_googlenet.training.stopping import StopSignals
 from flax_googlenet.training.tally import Tally, TooMuchError
-from flax_googlenet.training.workdir import WorkdirInUseError, claim
 from flax_googlenet.weights.checkpoint import CheckpointError, load_weights
 
 

@@ -12,7 +12,7 @@ import pytest
 import flax_googlenet
 from flax_googlenet.commands import cli
 from flax_googlenet.training.recipe import PRESETS
-from flax_googlenet.training.workdir import claim
+from flax_googlenet.training.run_folder import claim
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,11 @@ import pytest
 from download import fetch
 
 from flax_googlenet.commands.results import open_results
-from flax_googlenet.training.workdir import WorkdirInUseError, claim
+from flax_googlenet.training.run_folder import WorkdirInUseError, claim
 
 HOLD = """
 import sys, time
-from flax_googlenet.training.workdir import claim
+from flax_googlenet.training.run_folder import claim
 with claim(sys.argv[1]):
     print("claimed", flush=True)
     time.sleep(60)
@@ -98,7 +98,7 @@ def test_a_folder_is_free_after_the_block_even_one_that_raised(tmp_path: Path) -
 def test_a_worker_process_that_outlives_its_run_does_not_keep_the_folder(tmp_path: Path) -> None:
     code = """
 import subprocess, sys, time
-from flax_googlenet.training.workdir import claim
+from flax_googlenet.training.run_folder import claim
 with claim(sys.argv[1]):
     print(subprocess.Popen(["sleep", "60"]).pid, flush=True)
     time.sleep(60)

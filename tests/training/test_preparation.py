@@ -17,8 +17,8 @@ from flax_googlenet.training.datasets import Dataset
 from flax_googlenet.training.devices import Devices
 from flax_googlenet.training.finetune import reorder_head
 from flax_googlenet.training.manifest import seal
+from flax_googlenet.training.preparation import describe_classes, find_head, initial_state, resume, save, weigh_classes
 from flax_googlenet.training.recipe import Recipe
-from flax_googlenet.training.start import describe_classes, find_head, initial_state, resume, save, weigh_classes
 from flax_googlenet.training.tally import Tally
 from flax_googlenet.weights.checkpoint import CheckpointError, Weights
 
