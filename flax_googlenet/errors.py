@@ -8,10 +8,6 @@ class GoogLeNetError(Exception):
     """The base of every exception that the library raises on purpose; the message says what is wrong and what to do."""
 
 
-class TrainingStopped(GoogLeNetError):  # noqa: N818  the run stopped itself; nothing in it need be wrong
-    """A training stopped itself before its end; the message says why, and from which checkpoint it can go on."""
-
-
 _SURROGATES = r"\ud800-\udfff"
 """Surrogates. Python reads a byte of a file name that is not UTF-8 as the surrogate U+DC00 plus the byte (PEP 383)."""
 

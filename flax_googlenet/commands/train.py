@@ -1,7 +1,11 @@
 """``flax-googlenet train``."""
 
 import argparse
-from collections.abc import Sequence
+import atexit
+import os
+import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import arg
 
 from flax_googlenet.commands.arguments import Flag, OptionalFile
-from flax_googlenet.commands.status import CommandError, CrashError, UsageError, describe_crash
-from flax_googlenet.errors import GoogLeNetError, install_advice
+from flax_googlenet.commands.status import CommandError, CrashError, Status, UsageError, describe_crash, exit_status
+from flax_googlenet.commands.terminal import draws_progress, message_console
+from flax_googlenet.errors import GoogLeNetError, install_advice, printable
 
 if TYPE_CHECKING:
     from flax_googlenet.training.recipe import Recipe
@@ -67,17 +72,68 @@ def train(
     require_training_packages()
     if workdir.exists() and not workdir.is_dir():
         raise CommandError(f"cannot write {workdir}: it is not a folder; choose another --workdir")
-    from flax_googlenet.inference.compiling import use_compilation_cache
-    from flax_googlenet.training import keep_memory, loop
+    import jax
 
-    keep_memory()
+    from flax_googlenet import training
+    from flax_googlenet.inference.compiling import use_compilation_cache
+
+    training.keep_memory()
     use_compilation_cache()
+    with display() as shown:
+        try:
+            result = training.train(
+                data, workdir, recipe, weights=weights, distributed=distributed, override=override, **shown
+            )
+        except training.TrainingStopped as stopped:
+            if stopped.signal is not None:
+                if jax.process_index() == 0:
+                    shown["report"](str(stopped))
+                return Status(128 + stopped.signal)
+            failure: Exception = stopped
+        except (GoogLeNetError, OSError) as error:
+            failure = error
+        except Exception as error:
+            failure = CrashError(describe_crash(error, workdir if workdir.is_dir() else None))
+        else:
+            if jax.process_index() == 0:
+                path = shlex.quote(str(result.weights))
+                shown["report"](f"held out: {result.metrics['accuracy']:.2%} right, by {result.weights}; next:")
+                shown["report"](f"  flax-googlenet evaluate {path} {shlex.quote(data)}")
+                shown["report"](f"  python convert/port_weights.py {path} --to-torchvision FILE.pth")
+            return Status.DONE
+    if distributed:  # at the end of a process JAX waits for the others, which may wait for this one
+        atexit.register(os._exit, exit_status(failure))
+    raise failure
+
+
+@contextmanager
+def display() -> Iterator[dict[str, Any]]:
+    """Show messages, and a bar where it can be drawn; yields the arguments ``report`` and ``progress`` of ``train``."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = message_console()
+
+    def report(message: str) -> None:
+        console.print(printable(message), markup=False)
+
+    if not draws_progress(console):
+        yield {"report": report, "progress": None}
+        return
+    columns = (BarColumn(20), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+    # rich averages the speed over so many seconds. With its default of 30, one evaluation would make the time left jump
+    # to hours.
+    bar = Progress(*columns, console=console, redirect_stdout=False, speed_estimate_period=3600)
+
+    def progress(step: int, total: int, text: str) -> None:
+        if not bar.tasks:
+            bar.add_task("", total=total, completed=step)
+            bar.start()
+        bar.update(bar.tasks[0].id, completed=step, description=text)
+
     try:
-        return loop.train(data, workdir, recipe, weights=weights, distributed=distributed, override=override)
-    except (GoogLeNetError, OSError):
-        raise
-    except Exception as error:
-        raise CrashError(describe_crash(error, workdir if workdir.is_dir() else None)) from error
+        yield {"report": report, "progress": progress}
+    finally:
+        bar.stop()
 
 
 def require_training_packages() -> None:

@@ -1,4 +1,4 @@
-"""Training and fine-tuning with optax: what to do (recipe), the input (data), the pure step, and the run (loop).
+"""Training and fine-tuning: recipes, data, the pure step, and the loop around it with checkpoints and a log.
 
 A name is imported when it is first used: the command's ``--help`` needs the recipes, but not optax.
 """
@@ -12,10 +12,13 @@ if TYPE_CHECKING:
         reestimate_batch_norm,
         scale_heads,
     )
+    from flax_googlenet.training.loop import TrainingResult, train
     from flax_googlenet.training.memory import keep_memory
     from flax_googlenet.training.step import TrainState, create_train_state, cross_entropy, eval_step, train_step
+    from flax_googlenet.training.stopping import TrainingStopped
 else:  # where a type checker sees it, it would accept any name
     _MODULES = {
+        "flax_googlenet.training.loop": ("TrainingResult", "train"),
         "flax_googlenet.training.memory": ("keep_memory",),
         "flax_googlenet.training.finetune": (
             "balanced_class_weights",
@@ -31,6 +34,7 @@ else:  # where a type checker sees it, it would accept any name
             "eval_step",
             "train_step",
         ),
+        "flax_googlenet.training.stopping": ("TrainingStopped",),
     }
 
     def __getattr__(name: str) -> object:
@@ -48,6 +52,8 @@ else:  # where a type checker sees it, it would accept any name
 
 __all__ = [
     "TrainState",
+    "TrainingResult",
+    "TrainingStopped",
     "balanced_class_weights",
     "create_train_state",
     "cross_entropy",
@@ -57,5 +63,6 @@ __all__ = [
     "new_head",
     "reestimate_batch_norm",
     "scale_heads",
+    "train",
     "train_step",
 ]

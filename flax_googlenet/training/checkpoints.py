@@ -1,10 +1,12 @@
-"""A run's checkpoints: folders ``step_00001234``, filled by Orbax, checksummed, and either whole or not there.
+"""The checkpoints of a run: folders ``step_00001234`` that Orbax writes, with checksums, complete or not there at all.
 
-A folder holds ``state/`` (Orbax's own), ``extra.json`` and ``manifest.sha256``. It is written under a hidden name and
-renamed once the disk has it, so that a kill at any moment leaves the earlier checkpoints alone.
+Such a folder holds ``state/``, in Orbax's format, ``extra.json`` and ``manifest.sha256``, which lists the checksums of
+all files: ``sha256sum --check manifest.sha256`` verifies them. A folder is written under a hidden name and renamed once
+it is on the disk, so that a kill at any moment leaves the earlier checkpoints as they were.
 """
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -22,53 +24,58 @@ from jax.experimental import multihost_utils
 
 from flax_googlenet.errors import GoogLeNetError, printable
 from flax_googlenet.files import read_regular_file, replace_synced
-from flax_googlenet.training.manifest import damage, seal
 from flax_googlenet.weights.checkpoint import CheckpointError
 
 _FORMAT = 1
-_REPLACED = ".replaced"  # what a save puts aside for a new folder of the same step
+_MANIFEST = "manifest.sha256"
+_REPLACED = ".replaced"  # ends the name of a checkpoint while a new one of the same step takes its place
 _NAME = re.compile(rf"step_([0-9]{{8,10}})({re.escape(_REPLACED)})?")
-_MAX_EXTRA_BYTES = 2**30
-_NONE, _ALL_DAMAGED, _UNREADABLE = -1, -2, -3  # what the first process sends to the others in place of a step
+_MAX_BYTES = 2**30  # of extra.json and of the manifest
+_NONE, _ALL_DAMAGED, _UNREADABLE = -1, -2, -3  # sent by the first process to the others in place of a step
 
 
 class CheckpointSaveError(GoogLeNetError, RuntimeError):
-    """A checkpoint that could not be saved; the earlier ones are as they were."""
+    """A checkpoint could not be saved. The earlier ones are untouched."""
 
 
 class OtherStateError(CheckpointError):
-    """A checkpoint that is whole, but of another network or optimizer."""
+    """A checkpoint is undamaged, but belongs to another network or optimizer."""
 
 
 class Restored(NamedTuple):
-    """What ``save`` was given, the state with the shardings that ``restore`` was asked for."""
+    """What ``save_checkpoint`` was given; the state has the shardings that ``restore_checkpoint`` was asked for."""
 
     step: int
     state: Any
     extra: dict[str, Any]
 
 
-def save(folder: str | os.PathLike[str], step: int, state: Any, extra: dict[str, Any]) -> Path:
-    """Writes ``folder/step_<step>`` and waits until the disk has it. Every process of the run calls this.
+def checkpoint_path(folder: str | os.PathLike[str], step: int) -> Path:
+    """Return the folder of the checkpoint of a step."""
+    return Path(os.path.abspath(folder)) / f"step_{step:08d}"
 
-    A checkpoint of the same step is replaced. Those of later steps are removed: they are what ``restore`` passed over.
+
+def save_checkpoint(folder: str | os.PathLike[str], step: int, state: Any, extra: dict[str, Any]) -> Path:
+    """Write ``folder/step_<step>`` and wait until it is on the disk. Every process of the run calls this.
+
+    A checkpoint of the same step is replaced. Those of later steps are removed: ``restore_checkpoint`` skipped them.
 
     Args:
-        folder: of the checkpoints, made if it is not there; all processes must see the same one.
-        step: updates applied so far, at least 0.
-        state: any pytree of JAX and NumPy arrays, sharded or not; none may be empty.
-        extra: anything JSON can hold. The first process's is stored.
+        folder: The folder of the checkpoints, which is made if necessary. All processes must see the same one.
+        step: The number of the step, at least 0.
+        state: Any pytree of JAX and NumPy arrays, sharded or not, none of them empty.
+        extra: Anything that JSON can hold. The first process's value is stored.
 
     Returns:
-        The checkpoint's own folder.
+        The folder of the new checkpoint.
 
     Raises:
-        CheckpointSaveError: in every process, if one could not write its part: the disk is full, ...
-        TypeError: if ``extra`` is not for JSON.
+        CheckpointSaveError: In every process, if one of them could not write its part, for example to a full disk.
+        TypeError: If JSON cannot hold ``extra``.
     """
     content = json.dumps({"format": _FORMAT, "step": step, "extra": extra})
-    target = Path(os.path.abspath(folder)) / f"step_{step:08d}"
-    # A name of its own: after a failed save, threads of TensorStore may still write to that one's folder.
+    target = checkpoint_path(folder, step)
+    # Each save has its own hidden name: after a failed one, threads of TensorStore may still write to its folder.
     token = int(multihost_utils.broadcast_one_to_all(np.int32(secrets.randbits(31))))
     beside = target.with_name(f".{target.name}.{token:08x}.tmp")
     handler = ocp.PyTreeCheckpointHandler()
@@ -87,8 +94,8 @@ def save(folder: str | os.PathLike[str], step: int, state: Any, extra: dict[str,
     def finish() -> None:
         handler.finalize(epath.Path(beside / "state"))
         (beside / "extra.json").write_text(content, encoding="utf-8")
-        seal(beside)
-        if target.exists():  # a rename replaces no folder that has files in it
+        write_manifest(beside)
+        if target.exists():  # a rename does not replace a folder that has files in it
             replace_synced(target, target.with_name(target.name + _REPLACED))
         replace_synced(beside, target)
         _remove_leftovers(target.parent)
@@ -107,28 +114,27 @@ def save(folder: str | os.PathLike[str], step: int, state: Any, extra: dict[str,
     return target
 
 
-def restore(folder: str | os.PathLike[str], like: Any, fail: Callable[[str], None]) -> Restored | None:
-    """Reads the newest checkpoint that is whole, to the last bit. Every process of the run calls this.
+def restore_checkpoint(folder: str | os.PathLike[str], like: Any, report: Callable[[str], None]) -> Restored | None:
+    """Read the newest undamaged checkpoint, to the last bit. Every process of the run calls this.
 
     Args:
-        folder: as ``save`` was given it.
-        like: a pytree of the state's structure; its leaves' shapes, dtypes and shardings are those of the result.
-        fail: called in the first process with a message for each checkpoint that is damaged and passed over.
+        folder: The folder of the checkpoints.
+        like: A pytree of the same structure, whose leaves have the shapes, dtypes and shardings of the result.
+        report: Called in the first process with a message about each damaged checkpoint, which is skipped.
 
     Returns:
-        None if there is no checkpoint.
+        The checkpoint, or None if there is none.
 
     Raises:
-        CheckpointError: if there are checkpoints but none is whole, if what is at ``folder`` is not a folder that can
-            be read, or if the newest whole one is of another state than ``like``, by names, shapes and dtypes: an
-            OtherStateError, which lists all that differ.
+        CheckpointError: If all checkpoints are damaged, or if ``folder`` is not a folder or cannot be read.
+        OtherStateError: If names, shapes or dtypes differ from those of ``like``; the message lists all that do.
     """
     checkpoints, problem = {}, None
     try:
         checkpoints = _checkpoints(Path(os.path.abspath(folder)))
     except OSError as error:
         problem = error
-    newest = _UNREADABLE if problem else _newest_whole(checkpoints, fail)
+    newest = _UNREADABLE if problem else _newest_undamaged(checkpoints, report)
     step = int(multihost_utils.broadcast_one_to_all(np.int32(newest)))
     if step == _UNREADABLE:
         reason = problem.strerror if problem else "the first process has the reason"
@@ -140,7 +146,7 @@ def restore(folder: str | os.PathLike[str], like: Any, fail: Callable[[str], Non
         return None
     if step == _ALL_DAMAGED:
         raise CheckpointError(
-            f"{os.fspath(folder)} has checkpoints, but none is whole: put an undamaged copy of one there, "
+            f"{os.fspath(folder)} has checkpoints, but all are damaged: put an undamaged copy of one there, "
             "or remove the folder to start from the beginning"
         )
     if step not in checkpoints:
@@ -162,8 +168,8 @@ def restore(folder: str | os.PathLike[str], like: Any, fail: Callable[[str], Non
     return Restored(content["step"], restored, content["extra"])
 
 
-def prune(folder: str | os.PathLike[str], keep: int) -> None:
-    """Removes all checkpoints but the newest ``keep``, at least 1. To be called in the first process."""
+def prune_checkpoints(folder: str | os.PathLike[str], keep: int) -> None:
+    """Remove all checkpoints but the newest ``keep``, at least 1. Only the first process calls this."""
     if keep < 1:
         raise ValueError(f"keep must be at least 1, got {keep}")
     checkpoints = _checkpoints(Path(folder))
@@ -172,12 +178,12 @@ def prune(folder: str | os.PathLike[str], keep: int) -> None:
 
 
 def _together(action: Callable[[], None], first_only: bool = False) -> None:
-    """Runs the action in every process, or the first only. If it fails in one, all raise: none waits for ever."""
+    """Run the action in every process, or only in the first; if it fails in one, all raise, and none waits for it."""
     failure = None
     if jax.process_index() == 0 or not first_only:
         try:
             action()
-        except Exception as error:  # Orbax and TensorStore raise whatever they like
+        except Exception as error:  # Orbax and TensorStore document no exceptions
             failure = error
     failed = np.flatnonzero(multihost_utils.process_allgather(np.int32(failure is not None)))
     if failure is not None:
@@ -187,19 +193,19 @@ def _together(action: Callable[[], None], first_only: bool = False) -> None:
 
 
 def _by_name(state: Any) -> dict[str, Any]:
-    """The leaves by their path. Orbax is given no other structure: it would store that of optax's tuples too."""
+    """Return the leaves by path. Orbax gets no other structure, as it would store that of optax's tuples."""
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(state)}
 
 
 def _size(state: Any) -> int:
-    """Bytes that the state takes on the disk, at most: that of its values, and Orbax's notes about each array."""
+    """Return at least as many bytes as the state takes on the disk: its values, and Orbax's metadata of each array."""
     return sum(leaf.nbytes + 2**13 for leaf in jax.tree.leaves(state))
 
 
 def _reserve(path: Path, size: int) -> None:
-    """Raises an OSError at once where the disk, or the quota, has not the room.
+    """Raise an OSError if the disk or the quota has less room than that.
 
-    Orbax would raise as well, but when it fails half-way, each of its writes under way prints a traceback.
+    Orbax would raise as well, but halfway through a save each of its writes prints a traceback when it fails.
     """
     if hasattr(os, "posix_fallocate"):  # not on macOS
         with open(path, "xb") as file:
@@ -219,27 +225,27 @@ def _check(path: Path, wanted: dict[str, Any], stored: dict[str, Any]) -> None:
     }
     if any(problems.values()):
         listing = "\n".join(f"{kind}: {names}" for kind, names in problems.items() if names)
-        raise OtherStateError(f"{path} is not of this run's state:\n{listing}")
+        raise OtherStateError(f"{path} belongs to another network or optimizer:\n{listing}")
 
 
 def _content(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(read_regular_file(path / "extra.json", _MAX_EXTRA_BYTES))
+        content = json.loads(read_regular_file(path / "extra.json", _MAX_BYTES))
         if not (type(content["step"]) is int and isinstance(content["extra"], dict)):
             raise TypeError("step must be an integer and extra an object")
         stored_format = content["format"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path}/extra.json is not as flax_googlenet writes it: {error}") from error
+        raise CheckpointError(f"{path}/extra.json differs from what flax_googlenet writes: {error}") from error
     if stored_format != _FORMAT:
         raise CheckpointError(f"{path} is of another version of flax_googlenet: format {stored_format}")
     return content
 
 
 def _checkpoints(folder: Path) -> dict[int, Path]:
-    """Every checkpoint by its step, whole or not. One put aside counts where a kill came before its successor.
+    """Return all checkpoints by step, damaged or not. One that was being replaced counts if the new one is not there.
 
     Raises:
-        OSError: if ``folder`` is there and cannot be listed: it is a file, a link that leads nowhere, ...
+        OSError: If ``folder`` exists and cannot be listed, for example because it is a file or a broken link.
     """
     try:
         names = sorted(os.listdir(folder), reverse=True)  # "step_00000001" after "step_00000001.replaced"
@@ -251,26 +257,61 @@ def _checkpoints(folder: Path) -> dict[int, Path]:
     return {int(match[1]): folder / match[0] for match in matches if int(match[1]) < 2**31}
 
 
-def _newest_whole(checkpoints: dict[int, Path], fail: Callable[[str], None]) -> int:
+def _newest_undamaged(checkpoints: dict[int, Path], report: Callable[[str], None]) -> int:
     if jax.process_index() != 0:
         return _NONE  # the first process decides
     for step in sorted(checkpoints, reverse=True):
-        problem = damage(checkpoints[step])
+        problem = find_damage(checkpoints[step])
         if problem is None:
             return step
-        fail(printable(f"{checkpoints[step]} is damaged and is passed over: {problem}"))
+        report(f"{checkpoints[step]} is damaged and is skipped: {problem}")
     return _ALL_DAMAGED if checkpoints else _NONE
 
 
+def write_manifest(folder: Path) -> None:
+    """Write the checksums of all files in a folder and below, and wait until the files and the list are on the disk."""
+    (folder / _MANIFEST).write_bytes(_checksums(folder))
+    for path in (*folder.rglob("*"), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def find_damage(folder: Path) -> str | None:
+    """Return which files were changed, removed or added since ``write_manifest``, or cannot be read; None if none."""
+    try:
+        stored, computed = read_regular_file(folder / _MANIFEST, _MAX_BYTES), _checksums(folder)
+    except OSError as error:
+        return str(error)
+    if stored == computed:
+        return None
+    lines = set(stored.splitlines()) ^ set(computed.splitlines())
+    names = sorted({line[66:].decode(errors="replace") for line in lines})
+    return f"these files differ from {_MANIFEST}: {', '.join(names)}"
+
+
+def _checksums(folder: Path) -> bytes:
+    """Return a line with sha256, two spaces and the name for each file but the manifest, ordered by name."""
+    lines = []
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path != folder / _MANIFEST:
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            lines.append(f"{digest}  {path.relative_to(folder).as_posix()}\n")
+    return os.fsencode("".join(lines))  # a name may be of any bytes
+
+
 def _remove(path: Path) -> None:
-    """Renames it first: a kill half-way must not leave a damaged checkpoint."""
+    """Remove a checkpoint. It is renamed first, so that a kill halfway leaves no damaged checkpoint."""
     hidden = path.with_name(f".{path.name}.{secrets.token_hex(4)}.removed")
     os.replace(path, hidden)
     shutil.rmtree(hidden, ignore_errors=True)
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """What failed and killed saves left behind; a checkpoint put aside whose successor did not come is put back."""
+    """Remove what failed or killed saves left behind, and put a checkpoint back whose replacement never came."""
     for hidden in folder.glob(".step_*"):
         shutil.rmtree(hidden, ignore_errors=True)
     for aside in folder.glob(f"step_*{_REPLACED}"):
@@ -282,5 +323,5 @@ def _remove_leftovers(folder: Path) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """One line: TensorStore adds the places in its source."""
+    """Return the message in one line, without the places in TensorStore's source."""
     return printable(str(error).partition(" [source locations=")[0])

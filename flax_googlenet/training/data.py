@@ -25,7 +25,7 @@ from flax_googlenet.images.files import Fail
 from flax_googlenet.images.preprocessing import ImageError, preprocess
 from flax_googlenet.training.augment import augment
 from flax_googlenet.training.datasets import DataError, Dataset
-from flax_googlenet.training.reader import Batch, Reader, explained
+from flax_googlenet.training.reader import HostBatch, Reader, explained
 from flax_googlenet.training.recipe import Recipe
 
 _ATTEMPTS = 100  # unreadable images in a row after which it is the disk, or the wrong folder
@@ -95,7 +95,7 @@ def eval_batches(
     stopped: Callable[[], bool] = _never,
     process_index: int = 0,
     process_count: int = 1,
-) -> Iterator[Batch]:
+) -> Iterator[HostBatch]:
     """Every image once, in order, its middle part.
 
     Args:
@@ -129,11 +129,6 @@ def eval_batches(
             yield batch
 
 
-def made_ahead(workers: int) -> int:
-    """How many batches may have been made before they are asked for."""
-    return 5 * workers or _THREADS  # with the buffers of ``_iterate``, as measured with 1, 2 and 3 workers
-
-
 def _rows(batch_size: int, process_index: int, process_count: int) -> slice:
     if batch_size % process_count:
         raise DataError(f"{process_count} processes cannot share a batch of {batch_size} evenly")
@@ -141,7 +136,9 @@ def _rows(batch_size: int, process_index: int, process_count: int) -> slice:
     return slice(process_index * share, (process_index + 1) * share)
 
 
-def _train_batch(dataset: Dataset, recipe: Recipe, rows: slice, steps: int, number: int, indices: np.ndarray) -> Batch:
+def _train_batch(
+    dataset: Dataset, recipe: Recipe, rows: slice, steps: int, number: int, indices: np.ndarray
+) -> HostBatch:
     epoch = number // steps
     index = indices[rows].astype(np.int64)
     used, images = np.empty_like(index), []

@@ -1,4 +1,4 @@
-"""The figures of a run: on the screen, in ``metrics.jsonl`` and for TensorBoard as it goes, and then as a picture."""
+"""The metrics of a run: in ``metrics.jsonl``, for TensorBoard and in messages step by step, at the end as curves."""
 
 import io
 import json
@@ -7,18 +7,15 @@ import os
 import struct
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, suppress
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 import numpy as np
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from flax_googlenet.commands.terminal import draws_progress, message_console
-from flax_googlenet.errors import printable
 from flax_googlenet.files import read_regular_file, write_atomically
 
 METRICS = "metrics.jsonl"
@@ -33,50 +30,51 @@ _SHOWN = {
     "learning_rate": "rate {:.2g}",
     "images_per_second": "{:.1f} images/s",
 }
-"""The metrics that the screen shows; the files have all of them."""
+"""The metrics that messages show. The files hold all of them."""
 
-_SECONDS_BETWEEN_LINES = 10.0  # without a terminal, between two lines about training
+_SECONDS_BETWEEN_MESSAGES = 10.0
+
+Progress = Callable[[int, int, str], None]
+"""Shows how far a run is: called with the number of the step, the number of all steps, and the metrics in words."""
 
 
 class RunLog:
-    """Tells the metrics of a run, for as long as its ``with`` block lasts.
+    """Records the metrics of a run in its folder while its ``with`` block lasts, and reports them.
 
-    On a terminal a progress bar shows the latest ones; elsewhere lines do, at most one in ten seconds about training.
-    ``metrics.jsonl`` gets one line for each record, ``{"split": "train" or "held_out", "step": int, name: float}``,
-    where null stands for what is not finite. TensorBoard reads the folder, too. A line is in its file when the method
-    returns, and stays there whatever kills the process; ``sync`` waits until the disk has it. A full disk is said, and
-    stops nothing.
+    ``metrics.jsonl`` gets one line for each record: ``{"split": "train" or "held_out", "step": int, name: float}``,
+    with null for values that are not finite. TensorBoard reads the same folder. A record is in its file when the method
+    returns, whatever kills the process afterwards; ``sync`` waits until it is on the disk. If the disk is full, a
+    message says so and the run goes on.
 
     Args:
-        workdir: the folder of the run; it is there.
-        total_steps: at which the run ends.
-        start_step: at which it starts. Records of a run that went further than its last checkpoint are dropped: those
-            of later steps, and the evaluation of this one, with which the run begins. So what is recorded in training
-            must be recorded before the checkpoint of its step, and an evaluation after it.
+        workdir: The folder of the run, which exists.
+        total_steps: The step at which the run ends.
+        start_step: The step at which it starts. Records of a run that went further than its last checkpoint are
+            dropped: those of later steps, and the evaluation of this step, with which the run begins. So training must
+            be recorded before the checkpoint of its step, and an evaluation after it.
+        report: Called with messages.
+        progress: Called after each step. Without it, the progress is reported in messages, one in ten seconds.
 
     Raises:
-        OSError: on entering, if the files cannot be opened.
+        OSError: On entering, if the files cannot be opened.
     """
 
-    def __init__(self, workdir: Path, total_steps: int, start_step: int = 0) -> None:
-        self._workdir, self._start_step = workdir, start_step
+    def __init__(
+        self,
+        workdir: Path,
+        total_steps: int,
+        start_step: int = 0,
+        *,
+        report: Callable[[str], None],
+        progress: Progress | None = None,
+    ) -> None:
+        self._workdir, self._start_step, self._total_steps = workdir, start_step, total_steps
+        self._report = report
+        self._progress = progress or self._report_progress
         self._exit = ExitStack()
         self._disk_failed = False
-        self._next_line = 0.0
-        self._console = message_console()
-        self._progress = Progress(
-            BarColumn(20),
-            MofNCompleteColumn(),
-            TextColumn("{task.description}"),
-            TimeRemainingColumn(),
-            console=self._console,
-            disable=not draws_progress(self._console),
-            redirect_stdout=False,
-            # The seconds over which rich averages the speed. With its default of 30, one evaluation would make the
-            # time left jump to hours.
-            speed_estimate_period=3600,
-        )
-        self._task = self._progress.add_task("", total=total_steps, completed=start_step)
+        self._next_message = 0.0
+        self._first: tuple[int, float] | None = None
 
     def __enter__(self) -> Self:
         from tensorboardX.proto.event_pb2 import SessionLog
@@ -88,9 +86,8 @@ class RunLog:
             self._lines = stack.enter_context(open(path, "ab", buffering=0))
             self._events = stack.enter_context(open(events, "xb", buffering=0))
             _append(self._events, _event(file_version="brain.Event:2"))
-            # TensorBoard forgets the steps from this one on in the files before.
+            # TensorBoard drops the steps from this one on that it has read from earlier files.
             _append(self._events, _event(step=self._start_step + 1, session_log=SessionLog(status=SessionLog.START)))
-            stack.enter_context(self._progress)
             self._exit = stack.pop_all()
         return self
 
@@ -100,30 +97,31 @@ class RunLog:
         self._exit.close()
 
     def train(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Records what the step that made the parameters those of ``step`` saw of its own batch."""
+        """Record the metrics of a step, which its batch gave with the parameters before the step."""
         self._record(TRAIN, step, metrics)
-        text = _text(metrics)
-        self._progress.update(self._task, completed=step, description=text)
-        total = self._progress.tasks[0].total
-        if self._progress.disable and (time.monotonic() >= self._next_line or step == total):
-            self._next_line = time.monotonic() + _SECONDS_BETWEEN_LINES
-            task = self._progress.tasks[0]  # its time left is None before the second step, and 0 after the last
-            left = f", {TimeRemainingColumn().render(task)} left" if task.time_remaining else ""
-            self._console.print(f"step {step}/{total}: {text}{left}")
+        self._progress(step, self._total_steps, _text(metrics))
 
     def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Records what the parameters of ``step`` do on the held-out data."""
+        """Record the metrics that the held-out images gave with the parameters after a step."""
         self._record(HELD_OUT, step, metrics)
-        self._console.print(f"step {step}: held out: {_text(metrics)}")
+        self._report(f"step {step}: held out: {_text(metrics)}")
 
     def sync(self) -> None:
-        """Waits until the disk has all records: before a checkpoint, after which a run does not make them again."""
-        with suppress(OSError):  # what cannot be written is said when it is recorded
+        """Wait until all records are on the disk. A run calls it before a checkpoint, as it will not repeat them."""
+        with suppress(OSError):  # a record that cannot be written is reported when it is made
             os.fsync(self._lines.fileno())
 
-    def message(self, text: str) -> None:
-        """Says something beside the metrics, on the screen alone."""
-        self._console.print(escape(printable(text)))
+    def _report_progress(self, step: int, total: int, text: str) -> None:
+        now = time.monotonic()
+        if self._first is None:
+            self._first = step, now
+        if now >= self._next_message or step == total:
+            self._next_message = now + _SECONDS_BETWEEN_MESSAGES
+            first_step, start = self._first
+            if first_step < step < total:  # the first step's own time is that of compiling and of filling the input
+                seconds = round((now - start) / (step - first_step) * (total - step))
+                text += f", {timedelta(seconds=seconds)} left"
+            self._report(f"step {step}/{total}: {text}")
 
     def _record(self, split: str, step: int, metrics: Mapping[str, float]) -> None:
         values = {name: float(value) for name, value in metrics.items()}
@@ -132,28 +130,61 @@ class RunLog:
         }
         try:
             _append(self._lines, json.dumps(record, allow_nan=False).encode() + b"\n")
-            if record != self._evaluation_before:  # TensorBoard has it, and could not forget this one alone
+            if record != self._evaluation_before:  # TensorBoard has this one, and cannot drop it alone
                 summary = _scalars({f"{split}/{name}": value for name, value in values.items()})
                 _append(self._events, _event(step=step, summary=summary))
             self._disk_failed = False
         except OSError as error:
             if not self._disk_failed:  # once is enough
-                self.message(f"warning: cannot write the metrics: {error.strerror}; the run goes on without")
+                self._report(f"warning: cannot write the metrics: {error.strerror}; the run goes on without them")
             self._disk_failed = True
 
 
-def draw_curves(workdir: Path, best: tuple[int, str] | None = None) -> Path:
-    """Draws loss and accuracy by step, in training and on the held-out data, from ``metrics.jsonl``.
+class Speed:
+    """Measures how fast a run is, and how often its devices waited for images.
 
     Args:
-        workdir: the folder of the run.
-        best: the step of the best evaluation, to be marked by a line, and the words for it.
+        batch_size: The number of images in a step, over all processes.
+    """
+
+    def __init__(self, batch_size: int) -> None:
+        self._batch_size = batch_size
+        self._steps, self._seconds, self._waits = -1, 0.0, 0
+
+    def add(self, seconds: float, waited: bool) -> float | None:
+        """Count a step.
+
+        Args:
+            seconds: How long the step took.
+            waited: Whether the devices had finished before the next batch was ready.
+
+        Returns:
+            Images per second; None for the first step, whose time includes the start of the input and is not counted.
+        """
+        self._steps += 1
+        if self._steps == 0:
+            return None
+        self._seconds += seconds
+        self._waits += waited
+        return self._batch_size / seconds
+
+    def __str__(self) -> str:
+        rate = self._steps * self._batch_size / self._seconds
+        return f"{rate:.0f} images a second; the devices waited for images in {self._waits} of {self._steps} steps"
+
+
+def draw_curves(workdir: Path, best: tuple[int, str] | None = None) -> Path:
+    """Draw loss and accuracy over the steps, in training and on the held-out images, from ``metrics.jsonl``.
+
+    Args:
+        workdir: The folder of the run.
+        best: The step of the best evaluation, which a vertical line marks, and the label of this line.
 
     Returns:
         The picture, ``curves.png`` in the same folder.
 
     Raises:
-        OSError: if there are no metrics, they cannot be read, or the picture cannot be written.
+        OSError: If the metrics are missing or cannot be read, or if the picture cannot be written.
     """
     from matplotlib.figure import Figure  # not pyplot, which would choose a backend and keep figures alive
     from matplotlib.ticker import LogLocator, NullFormatter
@@ -161,9 +192,9 @@ def draw_curves(workdir: Path, best: tuple[int, str] | None = None) -> Path:
     records = [record for _, record in _records(workdir / METRICS)]
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     for axes, name in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
-        for split, color in ((TRAIN, "#0072b2"), (HELD_OUT, "#d55e00")):  # Okabe and Ito's, for the colour-blind too
+        for split, color in ((TRAIN, "#0072b2"), (HELD_OUT, "#d55e00")):  # Okabe and Ito's, for the colour-blind, too
             points = [(record["step"], record.get(name)) for record in records if record["split"] == split]
-            steps, values = np.array(points, np.float64).reshape(-1, 2).T  # null becomes NaN, a gap in the curve
+            steps, values = np.array(points, np.float64).reshape(-1, 2).T  # [n]; null is NaN, a gap in the curve
             if split == TRAIN:
                 axes.plot(steps, values, color=color, alpha=0.25, lw=0.8)
                 axes.plot(steps, _smooth(values), color=color, label="training, batch by batch and smoothed")
@@ -175,13 +206,13 @@ def draw_curves(workdir: Path, best: tuple[int, str] | None = None) -> Path:
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].set_yscale("log")  # a first loss of 70 would flatten what follows
+    figure.axes[0].set_yscale("log")  # a first loss of 70 would flatten all others on a linear one
     low, high = figure.axes[0].get_ylim()
     # Labels at 2 and 5 help on a short axis. On one of many decades, LogLocator would draw no label at all with them.
     figure.axes[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1e3 * low else (1,)))
     figure.axes[0].yaxis.set_major_formatter("{x:g}")
     figure.axes[0].yaxis.set_minor_formatter(NullFormatter())
-    figure.axes[1].set_ylim(-0.01, 1.01)  # lines at 0 and at 100 % are seen in full width
+    figure.axes[1].set_ylim(-0.01, 1.01)  # lines at 0 and 100 % keep their full width
     figure.axes[1].yaxis.set_major_formatter("{x:.0%}")
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
     picture = io.BytesIO()
@@ -191,7 +222,7 @@ def draw_curves(workdir: Path, best: tuple[int, str] | None = None) -> Path:
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """The mean of a window of a fortieth of the values around each; shorter at the ends, and without NaN."""
+    """Return the moving average over a fortieth of the values, [n] -> [n]. NaN is left out; the ends have less."""
     half = len(values) // 80
     ends = np.cumsum(np.concatenate([[0.0], np.nan_to_num(values, nan=0.0)]))
     counts = np.cumsum(np.concatenate([[0.0], np.isfinite(values)]))
@@ -206,10 +237,10 @@ def _text(metrics: Mapping[str, float]) -> str:
 
 
 def _records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Yields each line and its record, without lines that are no record of a run: a kill or power cut can damage them.
+    """Yield each line and its record. Lines that are no record are skipped: a kill or a power cut can damage some.
 
     Raises:
-        OSError: if the file cannot be read, or is not a regular file.
+        OSError: If the file cannot be read, or is not a regular file.
     """
     for line in read_regular_file(path, _MAX_METRICS_BYTES).splitlines(keepends=True):
         try:
@@ -225,13 +256,13 @@ def _is_record(split: Any = None, step: Any = None, **values: Any) -> bool:
         split in (TRAIN, HELD_OUT)
         and type(step) is int
         and 0 <= step < 2**31
-        # Integers in JSON have no limit, floats have. null stands for a value that is not finite.
+        # An integer in JSON can be too large for a float. null stands for a value that is not finite.
         and all(x is None or (type(x) in (int, float) and abs(x) <= sys.float_info.max) for x in values.values())
     )
 
 
 def _drop_records(start_step: int, path: Path) -> dict[str, Any] | None:
-    """Drop what a run that starts at the step records anew; return the evaluation of this step, if it was there."""
+    """Drop the records that a run from this step on makes again; return the evaluation of the step if there was one."""
 
     def stays(record: Mapping[str, Any]) -> bool:
         return record["step"] < start_step or (record["step"] == start_step and record["split"] == TRAIN)
@@ -244,7 +275,7 @@ def _drop_records(start_step: int, path: Path) -> dict[str, Any] | None:
 
 
 def _append(file: BinaryIO, data: bytes) -> None:
-    """Writes all of the data at the end of an unbuffered file, or nothing."""
+    """Append all of the data to an unbuffered file, or none of it."""
     end = os.fstat(file.fileno()).st_size
     try:
         rest = memoryview(data)
@@ -256,7 +287,7 @@ def _append(file: BinaryIO, data: bytes) -> None:
 
 
 def _event(**fields: Any) -> bytes:
-    """One record of a TensorBoard file. Not by tensorboardX's writer, which waits for ever once the disk is full."""
+    """Return a record of a TensorBoard file. tensorboardX's own writer hangs for ever once the disk is full."""
     from tensorboardX.proto.event_pb2 import Event
     from tensorboardX.record_writer import masked_crc32c
 

@@ -1,404 +1,413 @@
-"""The run: data, devices, checkpoints, log and signals around the pure step."""
+"""The training loop, with everything around the pure step: data, devices, checkpoints, the log and signals."""
 
 import dataclasses
+import functools
+import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import optax
 from jax import numpy as jnp
 
-from flax_googlenet.commands.status import CommandError, Status, message_console
-from flax_googlenet.errors import printable
-from flax_googlenet.evaluation.ensembles import past_trainings, trainings_of
 from flax_googlenet.files import require_replaceable, write_atomically
-from flax_googlenet.inference.compiling import BackendError, require_backend
-from flax_googlenet.training.checkpoints import CheckpointSaveError
-from flax_googlenet.training.data import Batch, eval_batches, made_ahead, train_batches
-from flax_googlenet.training.datasets import DataError, Dataset, open_data
+from flax_googlenet.inference.compiling import require_backend
+from flax_googlenet.training.checkpoints import CheckpointSaveError, checkpoint_path
+from flax_googlenet.training.data import eval_batches, train_batches
+from flax_googlenet.training.datasets import DataError
 from flax_googlenet.training.devices import Devices, joined
-from flax_googlenet.training.logs import RunLog
-from flax_googlenet.training.outcome import BEST, MODEL, write_outcome, write_weights
-from flax_googlenet.training.preparation import (
+from flax_googlenet.training.history import past_trainings
+from flax_googlenet.training.logs import Progress, RunLog, Speed, draw_curves
+from flax_googlenet.training.preparation import Plan, initial_state, make_plan, update_class_weights
+from flax_googlenet.training.reader import HostBatch, Reader, WaitStoppedError
+from flax_googlenet.training.recipe import PRESETS, Recipe, schedule
+from flax_googlenet.training.run_folder import (
+    BEST_WEIGHTS,
+    CHECKPOINTS,
+    LAST_WEIGHTS,
     RECIPE,
-    describe_classes,
-    find_head,
-    initial_state,
-    resume,
-    save,
-    weigh_classes,
+    WorkdirError,
+    claim,
+    resume_run,
+    save_run,
+    write_weights,
 )
-from flax_googlenet.training.reader import WaitStoppedError
-from flax_googlenet.training.recipe import Recipe, schedule
-from flax_googlenet.training.run_folder import WorkdirInUseError, claim
-from flax_googlenet.training.speed import Speed
-from flax_googlenet.training.step import Batch as DeviceBatch
-from flax_googlenet.training.step import Metrics, TrainState, eval_step, train_step
-from flax_googlenet.training.stopping import StopSignals
-from flax_googlenet.training.tally import Tally, TooMuchError
-from flax_googlenet.weights.checkpoint import CheckpointError, load_weights
+from flax_googlenet.training.step import Batch, Metrics, TrainState, eval_step, train_step
+from flax_googlenet.training.stopping import (
+    RunCounts,
+    StopRequestedError,
+    StopSignals,
+    TooManyFailuresError,
+    TrainingStopped,
+)
+
+
+class TrainingResult(NamedTuple):
+    """What a training has reached at its end."""
+
+    metrics: dict[str, float]
+    """Means of ``loss``, ``accuracy`` and ``top5`` over the held-out images, with the last weights."""
+    weights: Path
+    """The last weights, ``model.safetensors`` in the folder of the run."""
+    best_weights: Path
+    """The weights of the evaluation with the best accuracy, ``best.safetensors`` in the folder of the run."""
+    stopped_early: bool
+    """Whether the training ended before the last epoch because the accuracy no longer rose, as ``patience`` asks."""
 
 
 def train(
-    data: str,
-    workdir: Path,
-    recipe: Recipe,
+    data: str | Path,
+    workdir: str | Path,
+    recipe: Recipe | None = None,
     *,
-    weights: Path | None = None,
+    weights: str | Path | None = None,
     distributed: bool = False,
     override: bool = False,
-) -> Status:
-    """Trains to the end of the recipe, or until a signal, from the newest checkpoint in ``workdir`` if there is one.
+    report: Callable[[str], None] = print,
+    progress: Progress | None = None,
+) -> TrainingResult:
+    """Train a network to the end of a recipe, from the newest checkpoint in ``workdir`` if there is one.
 
-    On a CPU a run that was stopped, by whatever means, and resumed ends in the same bits as one that was not.
+    On a CPU, a training that was stopped by whatever means and continued ends in the same bits as one that was not.
+    The first Ctrl-C, or a SIGTERM, lets the current step finish and saves a checkpoint.
+
+    Example::
+
+        from flax_googlenet.training import train
+
+        result = train("photos", "run", weights="googlenet-imagenet.safetensors")
+        model, variables = flax_googlenet.load(result.best_weights)
 
     Args:
-        data: as for ``open_data``.
-        workdir: the folder of the run: ``recipe.json``, ``checkpoints/``, ``metrics.jsonl``, TensorBoard's events,
-            ``best.safetensors``, which has the weights of the best evaluation so far, and at the end
-            ``model.safetensors`` and ``curves.png``. All processes must see the same one.
-        recipe: what to do.
-        weights: a file of ``flax_googlenet.save`` to start from; its head is replaced if it has other classes.
-        distributed: whether this is one of several processes, which the environment tells.
-        override: whether to go on in ``workdir`` with another recipe, other data or other weights.
-
-    Returns:
-        DONE, INTERRUPTED or TERMINATED.
+        data: A folder of images, or ``digits``, as for ``flax-googlenet train``.
+        workdir: The folder of the run. It gets ``recipe.json``, ``checkpoints/``, ``metrics.jsonl``, files for
+            TensorBoard, ``best.safetensors`` with the best weights so far, and at the end ``model.safetensors`` and
+            ``curves.png``. All processes of a run must see the same folder.
+        recipe: How to train. By default the preset ``digits`` for these, ``finetune`` if there are weights, and
+            otherwise ``imagenet``.
+        weights: A file of ``flax_googlenet.save`` to start from. New heads replace its own if the classes are others.
+        distributed: Whether this is one of several processes that train together, which the environment describes.
+        override: Whether to continue the run in ``workdir`` even if the recipe, the data or the weights have changed.
+        report: Called with messages.
+        progress: Called after each step with its number, the number of all steps, and the metrics in words. By default
+            they are reported in messages, one in ten seconds.
 
     Raises:
-        CommandError: NOT_DONE if nothing is trained, GAVE_UP if the run stopped itself.
+        TrainingStopped: If the training ended before its end, by a signal or an error; ``path`` is its last checkpoint.
+        GoogLeNetError: If it could not begin: a RecipeError, DataError, CheckpointError, WorkdirError or BackendError.
     """
+    workdir, weights = Path(workdir), Path(weights) if weights else None
+    recipe = recipe or PRESETS["digits" if data == "digits" else "finetune" if weights else "imagenet"]
     with ExitStack() as stack:
         if distributed:
             stack.enter_context(joined())
         try:
             require_backend()
-            run, batches = _begin(data, workdir, recipe, weights, override, stack)
-        except (BackendError, DataError, CheckpointError, WorkdirInUseError) as error:
-            raise CommandError(Status.NOT_DONE, error) from error
+            run, batches = _begin(str(data), workdir, recipe, weights, override, report, progress, stack)
         except OSError as error:
-            raise CommandError(Status.NOT_DONE, _unwritten(error, workdir)) from error
+            raise WorkdirError(_not_written(error, workdir)) from error
         except jax.errors.JaxRuntimeError as error:
-            raise CommandError(Status.GAVE_UP, _reason(error)) from error
+            raise TrainingStopped(_way_out(error)) from error
         try:
-            return run.train(batches) or run.finish(data)
-        except (TooMuchError, DataError) as error:
-            raise CommandError(Status.GAVE_UP, f"{error}; {run.last_saved}") from error
+            result = run.train(batches)
+        except (TooManyFailuresError, DataError) as error:
+            raise run.stopped(str(error)) from error
         except OSError as error:
-            raise CommandError(Status.GAVE_UP, f"{_unwritten(error, workdir)}; {run.last_saved}") from error
+            raise run.stopped(_not_written(error, workdir)) from error
         except jax.errors.JaxRuntimeError as error:
-            raise CommandError(Status.GAVE_UP, f"{_reason(error)}; {run.last_saved}") from error
+            raise run.stopped(_way_out(error)) from error
+    if isinstance(result, TrainingStopped):  # raised here: within the block it would end this process before the others
+        raise result
+    return result
 
 
 def _begin(
-    data: str, workdir: Path, recipe: Recipe, weights: Path | None, override: bool, stack: ExitStack
-) -> tuple["Run", Iterator[Batch]]:
-    """The run before its next step, and the batches from there on; ``stack`` closes its log and its input."""
-    devices = Devices()
-    if recipe.batch_size % jax.device_count():
-        fitting = max(1, recipe.batch_size // jax.device_count()) * jax.device_count()
-        reason = f"a batch of {recipe.batch_size} cannot be shared evenly by {devices}"
-        raise CommandError(Status.NOT_DONE, f"{reason}: choose --recipe.batch-size {fitting}, or another multiple")
-    start = load_weights(weights, dtype=jnp.float32) if weights else None
-    earlier = trainings_of(str(weights), start.metadata) if start else ()
-    train_data, held_out = open_data(data, held_out=recipe.held_out, seed=recipe.seed, earlier=earlier)
-    steps_per_epoch = recipe.steps_per_epoch(len(train_data))
-    total = steps_per_epoch * recipe.epochs
-    if not total:
-        reason = f"{len(train_data)} images are less than a batch of {recipe.batch_size}"
-        largest = len(train_data) // jax.device_count() * jax.device_count()
-        way_out = (
-            f"choose --recipe.batch-size {largest} or less" if largest else f"a batch needs one for each of {devices}"
-        )
-        raise CommandError(Status.NOT_DONE, f"{reason}: {way_out}")
-    if total < recipe.accumulate:
-        reason = f"{len(train_data)} images make {total} steps, and a change of the weights takes {recipe.accumulate}"
-        raise CommandError(Status.NOT_DONE, f"{reason}: choose --recipe.accumulate {total} or less, or more epochs")
-    identity = {
-        "recipe": dataclasses.asdict(recipe),
-        "data": [train_data.fingerprint, held_out.fingerprint],
-        "weights": start.digest if start else None,
-    }
-    head = find_head(train_data.class_names, data, start, str(weights)) if start else None
-    shapes, make_state = initial_state(devices, recipe, train_data, steps_per_epoch, start, head)
-    if jax.process_index() == 0:  # only now: a run that is refused leaves no folder
-        stack.enter_context(claim(workdir, _warn_here))
-    resumed = resume(workdir, shapes, identity, override, _say_here)
-    if jax.process_index() == 0:  # before the state is computed, which takes a while
-        balanced = recipe.class_weights == "balanced"
-        lines = [*train_data.notes, *held_out.notes, *describe_classes(train_data, balanced=balanced)]
-        lines.append(f"{len(train_data)} images to train on, {len(held_out)} held out, {total} steps, {devices}")
-        if head and not resumed:
-            lines.append(head.reason)
-        if start and start.metadata.get("source") == "random":
-            lines.append(f"warning: the weights of {weights} are random: the training starts from nothing")
-        for line in dict.fromkeys(lines):
-            _say_here(line)
-    tally, state = resumed or (Tally(trained_before=past_trainings(start.metadata) if start else []), make_state())
-    state = weigh_classes(state, devices, train_data)
-    # The other processes wait for the step of this one: only an input that hangs may keep it from that.
+    data: str,
+    workdir: Path,
+    recipe: Recipe,
+    weights_path: Path | None,
+    override: bool,
+    report: Callable[[str], None],
+    progress: Progress | None,
+    stack: ExitStack,
+) -> tuple["Run", Reader]:
+    """Return the run before its next step, and the batches from there on; ``stack`` closes its log and its input."""
+    devices, is_first = Devices(), jax.process_index() == 0
+    plan, weights, head = make_plan(data, recipe, weights_path, devices)
+    shapes, make_state = initial_state(plan, weights, head, devices)
+    report_first = report if is_first else _ignore
+    if is_first:  # only now: a run that is refused leaves no folder
+        stack.enter_context(claim(workdir, lambda message: report(f"warning: {message}")))
+    resumed = resume_run(workdir, shapes, plan.identity, override, report_first)
+    messages = [*plan.messages]
+    if head and not resumed:
+        messages.append(head.reason)
+    if weights and not resumed and weights.metadata.get("source") == "random":
+        messages.append(f"warning: the weights of {weights_path} are random: the training starts from nothing")
+    for message in messages:  # before the state is computed, which takes a while
+        report_first(message)
+    trained_before = past_trainings(weights.metadata) if weights else []
+    counts, state = resumed or (RunCounts(trained_before=trained_before), make_state())
+    state = update_class_weights(state, plan, devices)
+    # In a distributed run the other processes wait for this one's step: a signal ends the wait for an input only if
+    # that hangs.
     signals = StopSignals(patience=0.0 if jax.process_count() == 1 else 10.0)
-    batches = train_batches(train_data, recipe, tally.step, stopped=signals.end_wait, **devices.share)
+    batches = train_batches(plan.train_data, recipe, counts.step, stopped=signals.end_wait, **devices.share)
     stack.enter_context(closing(batches))
     log = None
-    if jax.process_index() == 0:
-        for name in (MODEL, BEST):
+    if is_first:
+        for name in (LAST_WEIGHTS, BEST_WEIGHTS):
             require_replaceable(workdir / name)  # before the work, not after it
         write_atomically(workdir / RECIPE, recipe.to_json().encode())
-        log = stack.enter_context(RunLog(workdir, total, tally.step))
-    run = Run(
-        workdir, recipe, train_data, held_out, steps_per_epoch, total, devices, identity, tally, state, log, signals
-    )
-    if tally.step:
-        run.say(f"going on from the checkpoint of step {tally.step}")
+        log = RunLog(workdir, plan.total_steps, counts.step, report=report, progress=progress)
+        stack.enter_context(log)
+    if counts.step:
+        report_first(f"continuing from the checkpoint of step {counts.step}")
+    checkpoint = checkpoint_path(workdir / CHECKPOINTS, counts.step) if resumed else None
+    report_unreadable = functools.cache(report)
+    run = Run(workdir, plan, devices, signals, log, report_first, report_unreadable, counts, state, checkpoint)
     return run, batches
+
+
+def _ignore(message: str) -> None:
+    """Drop a message, which the first process of a distributed run reports."""
 
 
 @dataclasses.dataclass
 class Run:
-    """A run under way: what changes from step to step, with the files and the devices around it."""
+    """A training under way."""
 
     workdir: Path
-    recipe: Recipe
-    train_data: Dataset
-    held_out: Dataset
-    steps_per_epoch: int
-    total: int
+    plan: Plan
     devices: Devices
-    identity: dict[str, Any]
-    tally: Tally
-    state: TrainState
-    log: RunLog | None
     signals: StopSignals
+    log: RunLog | None
+    """The log, in the first process."""
+    report: Callable[[str], None]
+    """Reports a message, in the first process."""
+    report_unreadable: Callable[[str], None]
+    """Reports in every process, as each reads other held-out images, but each message once: all epochs repeat it."""
+    counts: RunCounts
+    state: TrainState
+    checkpoint: Path | None
+    """The last checkpoint."""
 
-    def __post_init__(self) -> None:
-        self.last_saved = _last_saved(self.tally.step)
-        self.held_out_metrics: dict[str, float] = {}
-        self.said: set[str] = set()
-        self.speed = Speed(self.recipe.batch_size)
-        self.dropout_key = self.devices.replicate(jax.random.key(self.recipe.seed))
-        self.evaluate_batch = self.devices.jit(_evaluate_batch)
-
-    def say(self, *messages: str) -> None:
-        """Says each message once, in the first process."""
-        for message in messages:
-            if self.log and message not in self.said:
-                self.log.message(message)
-            self.said.add(message)
-
-    def _say_anywhere(self, message: str) -> None:
-        """What only this process knows of."""
-        if self.log:
-            self.say(message)
-        elif message not in self.said:
-            self.said.add(message)
-            _say_here(message)
-
-    def train(self, batches: Iterator[Batch]) -> Status | None:
-        """Trains to the end, or until a signal: then there is a checkpoint, and it returns the signal's status."""
-        first_step = self.tally.step
-        if first_step < self.total:
-            upcoming = self._to_devices(next(batches))
-            self.say("compiling the step")
-            # Before signals are caught: one that comes meanwhile need not wait.
-            one_step = self.devices.jit(
-                _one_step(schedule(self.recipe, self.steps_per_epoch), self.recipe), donate=(0,)
-            )
-            self.one_step = one_step.lower(self.state, upcoming, self._stop_flags(), self.dropout_key).compile()
+    def train(self, batches: Reader) -> TrainingResult | TrainingStopped:
+        """Train to the end of the recipe, or until a signal, after which a checkpoint is saved."""
+        plan, counts = self.plan, self.counts
+        evaluate_batch = self.devices.jit(_evaluate_batch)
+        first_step, speed, stopped_early = counts.step, Speed(plan.recipe.batch_size), False
+        if first_step < plan.total_steps:
+            batch = self._to_devices(next(batches))
+            self.report("compiling the step")
+            # Signals are not handled yet: one that comes while it compiles ends the process at once.
+            step = self._compile_step(batch)
         with self.signals:
-            while True:
-                # An evaluation comes after the checkpoint of its step: a run that goes on from there begins with it.
-                ended = self.tally.step >= self.total  # beyond it where a shorter recipe overrides
-                epoch_ended = self.tally.step > 0 and self.tally.step % self.steps_per_epoch == 0
-                if (ended or epoch_ended) and not self._evaluate():
-                    return self._stop()
-                if ended or (epoch_ended and self._is_out_of_patience()):
-                    break
-                following = self._step(upcoming, batches)
-                if following is None:
-                    return self._stop()
-                upcoming = following
-                if self.tally.step % self.recipe.checkpoint_every == 0 or self.tally.step == self.total:
-                    self._save()
-            if self.log and self.tally.step > first_step:
-                with suppress(WaitStoppedError, DataError):  # the run has ended, with or without this line
-                    self.say(self.speed.compare(batches, made_ahead(self.recipe.workers)))
-        return None
+            try:
+                while True:
+                    # An evaluation follows the checkpoint of its step, and a continued run begins with it.
+                    at_end = counts.step >= plan.total_steps  # beyond it if a shorter recipe overrides another one
+                    if at_end or (counts.step > 0 and counts.step % plan.steps_per_epoch == 0):
+                        metrics = self._evaluate(evaluate_batch)
+                        stopped_early = not at_end and self._is_out_of_patience()
+                    if at_end or stopped_early:
+                        break
+                    batch = self._take_step(step, batch, batches, speed)
+                    if counts.step % plan.recipe.checkpoint_every == 0 or counts.step == plan.total_steps:
+                        self._save_checkpoint()
+            except StopRequestedError:
+                return self._stopped_by_signal()
+        if counts.step > first_step + 1:
+            self.report(str(speed))
+        return self._finish(metrics, stopped_early)
 
-    def finish(self, data: str) -> Status:
-        """Writes what the run leaves; ``data`` is as the command line named it."""
-        if self.tally.unreadable or self.tally.not_finite:
-            counts = f"unreadable images: {len(self.tally.unreadable)}, steps not finite: {self.tally.not_finite}"
-            self.say(f"left out of the training: {counts}")
-        if self.log:
-            best = (self.tally.best_step, self._best())
-            write_outcome(self.workdir, self.state, self._metadata(), data, best, self.say)
-        return Status.DONE
+    def _compile_step(self, batch: Batch) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]:
+        recipe = self.plan.recipe
+        learning_rate = schedule(recipe, self.plan.steps_per_epoch)
 
-    def _step(self, batch: DeviceBatch, batches: Iterator[Batch]) -> DeviceBatch | None:
-        """Make one step; return the next batch, or None if a signal came."""
+        def one_step(
+            state: TrainState, batch: Batch, stop: jax.Array, dropout_key: jax.Array
+        ) -> tuple[TrainState, Metrics]:
+            with jax.numpy_dtype_promotion("standard"):  # optax's schedules mix integers and floats
+                rate = jnp.asarray(learning_rate(state.step // recipe.accumulate))
+            state, metrics = train_step(state, {"image": batch["image"], "label": batch["label"]}, dropout_key)
+            return state, metrics | {"learning_rate": rate, "skipped": batch["skipped"], "stop": stop.any()}
+
+        dropout_key = self.devices.replicate(jax.random.key(recipe.seed))
+        lowered = self.devices.jit(one_step, donate=(0,)).lower(self.state, batch, self._stop_flags(), dropout_key)
+        compiled = lowered.compile()
+        return lambda state, batch, stop: compiled(state, batch, stop, dropout_key)
+
+    def _take_step(self, step: Callable[..., Any], batch: Batch, batches: Reader, speed: Speed) -> Batch:
+        """Take a step, read the next batch meanwhile, record the step, and return that batch.
+
+        Raises:
+            StopRequestedError: If a signal came. The step is done and recorded.
+        """
         start = time.perf_counter()
-        self.state, outputs = self.one_step(self.state, batch, self._stop_flags(), self.dropout_key)
-        try:
-            upcoming = self._to_devices(next(batches))  # while the devices compute
-        except WaitStoppedError:
-            upcoming = None
+        self.state, outputs = step(self.state, batch, self._stop_flags())
+        upcoming = None
+        with suppress(WaitStoppedError):
+            upcoming = self._to_devices(next(batches))
         input_seconds = time.perf_counter() - start
-        starved = outputs["loss"].is_ready()
+        waited = outputs["loss"].is_ready()
         metrics = jax.device_get(outputs)
-        seconds = time.perf_counter() - start
+        images_per_second = speed.add(time.perf_counter() - start, waited)
 
-        self.tally.step += 1
-        images_per_second = self.speed.add(seconds, starved)
-        skipped, finite, stopped = metrics.pop("skipped"), metrics.pop("finite"), metrics.pop("stop")
+        self.counts.step += 1
+        skipped, finite, stop = (metrics.pop(name) for name in ("skipped", "finite", "stop"))
         if self.log:
             rate = {} if images_per_second is None else {"images_per_second": images_per_second}
-            self.log.train(self.tally.step, metrics | rate | {"input_seconds": input_seconds})
-        unreadable = skipped[skipped >= 0].tolist()
-        self.tally.add_unreadable(self.train_data, unreadable, self.recipe.max_corrupt, self.say)
-        self.tally.add_finite(bool(finite), self.say)
+            self.log.train(self.counts.step, metrics | rate | {"input_seconds": input_seconds})
+        unreadable, max_corrupt = skipped[skipped >= 0].tolist(), self.plan.recipe.max_corrupt
+        self.counts.add_unreadable(self.plan.train_data, unreadable, max_corrupt, self.report)
+        self.counts.add_finite(bool(finite), self.report)
         if upcoming is None:
-            self._require_no_others()
-        return None if stopped or self._stopped_alone() else upcoming
+            self._require_alone()
+        if upcoming is None or stop or self._stopped_alone():
+            raise StopRequestedError
+        return upcoming
 
-    def _evaluate(self) -> bool:
-        """Evaluates the held-out images; returns False if a signal came meanwhile."""
-        sums, count = dict.fromkeys(("loss", "accuracy", "top5"), 0.0), 0
+    def _evaluate(self, evaluate_batch: Callable[..., Metrics]) -> dict[str, float]:
+        """Return the metrics of the held-out images, and write the weights if they are the best so far.
+
+        Raises:
+            StopRequestedError: If a signal came.
+        """
+        recipe, sums, count = self.plan.recipe, dict.fromkeys(("loss", "accuracy", "top5"), 0.0), 0
         try:
             for batch in eval_batches(
-                self.held_out,
-                batch_size=self.recipe.batch_size,
-                image_size=self.recipe.image_size,
-                fail=self._say_anywhere,
-                workers=self.recipe.workers,
+                self.plan.held_out,
+                batch_size=recipe.batch_size,
+                image_size=recipe.image_size,
+                fail=self.report_unreadable,
+                workers=recipe.workers,
                 stopped=self.signals.end_wait,
                 **self.devices.share,
             ):
                 arrays = self.devices.split({"image": batch["image"], "label": batch["label"]})
-                metrics = jax.device_get(self.evaluate_batch(self.state, arrays, self._stop_flags()))
-                if metrics["stop"] or self._stopped_alone():
-                    return False
-                rows = int(metrics["count"])
+                means = jax.device_get(evaluate_batch(self.state, arrays, self._stop_flags()))
+                if means["stop"] or self._stopped_alone():
+                    raise StopRequestedError
+                rows = int(means["count"])
                 count += rows
-                sums = {name: value + rows * float(metrics[name]) for name, value in sums.items()}
+                sums = {name: value + rows * float(means[name]) for name, value in sums.items()}
         except WaitStoppedError:
-            self._require_no_others()
-            return False
+            self._require_alone()
+            raise StopRequestedError from None
         if count == 0:
-            raise TooMuchError(f"none of the {len(self.held_out)} held-out images can be read")
-        self.held_out_metrics = {name: value / count for name, value in sums.items()}
+            raise TooManyFailuresError(f"none of the {len(self.plan.held_out)} held-out images can be read")
+        metrics = {name: value / count for name, value in sums.items()}
         if self.log:
-            self.log.evaluated(self.tally.step, self.held_out_metrics)
-        if self.tally.add_accuracy(self.held_out_metrics["accuracy"]) and self.log:
-            write_weights(self.workdir / BEST, self.state, self._metadata())
-        return True
+            self.log.evaluated(self.counts.step, metrics)
+        if self.counts.add_accuracy(metrics["accuracy"]) and self.log:
+            write_weights(self.workdir / BEST_WEIGHTS, self.state, self._metadata(metrics))
+        return metrics
 
     def _is_out_of_patience(self) -> bool:
-        """Whether the run has to stop early: then there is a checkpoint. All processes know the same accuracies."""
-        evaluations = self._epoch(self.tally.step - self.tally.best_step)
-        if not self.recipe.patience or evaluations < self.recipe.patience:
+        """Return whether the accuracy has not risen for too long. All processes know the same accuracies."""
+        evaluations = self.plan.epoch(self.counts.step - self.counts.best_step)
+        if not self.plan.recipe.patience or evaluations < self.plan.recipe.patience:
             return False
-        self.say(
-            f"stopping early after epoch {self._epoch(self.tally.step)}: the best accuracy is still {self._best()}"
-        )
-        self._save()
+        epoch = self.plan.epoch(self.counts.step)
+        self.report(f"stopping early after epoch {epoch}: the best accuracy is still {self._best()}")
+        self._save_checkpoint()
         return True
 
+    def _finish(self, metrics: dict[str, float], stopped_early: bool) -> TrainingResult:
+        """Write the last weights and the curves."""
+        if self.counts.unreadable or self.counts.not_finite:
+            self.report(
+                f"left out of the training: {len(self.counts.unreadable)} unreadable images and "
+                f"{self.counts.not_finite} steps that were not finite"
+            )
+        result = TrainingResult(metrics, self.workdir / LAST_WEIGHTS, self.workdir / BEST_WEIGHTS, stopped_early)
+        if self.log:
+            write_weights(result.weights, self.state, self._metadata(metrics))
+            try:
+                draw_curves(self.workdir, (self.counts.best_step, self._best()))
+            except OSError as error:
+                self.report(f"warning: the curves cannot be drawn: {error.strerror}")
+        self.report(f"the best weights are {result.best_weights}: {self._best()}")
+        return result
+
     def _best(self) -> str:
-        return f"{self.tally.best_accuracy:.2%} after epoch {self._epoch(self.tally.best_step)}"
+        return f"{self.counts.best_accuracy:.2%} after epoch {self.plan.epoch(self.counts.best_step)}"
 
-    def _epoch(self, step: int) -> int:
-        return step // self.steps_per_epoch
-
-    def _metadata(self) -> dict[str, Any]:
-        """What a file of weights says of the run and of its last evaluation."""
+    def _metadata(self, metrics: dict[str, float]) -> dict[str, Any]:
+        """Return what a file of weights says about the run and the evaluation of these weights."""
         return {
-            "class_names": list(self.train_data.class_names),
-            "recipe": self.identity["recipe"],
-            "trained_on": self.train_data.fingerprint,
-            "trained_before": self.tally.trained_before,
-            "epoch": self._epoch(self.tally.step),
-            "step": self.tally.step,
-            **self.held_out_metrics,
+            "class_names": list(self.plan.train_data.class_names),
+            "recipe": self.plan.identity["recipe"],
+            "trained_on": self.plan.train_data.fingerprint,
+            "trained_before": self.counts.trained_before,
+            "epoch": self.plan.epoch(self.counts.step),
+            "step": self.counts.step,
+            **metrics,
         }
 
-    def _require_no_others(self) -> None:
-        """Raise a CommandError if other processes wait for the step that this one cannot make for want of a batch."""
-        if jax.process_count() > 1:
-            raise CommandError(Status.GAVE_UP, f"stopped while it waited for images; {self.last_saved}")
-
-    def _save(self) -> bool:
+    def _save_checkpoint(self) -> bool:
+        """Save a checkpoint, and return whether that was possible. All processes call this."""
         if self.log:
             self.log.sync()
         try:
-            save(self.workdir, self.tally, self.state, self.identity, self.recipe.keep)
+            self.checkpoint = save_run(self.workdir, self.counts, self.state, self.plan.identity, self.plan.recipe.keep)
         except CheckpointSaveError as error:
-            self.say(f"warning: {error}; {self.last_saved}")
+            self.report(f"warning: {error}; {self._last_checkpoint()}")
             return False
-        self.last_saved = _last_saved(self.tally.step)
         return True
 
-    def _stop(self) -> Status:
-        if not self._save():
-            raise CommandError(Status.GAVE_UP, f"stopped after step {self.tally.step}; {self.last_saved}")
-        self.say(f"stopped after step {self.tally.step} of {self.total}; the same command goes on from there")
-        return self.signals.status or Status.TERMINATED  # the signal may have been another process's
+    def _last_checkpoint(self) -> str:
+        return f"the last checkpoint is {self.checkpoint}" if self.checkpoint else "there is no checkpoint yet"
 
-    def _to_devices(self, batch: Batch) -> DeviceBatch:
-        skipped = np.where(batch["used"] == batch["index"], -1, batch["index"]).astype(np.int32)
-        return self.devices.split({"image": batch["image"], "label": batch["label"], "skipped": skipped})
+    def stopped(self, reason: str) -> TrainingStopped:
+        """Return the exception for a run that has to stop, with its last checkpoint."""
+        return TrainingStopped(f"{reason}; {self._last_checkpoint()}", self.checkpoint)
 
-    def _stop_flags(self) -> jax.Array:
-        """For each device whether its process was told to stop. All see it, and stop at the same step."""
-        flags = np.full(jax.local_device_count(), self.signals.status is not None)
-        return self.devices.split({"stop": flags})["stop"]
+    def _stopped_by_signal(self) -> TrainingStopped:
+        """Save a checkpoint, and return the exception for a run that a signal stops."""
+        step = self.counts.step
+        if not self._save_checkpoint():
+            return self.stopped(f"stopped after step {step}")
+        message = f"stopped after step {step} of {self.plan.total_steps}; the same command goes on from there"
+        received = self.signals.received or signal.SIGTERM  # another process may have received it
+        return TrainingStopped(message, self.checkpoint, received)
+
+    def _require_alone(self) -> None:
+        """Raise if a signal ended the wait for a batch while other processes wait for the step with that batch."""
+        if jax.process_count() > 1:
+            raise self.stopped("stopped while it waited for images")
 
     def _stopped_alone(self) -> bool:
-        """Whether a signal came and there is no other process that must know of it."""
-        return jax.process_count() == 1 and self.signals.status is not None
+        """Return whether a signal came and no other process must agree to stop."""
+        return jax.process_count() == 1 and self.signals.received is not None
+
+    def _stop_flags(self) -> jax.Array:
+        """Return for each device whether its process got a signal. All processes see all, and stop at the same step."""
+        flags = np.full(jax.local_device_count(), self.signals.received is not None)
+        return self.devices.split({"stop": flags})["stop"]
+
+    def _to_devices(self, batch: HostBatch) -> Batch:
+        skipped = np.where(batch["used"] == batch["index"], -1, batch["index"]).astype(np.int32)  # [b]
+        return self.devices.split({"image": batch["image"], "label": batch["label"], "skipped": skipped})
 
 
-def _one_step(learning_rate: optax.Schedule, recipe: Recipe) -> Callable[..., tuple[TrainState, Metrics]]:
-    def one_step(
-        state: TrainState, batch: DeviceBatch, stop: jax.Array, dropout_key: jax.Array
-    ) -> tuple[TrainState, Metrics]:
-        with jax.numpy_dtype_promotion("standard"):  # optax's schedules mix integers and floats
-            rate = jnp.asarray(learning_rate(state.step // recipe.accumulate))
-        state, metrics = train_step(state, {"image": batch["image"], "label": batch["label"]}, dropout_key)
-        return state, metrics | {"learning_rate": rate, "skipped": batch["skipped"], "stop": stop.any()}
-
-    return one_step
-
-
-def _evaluate_batch(state: TrainState, batch: DeviceBatch, stop: jax.Array) -> Metrics:
+def _evaluate_batch(state: TrainState, batch: Batch, stop: jax.Array) -> Metrics:
     return eval_step(state, batch) | {"stop": stop.any()}
 
 
-def _warn_here(message: str) -> None:
-    _say_here(f"warning: {message}")
-
-
-def _say_here(message: str) -> None:
-    message_console().print(printable(message), markup=False)
-
-
-def _unwritten(error: OSError, workdir: Path) -> str:
+def _not_written(error: OSError, workdir: Path) -> str:
     return f"cannot write {error.filename or workdir}: {error.strerror}"
 
 
-def _reason(error: jax.errors.JaxRuntimeError) -> str:
-    """What a person can do about it; where that is nothing, it is raised again."""
+def _way_out(error: jax.errors.JaxRuntimeError) -> str:
+    """Return what a person can do about an error of the devices; one that only a developer can mend is raised again."""
     first_line = str(error).splitlines()[0]
     if "RESOURCE_EXHAUSTED" in first_line:
         return f"the devices' memory is too small: choose a smaller batch_size, with accumulate ({first_line})"
     if jax.process_count() > 1:
         return f"another process of the run is gone: start all of them again ({first_line})"
     raise error
-
-
-def _last_saved(step: int) -> str:
-    return f"the last checkpoint is that of step {step}" if step else "there is no checkpoint yet"

@@ -1,8 +1,6 @@
-"""Where a run starts: from new weights, from those of a file, or from its own newest checkpoint."""
+"""What a run is going to do, checked against its data, weights and devices; and its state before the first step."""
 
 import dataclasses
-import json
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,47 +11,111 @@ import numpy as np
 from jax import numpy as jnp
 from jaxtyping import Int
 
-from flax_googlenet.commands.status import CommandError, Status
-from flax_googlenet.files import read_regular_file
 from flax_googlenet.model import MIN_SIZE, GoogLeNet, Variables
-from flax_googlenet.training import checkpoints
 from flax_googlenet.training.classes import find_classes
-from flax_googlenet.training.datasets import DataError, Dataset
+from flax_googlenet.training.datasets import DataError, Dataset, open_data
 from flax_googlenet.training.devices import Devices
 from flax_googlenet.training.finetune import balanced_class_weights, new_head, reorder_head
-from flax_googlenet.training.outcome import BEST
+from flax_googlenet.training.history import trainings_of
 from flax_googlenet.training.recipe import Recipe, RecipeError, make_optimizer
 from flax_googlenet.training.step import TrainState, create_train_state
-from flax_googlenet.training.tally import Tally
-from flax_googlenet.weights.checkpoint import CheckpointError, Weights
-
-CHECKPOINTS, RECIPE = "checkpoints", "recipe.json"  # in the folder of the run
-_MAX_RECIPE_BYTES = 2**20
+from flax_googlenet.weights.checkpoint import Weights, load_weights
 
 UNEQUAL = 10
-"""A run warns if its largest class has at least so many times the images of its smallest one."""
-_LISTED = 10  # class names in the first lines of a run
+"""A run warns if its largest class has at least this many times the images of its smallest class."""
 
-# The fields of a recipe that may differ when a run is resumed: they change no bit of it.
-_CHANGE_NO_BIT = {"workers", "checkpoint_every", "keep", "max_corrupt", "patience"}
+_LISTED_CLASSES = 10  # in the first message of a run
 
 
 class Head(NamedTuple):
-    """What becomes of the last layers of the weights that a run starts from."""
+    """What happens to the last layers of the weights that a run starts from."""
 
     order: Int[np.ndarray, "num_classes"] | None
-    """For each class of the data, its place in the layers, which are kept; or None if new ones replace them."""
+    """The place of each class of the data in the layers if they are kept, or None if new layers replace them."""
     reason: str
-    """A sentence for the person."""
+    """A sentence that says what happens and why."""
+
+
+class Plan(NamedTuple):
+    """What a run is going to do. It stays the same from the first step to the last."""
+
+    recipe: Recipe
+    train_data: Dataset
+    held_out: Dataset
+    steps_per_epoch: int
+    total_steps: int
+    identity: dict[str, Any]
+    """What must stay the same when the run is continued: its ``recipe``, ``data`` and ``weights``."""
+    messages: tuple[str, ...]
+    """What a person should know about the data: sentences."""
+
+    def epoch(self, step: int) -> int:
+        """Return the number of epochs that are over after a step."""
+        return step // self.steps_per_epoch
+
+
+def make_plan(
+    data: str, recipe: Recipe, weights_path: Path | None, devices: Devices
+) -> tuple[Plan, Weights | None, Head | None]:
+    """Read the weights, find the images, and check that the recipe can be followed with them.
+
+    Args:
+        data: The data, as for ``open_data``.
+        recipe: The recipe.
+        weights_path: The file of weights to start from, or None for new ones.
+        devices: The devices that share each batch.
+
+    Returns:
+        The plan, the weights to start from, if there are any, and what happens to their last layers.
+
+    Raises:
+        DataError: If the data cannot be trained on.
+        RecipeError: If the recipe does not fit the data, the weights or the devices.
+        CheckpointError: If the weights cannot be read.
+    """
+    if recipe.batch_size % jax.device_count():
+        fitting = max(1, recipe.batch_size // jax.device_count()) * jax.device_count()
+        reason = f"a batch of {recipe.batch_size} cannot be shared evenly by {devices}"
+        raise RecipeError(f"{reason}: choose --recipe.batch-size {fitting}, or another multiple")
+    weights = load_weights(weights_path, dtype=jnp.float32) if weights_path else None
+    if weights and (unknown := set(recipe.frozen) - weights.variables["params"].keys()):
+        raise RecipeError(f"frozen: the weights have no {', '.join(sorted(unknown))}")
+    earlier = trainings_of(str(weights_path), weights.metadata) if weights else ()
+    train_data, held_out = open_data(data, held_out=recipe.held_out, seed=recipe.seed, earlier=earlier)
+    steps_per_epoch = recipe.steps_per_epoch(len(train_data))
+    total_steps = steps_per_epoch * recipe.epochs
+    if not total_steps:
+        largest = len(train_data) // jax.device_count() * jax.device_count()
+        way_out = (
+            f"choose --recipe.batch-size {largest} or less" if largest else f"a batch needs one for each of {devices}"
+        )
+        raise RecipeError(f"{len(train_data)} images are less than a batch of {recipe.batch_size}: {way_out}")
+    if total_steps < recipe.accumulate:
+        raise RecipeError(
+            f"{len(train_data)} images make {total_steps} steps, and a change of the weights takes "
+            f"{recipe.accumulate}: choose --recipe.accumulate {total_steps} or less, or more epochs"
+        )
+    head = find_head(train_data.class_names, data, weights, str(weights_path)) if weights else None
+    balanced = recipe.class_weights == "balanced"
+    messages = [*train_data.notes, *held_out.notes, *describe_classes(train_data, balanced=balanced)]
+    messages.append(f"{len(train_data)} images to train on, {len(held_out)} held out, {total_steps} steps, {devices}")
+    identity = {
+        "recipe": dataclasses.asdict(recipe),
+        "data": [train_data.fingerprint, held_out.fingerprint],
+        "weights": weights.digest if weights else None,
+    }
+    unique = tuple(dict.fromkeys(messages))
+    return Plan(recipe, train_data, held_out, steps_per_epoch, total_steps, identity, unique), weights, head
 
 
 def find_head(class_names: tuple[str, ...], data: str, weights: Weights, path: str) -> Head:
-    """Find out whether the weights have exactly the classes of the data, in any order, as ``find_classes`` does.
+    """Find out whether weights have exactly the classes of the data, in any order, by the rules of ``find_classes``.
 
     Args:
-        class_names: the class names of the data.
-        data, path: what to call the data and the weights in messages.
-        weights: the weights.
+        class_names: The class names of the data.
+        data: The name of the data in messages.
+        weights: The weights.
+        path: The name of the weights in messages.
     """
     replaced = f"the head of {path} is replaced by a new one"
     num_classes = weights.model.num_classes
@@ -69,14 +131,19 @@ def find_head(class_names: tuple[str, ...], data: str, weights: Weights, path: s
 
 
 def describe_classes(dataset: Dataset, *, balanced: bool) -> list[str]:
-    """Return lines that name the classes and count their images, with a warning if these are very unequal."""
+    """Return a line with the class names and the numbers of their images, and a warning if these differ greatly.
+
+    Args:
+        dataset: The training images.
+        balanced: Whether the loss weighs the classes, so that no warning is needed.
+    """
     counts, names = np.bincount(dataset.labels, minlength=len(dataset.class_names)), dataset.class_names
     fewest, most = int(counts.argmin()), int(counts.argmax())
     images = f"{counts[fewest]} ({names[fewest]}) to {counts[most]} ({names[most]}) images each"
     if counts[fewest] == counts[most]:
         images = "1 image each" if counts[most] == 1 else f"{counts[most]} images each"
-    listing = ", ".join(names if len(names) <= _LISTED else (*names[: _LISTED - 2], "...", names[-1]))
-    lines = [f"{len(names)} classes: {listing}; {images}"]
+    listed = names if len(names) <= _LISTED_CLASSES else (*names[: _LISTED_CLASSES - 2], "...", names[-1])
+    lines = [f"{len(names)} classes: {', '.join(listed)}; {images}"]
     if not balanced and counts[most] >= UNEQUAL * counts[fewest]:
         lines.append(
             f"warning: {names[most]} has {counts[most]} images to train on and {names[fewest]} {counts[fewest]}: with "
@@ -86,33 +153,23 @@ def describe_classes(dataset: Dataset, *, balanced: bool) -> list[str]:
 
 
 def initial_state(
-    devices: Devices,
-    recipe: Recipe,
-    train_data: Dataset,
-    steps_per_epoch: int,
-    weights: Weights | None,
-    head: Head | None,
+    plan: Plan, weights: Weights | None, head: Head | None, devices: Devices
 ) -> tuple[TrainState, Callable[[], TrainState]]:
-    """The state before the first step: its shapes, and how to compute it, the same in every process.
+    """Return the shapes of the state before the first step, and the function that computes this state.
 
     Args:
-        devices: that every array of the state is to be on.
-        recipe: the recipe.
-        train_data: the images to train on, for their classes.
-        steps_per_epoch: batches in an epoch.
-        weights: to start from; None for new ones.
-        head: what becomes of their last layers; None where there are no weights.
+        plan: The plan of the run.
+        weights: The weights to start from, or None for new ones.
+        head: What happens to their last layers; None without weights.
+        devices: The devices that get a copy of the state.
 
     Raises:
-        CommandError: if the recipe freezes blocks that the weights have not, or a batch is too small for BatchNorm.
+        RecipeError: If BatchNorm cannot train with such small batches.
     """
-    if weights and (unknown := set(recipe.frozen) - weights.variables["params"].keys()):
-        raise CommandError(Status.NOT_DONE, f"frozen: the weights have no {', '.join(sorted(unknown))}")
-
-    num_classes = len(train_data.class_names)
+    recipe, num_classes = plan.recipe, len(plan.train_data.class_names)
     class_weights = None
     if recipe.class_weights == "balanced":
-        class_weights = balanced_class_weights(train_data.labels, num_classes)
+        class_weights = balanced_class_weights(plan.train_data.labels, num_classes)
 
     @devices.jit
     def make(variables: Variables | None) -> TrainState:
@@ -134,7 +191,7 @@ def initial_state(
                 dtype=jnp.dtype(recipe.dtype).type,
             ),
             variables,
-            make_optimizer(recipe, steps_per_epoch),
+            make_optimizer(recipe, plan.steps_per_epoch),
             label_smoothing=recipe.label_smoothing,
             class_weights=class_weights,
             aux_weight=recipe.aux_weight,
@@ -149,110 +206,19 @@ def initial_state(
 
 
 def _require_statistics(state: TrainState, image_size: int) -> None:
-    """Refuse one small image a batch: where the layers leave one pixel of it, BatchNorm has no variance."""
+    """Raise a RecipeError if the layers reduce a single image to one pixel, of which BatchNorm has no variance."""
     image = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
     apply = partial(state.model.apply, train=True, mutable=["batch_stats"], rngs={"dropout": jax.random.key(0)})
     try:
         jax.eval_shape(apply, {"params": state.params, "batch_stats": state.batch_stats}, image)
     except ValueError as error:
         reason = f"BatchNorm cannot train on one image of {image_size}x{image_size} pixels at a time"
-        raise CommandError(Status.NOT_DONE, f"{reason}: choose --recipe.batch-size 2 or more") from error
+        raise RecipeError(f"{reason}: choose --recipe.batch-size 2 or more") from error
 
 
-def resume(
-    workdir: Path, shapes: TrainState, identity: dict[str, Any], override: bool, fail: Callable[[str], None]
-) -> tuple[Tally, TrainState] | None:
-    """Goes on from the newest whole checkpoint in the folder, if there is one.
-
-    Args:
-        workdir: the folder of the run. All processes call this.
-        shapes: those of the state.
-        identity: what must be as it was, for JSON: ``recipe``, ``data`` and ``weights``.
-        override: whether to go on if it is not.
-        fail: takes the message about a checkpoint that is damaged, and a warning about other data than before.
-
-    Returns:
-        What was counted, and the state; None if there is no checkpoint.
-
-    Raises:
-        CommandError: if the checkpoint is of another recipe, other data or other weights, or the recipe of the run
-            cannot be read.
-        CheckpointError: if no checkpoint is whole, if the folder of the checkpoints cannot be read, or if the newest
-            whole one is of another network or optimizer, or of a later version.
-    """
-    folder, recipe = workdir / CHECKPOINTS, workdir / RECIPE
-    differing: list[str] = []
-    if folder.is_dir() and os.path.lexists(recipe):  # first: another recipe may make another state
-        try:
-            before = dataclasses.asdict(Recipe.from_json(read_regular_file(recipe, _MAX_RECIPE_BYTES)))
-            differing = _differing(identity | {"recipe": before}, identity)
-        except OSError as error:
-            raise CommandError(Status.NOT_DONE, f"cannot read {recipe}: {error.strerror}") from error
-        except RecipeError as error:
-            if not override:
-                raise CommandError(Status.NOT_DONE, f"{recipe}: {error}") from error
-        if differing and not override:
-            raise _of_another_run(workdir, differing)
-    try:
-        restored = checkpoints.restore(folder, shapes, fail)
-    except checkpoints.OtherStateError as error:
-        if not differing:
-            raise
-        raise _of_another_run(workdir, differing, hint="") from error
-    if restored is None:
-        return None
-    try:
-        differing = _differing(restored.extra["identity"], identity)
-        tally = Tally(step=restored.step, **restored.extra["tally"])
-    except (KeyError, TypeError) as error:
-        message = f"{folder}: the checkpoint of step {restored.step} is of another version of flax_googlenet: {error}"
-        raise CheckpointError(message) from error
-    if differing and not override:
-        raise _of_another_run(workdir, differing)
-    before = restored.extra["identity"]
-    has_other_data = before["data"] != identity["data"]
-    if has_other_data:
-        if jax.process_index() == 0:
-            fail("warning: the run was trained on other data before: they may have images that are held out now")
-        past = {"trained_on": before["data"][0], "recipe": before["recipe"]}
-        tally = dataclasses.replace(tally, trained_before=[past, *tally.trained_before])
-    # Accuracies on other images do not compare, and best weights that somebody has removed are not to be named.
-    if has_other_data or not (workdir / BEST).exists():
-        tally = dataclasses.replace(tally, best_step=0, best_accuracy=0.0)
-    return tally, restored.state
-
-
-def weigh_classes(state: TrainState, devices: Devices, train_data: Dataset) -> TrainState:
-    """Return a resumed state whose class weights, if it has any, are those of the data, which --override may change."""
+def update_class_weights(state: TrainState, plan: Plan, devices: Devices) -> TrainState:
+    """Return a restored state whose class weights, if it has any, are those of the data, which may have changed."""
     if state.class_weights is None:
         return state
-    weights = balanced_class_weights(train_data.labels, len(train_data.class_names))
+    weights = balanced_class_weights(plan.train_data.labels, len(plan.train_data.class_names))
     return state.replace(class_weights=devices.replicate(weights.astype(state.class_weights.dtype)))
-
-
-def save(workdir: Path, tally: Tally, state: TrainState, identity: dict[str, Any], keep: int) -> Path:
-    """Writes a checkpoint for ``resume``; all processes call this. Raises ``CheckpointSaveError``."""
-    extra = {"identity": identity, "tally": {k: v for k, v in dataclasses.asdict(tally).items() if k != "step"}}
-    path = checkpoints.save(workdir / CHECKPOINTS, tally.step, state, extra)
-    if jax.process_index() == 0:
-        checkpoints.prune(workdir / CHECKPOINTS, keep)
-    return path
-
-
-def _differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What a message says of two runs that are not the same."""
-    # A checkpoint of an earlier version lacks the fields that came later: their defaults are what it has trained with.
-    before = before | {"recipe": dataclasses.asdict(Recipe()) | before["recipe"]}
-    before, now = json.loads(json.dumps([before, now]))  # tuples as lists
-    fields = [
-        f"{name} {before['recipe'].get(name)}, now {value}"
-        for name, value in now["recipe"].items()
-        if value != before["recipe"].get(name) and name not in _CHANGE_NO_BIT
-    ]
-    return fields + [f"other {name}" for name in ("data", "weights") if before[name] != now[name]]
-
-
-def _of_another_run(workdir: Path, differing: list[str], hint: str = ", or add --override") -> CommandError:
-    return CommandError(
-        Status.NOT_DONE, f"{workdir} holds a run with {'; '.join(differing)}: choose another folder{hint}"
-    )

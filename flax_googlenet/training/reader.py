@@ -1,4 +1,4 @@
-"""The wait for the next batch, in which signals are heard, and workers that died or hang are noticed."""
+"""Waits for the next batch so that signals are handled meanwhile, and dead or hanging workers are noticed."""
 
 import errno
 import multiprocessing
@@ -16,48 +16,50 @@ import numpy as np
 from flax_googlenet.errors import GoogLeNetError
 from flax_googlenet.training.datasets import DataError
 
-Batch = dict[str, np.ndarray]
+HostBatch = dict[str, np.ndarray]
+"""A batch in the memory of the host, by name: ``image``, ``label``, ..., with one row for each image."""
 
 HANG_SECONDS = 600.0
-"""A batch that takes longer never comes: the input hangs, for example on a network drive that is gone."""
+"""Seconds after which a batch is taken never to come, because the input hangs."""
 
 _POLL_SECONDS = 0.2
-_GRACE_SECONDS = 2.0  # for the batch under way when a reader is closed
-_START_SECONDS = 60.0  # in which a worker process has started, however busy the machine
-_LAST_BATCH_SECONDS = 10.0  # for batches that Grain makes ahead when the process is to end
+_GRACE_SECONDS = 2.0  # for the current batch when a reader is closed
+_START_SECONDS = 60.0  # for a worker process to start, however busy the machine is
+_LAST_BATCH_SECONDS = 10.0  # for the batches that Grain prefetches when the process ends
 _THREAD, _GRAIN_THREAD = "flax-googlenet-reader", "grain-prefetch"
-_SHARED_MEMORY = "/dev/shm"  # noqa: S108  Linux's place for the memory that processes share
+_SHARED_MEMORY = "/dev/shm"  # noqa: S108  where Linux keeps the memory that processes share
 
 
 class WaitStoppedError(GoogLeNetError):
-    """The run was asked to stop while it waited for a batch."""
+    """The wait for a batch ended without one, because the run was asked to stop."""
 
 
-class Reader(Iterator[Batch]):
-    """Takes batches from Grain in a thread of its own, one at a time and only when the next one is asked for.
+class Reader(Iterator[HostBatch]):
+    """Iterates over Grain's batches, which a second thread takes one at a time, each when it is asked for.
 
-    The thread that asks never waits for anything but a queue, and looks around five times a second. Grain's own wait
-    would neither end for a worker that hangs, nor when a signal handler sets a flag.
+    The calling thread only waits for a queue, and wakes up five times a second. Grain's own wait would go on
+    if a worker hangs, or if a signal handler sets a flag.
 
     Args:
         batches: Grain's iterator.
-        workers: Its number of worker processes.
-        stopped: Tells whether to stop waiting; the iterator then raises a WaitStoppedError.
+        workers: The number of its worker processes.
+        stopped: Returns whether to stop waiting. The iterator then raises a WaitStoppedError.
 
     Raises:
-        DataError: By the iterator, if a worker process died, ``/dev/shm`` is full, or no batch comes for 10 minutes.
+        DataError: From the iterator, if a worker process died, if ``/dev/shm`` is full, or if no batch comes within 10
+            minutes.
     """
 
     def __init__(self, batches: grain.DatasetIterator, workers: int, stopped: Callable[[], bool]) -> None:
         self._batches, self._workers, self._stopped, self._closed = batches, workers, stopped, False
         self._requests: queue.SimpleQueue[bool] = queue.SimpleQueue()
-        self._answers: queue.SimpleQueue[Batch | BaseException] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[HostBatch | BaseException] = queue.SimpleQueue()
         self._thread = threading.Thread(
             target=_take, args=(batches, self._requests, self._answers), name=_THREAD, daemon=True
         )
         self._thread.start()
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> HostBatch:
         self._requests.put(True)
         deadline = time.monotonic() + HANG_SECONDS
         while True:
@@ -77,7 +79,7 @@ class Reader(Iterator[Batch]):
             return answer
 
     def close(self) -> None:
-        """Ends the threads and worker processes, by force where they hang."""
+        """End the threads and worker processes. Worker processes that hang are killed."""
         if self._closed:
             return
         self._closed = True
@@ -85,18 +87,18 @@ class Reader(Iterator[Batch]):
         self._thread.join(_GRACE_SECONDS)
         deadline = time.monotonic() + (_START_SECONDS if self._workers else 0)
         while self._thread.is_alive() and time.monotonic() < deadline:
-            for worker in multiprocessing.active_children():  # one that only starts is not among them yet
+            for worker in multiprocessing.active_children():  # a worker that is starting is not listed yet
                 if "prefetch" in worker.name:
                     worker.kill()
             self._thread.join(_POLL_SECONDS)
-        if not self._thread.is_alive():  # else Grain, too, would wait for ever
+        if not self._thread.is_alive():  # else Grain itself would wait for ever
             self._batches.close()
 
     __del__ = close
 
 
 def hangs() -> bool:
-    """Wait up to 10 seconds for the threads of closed readers; return whether one hangs, and Python would never end."""
+    """Wait up to 10 seconds for the threads of closed readers, and return whether one still hangs."""
     deadline = time.monotonic() + _LAST_BATCH_SECONDS
     threads = [thread for thread in threading.enumerate() if thread.name.startswith((_THREAD, _GRAIN_THREAD))]
     for thread in threads:
@@ -105,11 +107,11 @@ def hangs() -> bool:
 
 
 def _take(
-    batches: Iterator[Batch],
+    batches: Iterator[HostBatch],
     requests: "queue.SimpleQueue[bool]",
-    answers: "queue.SimpleQueue[Batch | BaseException]",
+    answers: "queue.SimpleQueue[HostBatch | BaseException]",
 ) -> None:
-    """The reader's thread. It holds no reference to the reader, which ends with its last user."""
+    """Answer requests in the second thread, which holds no reference to the reader, so that this can be deleted."""
     while requests.get():
         try:
             answers.put(next(batches))
@@ -118,7 +120,7 @@ def _take(
 
 
 def explained(error: BaseException) -> BaseException:
-    """Return a DataError that says what to do about a failure of the worker processes, and any other error itself."""
+    """Return a DataError with a way out for a failure of the worker processes, and any other error unchanged."""
     fewer = "choose fewer --recipe.workers, or 0 to read the images in the run itself"
     no_room = isinstance(error, OSError) and error.errno == errno.ENOSPC
     died = re.search(r"exit code (-?\d+)", str(error)) if isinstance(error, RuntimeError) else None

@@ -12,9 +12,10 @@ import pytest
 
 from flax_googlenet.commands import cli, status
 from flax_googlenet.commands.status import CommandError, CrashError, UsageError, describe_crash, exit_status
-from flax_googlenet.errors import GoogLeNetError, TrainingStopped
+from flax_googlenet.commands.train import display
+from flax_googlenet.errors import GoogLeNetError
 from flax_googlenet.inference.export import ExportError
-from flax_googlenet.training import loop
+from flax_googlenet.training import TrainingStopped, loop
 from flax_googlenet.weights.checkpoint import CheckpointError
 
 CLASSIFY = ("-m", "flax_googlenet", "classify", "photo.jpg")
@@ -78,11 +79,11 @@ def test_an_unexpected_error_ends_with_status_70_and_one_line_that_names_the_fil
 def test_a_crash_of_a_run_leaves_its_traceback_in_the_folder_of_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.delattr(loop, "resume")  # a defect
+    monkeypatch.delattr(loop, "resume_run")  # a defect
     assert cli.main(["train", "digits", "--workdir", str(tmp_path)]) == 70
     (path,) = tmp_path.glob("*crash*")
     said = capsys.readouterr().err.splitlines()[-1]
-    assert "unexpected NameError: name 'resume' is not defined" in said
+    assert "unexpected NameError: name 'resume_run' is not defined" in said
     assert f"the traceback is in {path}" in said
 
 
@@ -95,13 +96,15 @@ def test_a_traceback_that_cannot_be_written_is_shown(tmp_path: Path, capsys: pyt
 def test_a_run_shows_names_as_they_are_and_goes_on_where_nobody_reads_them(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    loop._say_here("a:cat:[b].jpg")
-    assert capsys.readouterr().err == "a:cat:[b].jpg\n"
+    with display() as shown:
+        shown["report"]("a:cat:[b]\x1b.jpg")
+    assert capsys.readouterr().err == "a:cat:[b]\\x1b.jpg\n"
     reader, writer = os.pipe()
     os.close(reader)
     with open(writer, "w") as stderr:
         monkeypatch.setattr(sys, "stderr", stderr)
-        loop._say_here("a message")
+        with display() as shown:
+            shown["report"]("a message")
 
 
 def test_a_traceback_holds_no_password_of_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,7 +132,7 @@ main()
 signal.raise_signal(signal.SIGINT)
 with StopSignals() as signals:
     signal.raise_signal(signal.SIGINT)
-assert signals.status is None
+assert signals.received is None
 """
 
 

@@ -21,8 +21,15 @@ from jax import numpy as jnp
 
 from flax_googlenet import CheckpointError, GoogLeNet
 from flax_googlenet.training import TrainState
-from flax_googlenet.training.checkpoints import CheckpointSaveError, Restored, prune, restore, save
-from flax_googlenet.training.manifest import seal
+from flax_googlenet.training.checkpoints import (
+    CheckpointSaveError,
+    Restored,
+    find_damage,
+    prune_checkpoints,
+    restore_checkpoint,
+    save_checkpoint,
+    write_manifest,
+)
 
 EXTRA = {"data": {"position": 12345678901, "names": ["ä", "b"]}, "recipe": {"learning_rate": 0.1, "average": None}}
 
@@ -68,7 +75,7 @@ def assert_same_bits(actual: Any, expected: Any) -> None:
 
 
 def restored(folder: Path, like: Any, fail: Callable[[str], None] = pytest.fail) -> Restored:
-    found = restore(folder, like, fail)
+    found = restore_checkpoint(folder, like, fail)
     assert found is not None
     return found
 
@@ -78,7 +85,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two checkpoints, of the steps 1 and 2."""
     folder = tmp_path_factory.mktemp("two")
     for step in (1, 2):
-        save(folder, step, make_state(step), EXTRA | {"step": step})
+        save_checkpoint(folder, step, make_state(step), EXTRA | {"step": step})
     return folder
 
 
@@ -93,7 +100,10 @@ def files_of(folder: Path) -> list[Path]:
 
 def test_a_state_comes_back_bit_by_bit(tmp_path: Path) -> None:
     state = make_state(3)
-    assert save(tmp_path / "new" / "folder", 1234, state, EXTRA) == tmp_path / "new" / "folder" / "step_00001234"
+    assert (
+        save_checkpoint(tmp_path / "new" / "folder", 1234, state, EXTRA)
+        == tmp_path / "new" / "folder" / "step_00001234"
+    )
     found = restored(tmp_path / "new" / "folder", jax.tree.map(jnp.zeros_like, state))
     assert (found.step, found.extra) == (1234, EXTRA)
     assert_same_bits(found.state, state)
@@ -106,17 +116,17 @@ def test_numpy_arrays_stay_numpy_arrays(tmp_path: Path) -> None:
         "best": np.float32(0.25),
         "average": random_bits(0, (3, 4), np.float32),
     }
-    save(tmp_path, 1, state, {})
+    save_checkpoint(tmp_path, 1, state, {})
     found = restored(tmp_path, state)
     assert_same_bits(found.state, state)
     assert not any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(found.state))
 
 
 def test_a_folder_without_checkpoints_has_none(tmp_path: Path) -> None:
-    assert restore(tmp_path / "missing", make_state(), pytest.fail) is None
+    assert restore_checkpoint(tmp_path / "missing", make_state(), pytest.fail) is None
     for name in ("step_notes.txt", "step_9999999999", "step_" + "9" * 30):  # steps have 32 bits
         (tmp_path / name).touch()
-    assert restore(tmp_path, make_state(), pytest.fail) is None
+    assert restore_checkpoint(tmp_path, make_state(), pytest.fail) is None
 
 
 @pytest.mark.parametrize(
@@ -136,7 +146,7 @@ def test_what_is_no_folder_that_can_be_read_is_an_error_not_a_fresh_start(
         os.seteuid(user or 65534)  # root reads everything
     try:
         with pytest.raises(CheckpointError, match=f"{folder} cannot be read: {reason}.*; put the folder .* back there"):
-            restore(folder, make_state(), pytest.fail)
+            restore_checkpoint(folder, make_state(), pytest.fail)
     finally:
         os.seteuid(user)
 
@@ -150,7 +160,7 @@ def test_the_newest_counts_and_its_manifest_is_one_of_sha256sum(two: Path) -> No
 
 def test_the_step_orders_not_the_name(tmp_path: Path) -> None:
     for step in (99_999_999, 100_000_000):
-        save(tmp_path, step, {"x": jnp.float32(step)}, {})
+        save_checkpoint(tmp_path, step, {"x": jnp.float32(step)}, {})
     assert restored(tmp_path, {"x": jnp.float32(0)}).step == 100_000_000
 
 
@@ -174,8 +184,8 @@ def test_all_damaged_is_an_error_that_says_what_to_do_not_a_fresh_start(copy: Pa
     cut(copy / "step_00000001" / "extra.json")
     shutil.rmtree(copy / "step_00000002" / "state")
     messages: list[str] = []
-    with pytest.raises(CheckpointError, match=r"none is whole: put .* remove the folder") as error:
-        restore(copy, make_state(), messages.append)
+    with pytest.raises(CheckpointError, match=r"all are damaged: put .* remove the folder") as error:
+        restore_checkpoint(copy, make_state(), messages.append)
     assert str(copy) in str(error.value)
     assert ["step_00000002" in messages[0], "step_00000001" in messages[1]] == [True, True]
 
@@ -184,7 +194,7 @@ def test_another_state_is_refused_with_all_that_differs(two: Path) -> None:
     state = make_state()
     like = state.replace(params=state.params | {"fc": {"kernel": jnp.zeros((16, 11)), "scale": jnp.zeros(10)}})
     with pytest.raises(CheckpointError) as error:
-        restore(two, like, pytest.fail)
+        restore_checkpoint(two, like, pytest.fail)
     assert "missing: [\".params['fc']['scale']\"]" in str(error.value)
     assert "unexpected: [\".params['fc']['bias']\"]" in str(error.value)
     assert ".params['fc']['kernel'] float32[16, 10], expected float64[16, 11]" in str(error.value)
@@ -195,8 +205,8 @@ def test_another_state_is_refused_with_all_that_differs(two: Path) -> None:
     [
         ('{"format": 2, "step": 2, "extra": {}}', "is of another version of flax_googlenet: format 2"),
         ('{"format": 1, "step": "2", "extra": {}}', "step must be an integer"),
-        ('{"format": 1, "step": 2}', "extra.json is not as flax_googlenet writes it: 'extra'"),
-        ("[" * 10**5, "extra.json is not as flax_googlenet writes it: maximum recursion depth"),
+        ('{"format": 1, "step": 2}', "extra.json differs from what flax_googlenet writes: 'extra'"),
+        ("[" * 10**5, "extra.json differs from what flax_googlenet writes: maximum recursion depth"),
     ],
     ids=["format", "step", "missing", "deep"],
 )
@@ -204,13 +214,13 @@ def test_a_forged_checkpoint_is_refused(content: str, message: str, copy: Path) 
     newest = copy / "step_00000002"
     (newest / "extra.json").write_text(content)
     (newest / "manifest.sha256").unlink()
-    seal(newest)
+    write_manifest(newest)
     with pytest.raises(CheckpointError, match=message):
-        restore(copy, make_state(), pytest.fail)
+        restore_checkpoint(copy, make_state(), pytest.fail)
 
 
 def test_saving_a_step_again_replaces_it(copy: Path) -> None:
-    save(copy, 2, make_state(9), {"again": True})
+    save_checkpoint(copy, 2, make_state(9), {"again": True})
     found = restored(copy, make_state())
     assert (found.step, found.extra) == (2, {"again": True})
     assert_same_bits(found.state, make_state(9))
@@ -220,40 +230,96 @@ def test_saving_a_step_again_replaces_it(copy: Path) -> None:
 def test_a_replaced_one_counts_until_the_new_one_is_there(copy: Path) -> None:
     (copy / "step_00000002").rename(copy / "step_00000002.replaced")  # as a kill between the two renames leaves it
     assert_same_bits(restored(copy, make_state()).state, make_state(2))
-    save(copy, 3, make_state(3), {})
+    save_checkpoint(copy, 3, make_state(3), {})
     assert sorted(path.name for path in copy.iterdir()) == [f"step_0000000{step}" for step in (1, 2, 3)]
 
 
 def test_what_was_passed_over_is_gone_after_the_next_save(copy: Path) -> None:
-    save(copy, 7, make_state(7), {})
+    save_checkpoint(copy, 7, make_state(7), {})
     cut(copy / "step_00000007" / "extra.json")
     messages: list[str] = []
     assert restored(copy, make_state(), messages.append).step == 2
-    save(copy, 5, make_state(5), {})
+    save_checkpoint(copy, 5, make_state(5), {})
     assert sorted(path.name for path in copy.iterdir()) == [f"step_0000000{step}" for step in (1, 2, 5)]
     assert restored(copy, make_state()).step == 5
 
 
 def test_prune_keeps_the_newest(copy: Path) -> None:
-    save(copy, 3, make_state(3), {})
-    prune(copy, 2)
+    save_checkpoint(copy, 3, make_state(3), {})
+    prune_checkpoints(copy, 2)
     assert sorted(path.name for path in copy.iterdir()) == ["step_00000002", "step_00000003"]
-    prune(copy, 5)
+    prune_checkpoints(copy, 5)
     assert restored(copy, make_state()).step == 3
     with pytest.raises(ValueError, match="keep must be at least 1, got 0"):
-        prune(copy, 0)
+        prune_checkpoints(copy, 0)
 
 
 def test_what_json_cannot_hold_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
-        save(tmp_path / "folder", 1, make_state(), {"array": np.zeros(1)})
+        save_checkpoint(tmp_path / "folder", 1, make_state(), {"array": np.zeros(1)})
     assert not (tmp_path / "folder").exists()
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointSaveError, match=f"{tmp_path}/file/step_00000001 was not saved: .*exists"):
-        save(tmp_path / "file", 1, make_state(), {})
+        save_checkpoint(tmp_path / "file", 1, make_state(), {})
+
+
+# The manifest: no change to any file goes unnoticed, and none is seen where there is none.
+
+FILES = ("extra.json", "state/d/0a", "state/d/0b", "state/empty", "state/manifest.ocdbt", "manifest.sha256")
+
+
+@pytest.fixture
+def sealed(tmp_path: Path) -> Path:
+    rng = random.Random(0)
+    for name in FILES[:-1]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"" if name == "state/empty" else rng.randbytes(300))
+    write_manifest(tmp_path)
+    assert find_damage(tmp_path) is None
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name != "state/empty"])
+def test_a_flipped_bit_anywhere_is_noticed(sealed: Path, name: str) -> None:
+    rng, path = random.Random(name), sealed / name
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        data = bytearray(whole)
+        data[place] ^= 1 << rng.randrange(8)
+        path.write_bytes(data)
+        found = find_damage(sealed)
+        assert found is not None, place
+        assert name == "manifest.sha256" or name in found
+    path.write_bytes(whole)
+    assert find_damage(sealed) is None
+
+
+def empty(path: Path) -> None:
+    os.truncate(path, 0)
+
+
+def lengthen(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"\0")
+
+
+@pytest.mark.parametrize("change", [cut, empty, lengthen, Path.unlink])
+def test_a_file_cut_emptied_lengthened_or_missing_is_noticed(sealed: Path, change: Callable[[Path], None]) -> None:
+    for name in FILES:
+        if name == "state/empty" and change in (cut, empty):
+            continue
+        whole = (sealed / name).read_bytes()
+        change(sealed / name)
+        assert name in (find_damage(sealed) or "")
+        (sealed / name).write_bytes(whole)
+    assert find_damage(sealed) is None
+
+
+def test_a_file_too_many_is_noticed(sealed: Path) -> None:
+    (sealed / "state" / "d" / "another").touch()
+    assert find_damage(sealed) == "these files differ from manifest.sha256: state/d/another"
 
 
 # What follows needs processes of its own: other devices, limits and signals.
@@ -265,7 +331,7 @@ import jax, numpy as np
 jax.config.update("jax_platforms", "cpu")
 from jax import numpy as jnp
 from flax_googlenet import CheckpointError
-from flax_googlenet.training.checkpoints import CheckpointSaveError, restore, save
+from flax_googlenet.training.checkpoints import CheckpointSaveError, restore_checkpoint, save_checkpoint
 folder = Path(sys.argv[1])
 def fail(message):
     raise AssertionError(message)
@@ -295,10 +361,10 @@ mesh = jax.make_mesh((2,), ("batch",))
 split, whole = (jax.NamedSharding(mesh, jax.P(*axes)) for axes in (("batch",), ()))
 values = {"split": np.arange(64, dtype=np.float32).reshape(8, 8) / 3, "whole": np.arange(5, dtype=np.int32)}
 state = {name: jax.device_put(value, {"split": split, "whole": whole}[name]) for name, value in values.items()}
-save(folder, 1, state, {})
+save_checkpoint(folder, 1, state, {})
 for like in (state, {"split": jax.device_put(values["split"], whole), "whole": jax.device_put(values["whole"], whole)},
              {name: jax.device_put(value, jax.devices()[1]) for name, value in values.items()}):
-    found = restore(folder, like, fail)
+    found = restore_checkpoint(folder, like, fail)
     for name, value in values.items():
         assert np.asarray(found.state[name]).tobytes() == value.tobytes()
         assert found.state[name].sharding == like[name].sharding, found.state[name].sharding
@@ -310,17 +376,17 @@ def test_a_full_disk_is_said_and_nothing_of_that_save_stays(tmp_path: Path) -> N
     """The limit on the size of a file stands in for the disk: it needs no root."""
     code = """
 small, large = {"x": jnp.arange(8, dtype=jnp.float32)}, {"x": jnp.zeros(300_000, jnp.float32)}
-save(folder, 1, small, {})
+save_checkpoint(folder, 1, small, {})
 resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, resource.RLIM_INFINITY))
 try:
-    save(folder, 2, large, {})
+    save_checkpoint(folder, 2, large, {})
 except CheckpointSaveError as error:
     print(error)
 print(sorted(os.listdir(folder)))
-assert restore(folder, small, fail).step == 1
+assert restore_checkpoint(folder, small, fail).step == 1
 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-save(folder, 2, large, {})
-assert restore(folder, large, fail).step == 2
+save_checkpoint(folder, 2, large, {})
+assert restore_checkpoint(folder, large, fail).step == 2
 """
     [(output, errors)] = finish(start(code, tmp_path))
     lines = output.splitlines()
@@ -331,12 +397,12 @@ assert restore(folder, large, fail).step == 2
 def test_a_save_that_fails_inside_orbax_leaves_nothing(tmp_path: Path) -> None:
     code = """
 good, bad = {"x": jnp.arange(8, dtype=jnp.float32)}, {"x": jnp.ones(8), "empty": jnp.zeros((0, 3))}
-save(folder, 1, good, {})
+save_checkpoint(folder, 1, good, {})
 try:
-    save(folder, 2, bad, {})
+    save_checkpoint(folder, 2, bad, {})
 except CheckpointSaveError as error:
     print(error)
-save(folder, 3, good, {})
+save_checkpoint(folder, 3, good, {})
 print(sorted(os.listdir(folder)))
 """
     [(output, errors)] = finish(start(code, tmp_path))
@@ -355,7 +421,7 @@ step = int(sys.argv[2])
 while True:
     step += 1
     for time in range(2):  # the second replaces the first
-        save(folder, step, {"x": jnp.full((64, 64), step, jnp.float32)}, {"time": time})
+        save_checkpoint(folder, step, {"x": jnp.full((64, 64), step, jnp.float32)}, {"time": time})
         print(step, flush=True)
 """
     like = {"x": jnp.zeros((64, 64), jnp.float32)}
@@ -376,14 +442,14 @@ while True:
         assert_same_bits(found.state, {"x": jnp.full((64, 64), found.step, jnp.float32)})
         last = found.step
     assert leftovers > 0  # or no kill came during a save
-    save(tmp_path, last + 1, like, {})
+    save_checkpoint(tmp_path, last + 1, like, {})
     assert all(path.name.startswith("step_") and not path.suffix for path in tmp_path.iterdir())
 
 
 def test_a_kill_between_the_renames_leaves_the_old_one_or_the_new_one(tmp_path: Path) -> None:
     code = """
 state = {"x": jnp.arange(8, dtype=jnp.float32)}
-save(folder, 1, state, {"version": "old"})
+save_checkpoint(folder, 1, state, {"version": "old"})
 left = [int(sys.argv[2])]
 def kill(event, arguments):  # before it happens
     if event == "os.rename" and Path(arguments[1]).parent == folder:
@@ -391,7 +457,7 @@ def kill(event, arguments):  # before it happens
             os.kill(os.getpid(), signal.SIGKILL)
         left[0] -= 1
 sys.addaudithook(kill)
-save(folder, 1, state, {"version": "new"})
+save_checkpoint(folder, 1, state, {"version": "new"})
 """
     folders = [tmp_path / str(renames) for renames in range(3)]  # the old one aside, the new one in its place, old away
     for process in [start(code, folder, folder.name) for folder in folders]:
@@ -421,18 +487,18 @@ state = {k: jax.make_array_from_callback(v.shape, shardings[k], v.__getitem__) f
 def test_two_processes_save_and_restore_one_checkpoint(tmp_path: Path, address: str) -> None:
     code = """
 for step in (1, 2):
-    save(folder, step, state, {"step": step})
+    save_checkpoint(folder, step, state, {"step": step})
 if jax.process_index() == 0:
     os.truncate(folder / "step_00000002" / "extra.json", 1)
 messages = []
-found = restore(folder, state, messages.append)
+found = restore_checkpoint(folder, state, messages.append)
 for name, value in values.items():
     assert found.state[name].sharding == shardings[name]
     for shard in found.state[name].addressable_shards:
         assert np.asarray(shard.data).tobytes() == value[shard.index].tobytes()
 print(found.step, found.extra, len(messages))
 try:
-    restore(folder if jax.process_index() == 0 else folder / "on another host", state, messages.append)
+    restore_checkpoint(folder if jax.process_index() == 0 else folder / "on another host", state, messages.append)
 except CheckpointError as error:
     print(error)
 """
@@ -449,7 +515,7 @@ except CheckpointError as error:
 def test_where_one_process_cannot_write_all_raise_and_none_waits(tmp_path: Path, address: str) -> None:
     code = """
 try:
-    save(folder, 1, state, {})
+    save_checkpoint(folder, 1, state, {})
 except CheckpointSaveError as error:
     print(error)
 """

@@ -23,20 +23,19 @@ from PIL import Image
 from flax_googlenet import ImageError, preprocess
 from flax_googlenet.model import IMAGENET_MEAN, IMAGENET_STD
 from flax_googlenet.training import reader
-from flax_googlenet.training.data import Batch, eval_batches, made_ahead, train_batches
+from flax_googlenet.training.data import eval_batches, train_batches
 from flax_googlenet.training.datasets import DataError, Dataset
-from flax_googlenet.training.reader import WaitStoppedError
+from flax_googlenet.training.reader import HostBatch, WaitStoppedError
 from flax_googlenet.training.recipe import Recipe
-from flax_googlenet.training.speed import input_speed
 
 RECIPE = Recipe(batch_size=4, image_size=32, interpolation="random", distortion=True)
 
 
-def take(batches: Iterator[Batch], count: int) -> list[Batch]:
+def take(batches: Iterator[HostBatch], count: int) -> list[HostBatch]:
     return list(itertools.islice(batches, count))
 
 
-def assert_equal(first: list[Batch], second: list[Batch]) -> None:
+def assert_equal(first: list[HostBatch], second: list[HostBatch]) -> None:
     for one, other in zip(first, second, strict=True):
         assert one.keys() == other.keys()
         for key in one:
@@ -67,13 +66,13 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 
 @pytest.fixture(scope="module")
-def expected(photographs: Dataset) -> list[Batch]:
+def expected(photographs: Dataset) -> list[HostBatch]:
     """Seven batches, three and a half epochs, by no worker and one process."""
     return take(train_batches(photographs, RECIPE), 7)
 
 
 def test_batches_have_the_promised_shapes_and_the_labels_of_their_images(
-    photographs: Dataset, expected: list[Batch]
+    photographs: Dataset, expected: list[HostBatch]
 ) -> None:
     for batch in expected:
         assert {key: (array.dtype, array.shape) for key, array in batch.items()} == {
@@ -106,30 +105,13 @@ def test_pixels_depend_on_seed_epoch_and_image(photographs: Dataset) -> None:
 
 @pytest.mark.parametrize(("start", "workers"), [(0, 2), (3, 0), (3, 2)])
 def test_batches_are_the_same_from_any_start_and_by_any_number_of_workers(
-    start: int, workers: int, photographs: Dataset, expected: list[Batch]
+    start: int, workers: int, photographs: Dataset, expected: list[HostBatch]
 ) -> None:
     with closing(train_batches(photographs, replace(RECIPE, workers=workers), start)) as batches:
         assert_equal(take(batches, 7 - start), expected[start:])
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_the_speed_of_the_input_does_not_count_what_was_made_ahead(workers: int) -> None:
-    class Slow(Dataset):
-        def read(self, index: int) -> Image.Image:
-            time.sleep(0.02)
-            return Image.new("RGB", (1, 1))
-
-    dataset = Slow(("any",), np.zeros(4, np.int32), ("0", "1", "2", "3"))
-    recipe = replace(RECIPE, workers=workers, distortion=False)
-    with closing(train_batches(dataset, recipe)) as batches:
-        next(batches)
-        time.sleep(2)  # while the devices compute: all is made that may be
-        speed = input_speed(batches, made_ahead(workers))
-    at_best = (workers or made_ahead(0)) / (4 * 0.02)  # batches of four images; of threads, each makes one
-    assert at_best / 3 < speed < 1.1 * at_best
-
-
-def test_two_processes_give_the_batches_of_one(photographs: Dataset, expected: list[Batch]) -> None:
+def test_two_processes_give_the_batches_of_one(photographs: Dataset, expected: list[HostBatch]) -> None:
     halves = [take(train_batches(photographs, RECIPE, process_index=i, process_count=2), 7) for i in range(2)]
     joined = [{key: np.concatenate([a[key], b[key]]) for key in a} for a, b in zip(*halves, strict=True)]
     assert len(halves[0][0]["label"]) == 2

@@ -1,5 +1,6 @@
 """Runs as processes: stopped and resumed they end in the same bits, shared among devices in the same losses."""
 
+import dataclasses
 import json
 import os
 import random
@@ -29,11 +30,15 @@ from flax_googlenet.commands import cli
 from flax_googlenet.model import BLOCKS
 from flax_googlenet.training.data import eval_batches
 from flax_googlenet.training.datasets import open_data
-from flax_googlenet.training.loop import _reason
+from flax_googlenet.training.loop import _way_out
+from flax_googlenet.training.recipe import PRESETS
 
 CLASSES, PER_CLASS = 3, 16  # 36 images to train on, 12 held out
 RECIPE = ("epochs=3", "batch-size=8", "held-out=0.25", "learning-rate=0.01", "checkpoint-every=5")
 FROZEN = BLOCKS[: BLOCKS.index("inception5b")]  # a third of the time to compile; 5b has BatchNorm, too
+SHORT = dataclasses.replace(
+    PRESETS["digits"], epochs=3, batch_size=8, held_out=0.25, learning_rate=0.01, checkpoint_every=5
+)
 STEPS = 12
 TIMES = ("images_per_second", "input_seconds")
 
@@ -174,10 +179,7 @@ def test_the_first_lines_tell_the_classes_the_images_and_what_becomes_of_the_hea
 
 def test_the_last_lines_tell_the_speeds_the_accuracy_and_what_can_be_done_next(whole: Path, data: Path) -> None:
     speeds, best, accuracy, evaluate, port = (whole / "said").read_text().splitlines()[-5:]
-    told = (
-        r"images a second: (\d+) by the input alone, (\d+|more) by the steps alone; the (input is|steps are) the limit"
-    )
-    assert re.fullmatch(told, speeds)
+    assert re.fullmatch(r"\d+ images a second; the devices waited for images in \d+ of 11 steps", speeds)
     at_best = flax_googlenet.load_metadata(whole / "best.safetensors")
     assert (
         best
@@ -240,7 +242,7 @@ def test_a_run_stopped_by_ctrl_c_sigterm_and_a_kill_ends_in_the_bits_of_one_neve
     assert status == 143
     for text in (said, more):  # it says where, and there is the checkpoint
         step = int(text.splitlines()[-1].removeprefix("stopped after step ").split(" of 12; ")[0])
-        assert (f"going on from the checkpoint of step {step}" in more) == (text is said)
+        assert (f"continuing from the checkpoint of step {step}" in more) == (text is said)
     assert (tmp_path / "checkpoints" / f"step_{step:08}").is_dir()
 
     status, _ = stop(train, tmp_path, signal.SIGKILL)
@@ -250,17 +252,22 @@ def test_a_run_stopped_by_ctrl_c_sigterm_and_a_kill_ends_in_the_bits_of_one_neve
     assert_same_bits(tmp_path, whole)
 
 
-def test_a_run_out_of_patience_stops_early_with_a_checkpoint(train: Training, tmp_path: Path) -> None:
+def test_a_run_out_of_patience_stops_early_with_a_checkpoint_and_says_so_in_its_result(
+    train: Training, tmp_path: Path
+) -> None:
     frozen = BLOCKS[: BLOCKS.index("fc")]  # and the head at a rate of 0: the accuracy never changes
-    status, said = train(tmp_path, "--recipe.frozen", *frozen, recipe=["learning-rate=0", "patience=1"])
-    assert status == 0, said
+    recipe = dataclasses.replace(SHORT, frozen=frozen, learning_rate=0.0, patience=1)
+    messages: list[str] = []
+    result = flax_googlenet.training.train(train.data, tmp_path, recipe, weights=train.weights, report=messages.append)
+    assert result.stopped_early
     first, second = (record for record in records(tmp_path) if record["split"] == "held_out")
     assert (first["step"], second["step"], last_step(tmp_path)) == (4, 8, 8)  # of 12
+    assert result.metrics == {name: second[name] for name in ("loss", "accuracy", "top5")}
     best = f"{first['accuracy']:.2%} after epoch 1"
-    assert f"stopping early after epoch 2: the best accuracy is still {best}\n" in said
+    assert f"stopping early after epoch 2: the best accuracy is still {best}" in messages
     assert (tmp_path / "checkpoints" / "step_00000008").is_dir()
-    assert flax_googlenet.load_metadata(tmp_path / "best.safetensors")["epoch"] == 1
-    assert flax_googlenet.load_metadata(tmp_path / "model.safetensors")["epoch"] == 2
+    assert flax_googlenet.load_metadata(result.best_weights)["epoch"] == 1
+    assert flax_googlenet.load_metadata(result.weights)["epoch"] == 2
 
 
 # What goes wrong in a run.
@@ -276,7 +283,7 @@ def test_a_run_whose_worker_is_killed_names_its_last_checkpoint(train: Training,
     assert process.returncode == 4, said
     error = said.splitlines()[-1]
     assert "a worker process that reads images was killed by SIGKILL, as the kernel does when memory runs out" in error
-    assert error.endswith(f"; the last checkpoint is that of step {last_step(tmp_path)}")
+    assert error.endswith(f"; the last checkpoint is {tmp_path}/checkpoints/step_{last_step(tmp_path):08}")
 
 
 def test_data_of_which_nothing_can_be_read_stop_the_run(
@@ -295,7 +302,7 @@ def test_data_of_which_nothing_can_be_read_stop_the_run(
 def test_too_little_memory_is_said_with_what_helps() -> None:
     with pytest.raises(jax.errors.JaxRuntimeError) as caught:
         jnp.zeros(2**45, jnp.float32).block_until_ready()
-    assert _reason(caught.value).startswith("the devices' memory is too small: choose a smaller batch_size, with acc")
+    assert _way_out(caught.value).startswith("the devices' memory is too small: choose a smaller batch_size, with acc")
 
 
 @pytest.fixture(scope="module")
@@ -320,7 +327,7 @@ def troubled(train: Training, tmp_path_factory: pytest.TempPathFactory) -> tuple
 def test_a_corrupt_image_is_named_once(troubled: tuple[list[Path], str]) -> None:
     corrupt, said = troubled
     assert [said.count(f"{path} is damaged") for path in corrupt] == [1] * PER_CLASS  # those that are held out, too
-    assert "left out of the training: unreadable images: 12, steps not finite: 0" in said
+    assert "left out of the training: 12 unreadable images and 0 steps that were not finite" in said
 
 
 def test_a_checkpoint_that_cannot_be_saved_is_said_and_does_not_count(troubled: tuple[list[Path], str]) -> None:
@@ -336,19 +343,25 @@ def test_weights_that_cannot_be_written_are_said_with_the_last_checkpoint(troubl
     assert "/run/model.safetensors: it exists and is not a regular file; there is no checkpoint yet" in error
 
 
-def test_losses_that_are_not_finite_are_left_out_and_5_in_a_row_stop_the_run(
+def test_losses_that_are_not_finite_are_skipped_and_5_in_a_row_stop_the_run_with_its_last_checkpoint(
     train: Training, whole: Path, tmp_path: Path
 ) -> None:
     model, variables = flax_googlenet.load(whole / "model.safetensors")
     variables["params"]["fc"]["bias"] = variables["params"]["fc"]["bias"] + np.float32(np.inf)
     flax_googlenet.save(tmp_path / "infinite.safetensors", model, variables)
-    status, said = train(tmp_path / "run", weights=tmp_path / "infinite.safetensors")
-    assert status == 4
-    assert [line for line in said.splitlines() if "is left out" in line] == [
-        f"step {step} is left out: its loss or gradient is not finite" for step in range(1, 6)
+    recipe = dataclasses.replace(SHORT, frozen=BLOCKS[: BLOCKS.index("fc")], checkpoint_every=2)
+    messages: list[str] = []
+    with pytest.raises(flax_googlenet.training.TrainingStopped, match="not finite in 5 steps in a row") as caught:
+        flax_googlenet.training.train(
+            train.data, tmp_path / "run", recipe, weights=tmp_path / "infinite.safetensors", report=messages.append
+        )
+    assert [message for message in messages if " is skipped: " in message] == [
+        f"step {step} is skipped: its loss or gradient is not finite" for step in range(1, 6)
     ]
-    assert "not finite in 5 steps in a row" in said
     assert [record["loss"] for record in records(tmp_path / "run") if record["split"] == "train"] == [None] * 5
+    assert caught.value.path == tmp_path / "run" / "checkpoints" / "step_00000004"
+    assert caught.value.path.is_dir()
+    assert caught.value.signal is None
 
 
 # Devices and processes.
@@ -400,13 +413,13 @@ def test_two_processes_give_the_losses_of_two_devices_though_one_is_killed_and_a
         assert error.endswith("start all of them again, to go on from the last checkpoint\n")
     else:
         assert "another process of the run is gone: start all of them again (" in error
-        assert "; the last checkpoint is that of step " in error
+        assert "; the last checkpoint is " in error
 
     processes = together(train, tmp_path)
     said = [process.communicate(timeout=300)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said
     assert "2 cpu of 2 processes" in said[0]
-    assert "going on from the checkpoint of step 5" in said[0]
+    assert "continuing from the checkpoint of step 5" in said[0]
     assert_same_bits(tmp_path, two_devices)
 
 

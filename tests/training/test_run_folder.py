@@ -1,20 +1,30 @@
-"""One run at a time in a folder, whatever ends the one before."""
+"""The folder of a run: one run at a time, and what must stay the same when it is continued."""
 
+import dataclasses
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from download import fetch
 
 from flax_googlenet.commands.results import open_results
-from flax_googlenet.training.run_folder import WorkdirInUseError, claim
+from flax_googlenet.training.checkpoints import save_checkpoint, write_manifest
+from flax_googlenet.training.recipe import Recipe, RecipeError
+from flax_googlenet.training.run_folder import WorkdirError, WorkdirInUseError, claim, resume_run, save_run
+from flax_googlenet.training.stopping import RunCounts
+from flax_googlenet.weights.checkpoint import CheckpointError
+
+# One run at a time.
 
 HOLD = """
 import sys, time
@@ -109,3 +119,120 @@ with claim(sys.argv[1]):
         run.kill()
     with claim(tmp_path):
         os.kill(worker, signal.SIGTERM)  # it was still there
+
+
+# Where a run goes on, and what must stay the same.
+
+STATE: Any = {"weights": np.arange(6, dtype=np.float32)}  # any tree will do
+COUNTS = RunCounts(step=7, unreadable=["a.jpg"], not_finite=2, not_finite_in_a_row=1, best_step=4, best_accuracy=0.1)
+
+
+def identity(data: str = "digits", **fields: Any) -> dict[str, Any]:
+    return {"recipe": dataclasses.asdict(Recipe(**fields)), "data": [data, data], "weights": None}
+
+
+@pytest.fixture
+def workdir(tmp_path: Path) -> Path:
+    (tmp_path / "recipe.json").write_text(Recipe().to_json())
+    (tmp_path / "best.safetensors").touch()
+    save_run(tmp_path, COUNTS, STATE, identity(), keep=1)
+    return tmp_path
+
+
+def refusal(workdir: Path, wanted: dict[str, Any], kind: type[Exception] = WorkdirError) -> str:
+    with pytest.raises(kind) as caught:
+        resume_run(workdir, STATE, wanted, False, pytest.fail)
+    return str(caught.value)
+
+
+def test_what_was_counted_comes_back_with_the_state(workdir: Path, tmp_path: Path) -> None:
+    found = resume_run(workdir, STATE, identity(), False, pytest.fail)
+    assert found is not None
+    assert found[0] == COUNTS
+    np.testing.assert_array_equal(found[1]["weights"], STATE["weights"])  # type: ignore[index]
+    assert resume_run(tmp_path / "another", STATE, identity(), False, pytest.fail) is None
+
+
+def test_best_weights_that_were_removed_are_no_longer_the_best(workdir: Path) -> None:
+    (workdir / "best.safetensors").unlink()
+    found = resume_run(workdir, STATE, identity(), False, pytest.fail)
+    assert found is not None
+    assert found[0] == dataclasses.replace(COUNTS, best_step=0, best_accuracy=0.0)
+
+
+def test_a_checkpoint_of_a_version_that_did_not_know_the_best_evaluation_is_continued(tmp_path: Path) -> None:
+    extra = {"identity": identity(), "tally": {"unreadable": ["a.jpg"], "not_finite": 2, "not_finite_in_a_row": 1}}
+    save_checkpoint(tmp_path / "checkpoints", 7, STATE, extra)
+    found = resume_run(tmp_path, STATE, identity(), False, pytest.fail)
+    assert found is not None
+    assert found[0] == dataclasses.replace(COUNTS, best_step=0, best_accuracy=0.0)
+
+
+def test_another_recipe_or_other_data_are_refused_unless_told(workdir: Path) -> None:
+    said = refusal(workdir, identity(label_smoothing=0.2, keep=7))
+    assert "holds a run with label_smoothing 0.1, now 0.2: choose another folder, or add --override" in said
+    assert "holds a run with other data: choose another folder" in refusal(workdir, identity("photos"))
+    assert resume_run(workdir, STATE, identity(keep=7), False, pytest.fail) is not None  # which changes no bit
+    messages: list[str] = []
+    found = resume_run(workdir, STATE, identity("photos", label_smoothing=0.2), True, messages.append)
+    assert found is not None
+    past = {"trained_on": "digits", "recipe": json.loads(Recipe().to_json())}
+    assert found[0] == dataclasses.replace(COUNTS, best_step=0, best_accuracy=0.0, trained_before=[past])
+    (warning,) = messages
+    assert warning.startswith("warning: the run was trained on other data before")
+
+
+def test_a_run_of_an_earlier_version_goes_on_with_the_defaults_of_the_fields_that_came_later(tmp_path: Path) -> None:
+    earlier = identity(epochs=3)
+    del earlier["recipe"]["nesterov"]
+    (tmp_path / "recipe.json").write_text(json.dumps(earlier["recipe"]))
+    save_run(tmp_path, COUNTS, STATE, earlier, keep=1)
+    assert resume_run(tmp_path, STATE, identity(epochs=3), False, pytest.fail) is not None
+    assert "a run with nesterov True, now False" in refusal(tmp_path, identity(epochs=3, nesterov=False))
+
+
+def test_a_recipe_that_makes_another_state_is_refused_even_when_told(workdir: Path) -> None:
+    state = {**STATE, "average": STATE["weights"]}
+    with pytest.raises(WorkdirError) as caught:
+        resume_run(workdir, state, identity(average_decay=0.9), True, pytest.fail)
+    assert str(caught.value) == f"{workdir} holds a run with average_decay None, now 0.9: choose another folder"
+    with pytest.raises(CheckpointError, match=r"missing: .*average"):  # whatever else has made another state
+        resume_run(workdir, state, identity(), True, pytest.fail)
+
+
+def test_a_damaged_recipe_is_named(workdir: Path) -> None:
+    (workdir / "recipe.json").write_bytes(b"\xff\xfe")
+    assert f"{workdir}/recipe.json: not as to_json writes it" in refusal(workdir, identity(), RecipeError)
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "dangling link"])
+def test_a_recipe_that_is_no_file_is_named(kind: str, workdir: Path) -> None:
+    recipe = workdir / "recipe.json"
+    recipe.unlink()
+    if kind == "folder":
+        recipe.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(recipe)
+    else:
+        recipe.symlink_to("none")
+    assert f"cannot read {recipe}: " in refusal(workdir, identity())
+
+
+def test_checkpoints_of_a_later_version_are_refused(workdir: Path) -> None:
+    step = workdir / "checkpoints" / "step_00000007"
+    content = json.loads((step / "extra.json").read_text())
+    content["extra"]["tally"]["colour"] = 1
+    (step / "extra.json").write_text(json.dumps(content))
+    (step / "manifest.sha256").unlink()
+    write_manifest(step)
+    with pytest.raises(CheckpointError, match=r"step 7 is of another version of flax_googlenet: .*colour"):
+        resume_run(workdir, STATE, identity(), False, pytest.fail)
+
+
+def test_where_no_checkpoint_is_whole_each_damage_is_told(workdir: Path) -> None:
+    (workdir / "checkpoints" / "step_00000007" / "extra.json").unlink()
+    messages: list[str] = []
+    with pytest.raises(CheckpointError, match="all are damaged"):
+        resume_run(workdir, STATE, identity(), False, messages.append)
+    assert len(messages) == 1
+    assert "extra.json" in messages[0]

@@ -1,4 +1,4 @@
-"""What a run counts: when it goes on and when it stops."""
+"""What a run counts, and when it stops."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from flax_googlenet.training.datasets import Dataset
-from flax_googlenet.training.tally import Tally, TooMuchError
+from flax_googlenet.training.stopping import RunCounts, TooManyFailuresError
 
 
 @pytest.fixture
@@ -23,54 +23,54 @@ def dataset(tmp_path: Path) -> Dataset:
 
 
 def test_an_unreadable_image_is_named_with_the_reason_once(dataset: Dataset) -> None:
-    tally, said = Tally(), list[str]()
-    tally.add_unreadable(dataset, [2, 2], 1, said.append)
-    tally.add_unreadable(dataset, [2], 1, said.append)
-    assert len(said) == 1
-    assert said[0].startswith(f"{dataset.name(2)} is damaged or cut off")
-    assert said[0].endswith("; another image takes its place")
-    assert tally.unreadable == [dataset.name(2)]
+    counts, messages = RunCounts(), list[str]()
+    counts.add_unreadable(dataset, [2, 2], 1, messages.append)
+    counts.add_unreadable(dataset, [2], 1, messages.append)
+    assert len(messages) == 1
+    assert messages[0].startswith(f"{dataset.name(2)} is damaged or cut off")
+    assert messages[0].endswith("; another image takes its place")
+    assert counts.unreadable == [dataset.name(2)]
 
 
 def test_an_image_that_can_be_read_again_counts_too(dataset: Dataset) -> None:
-    said: list[str] = []
-    Tally().add_unreadable(dataset, [7], 1, said.append)
-    assert said == [f"{dataset.name(7)} could not be read at first; another image takes its place"]
+    messages: list[str] = []
+    RunCounts().add_unreadable(dataset, [7], 1, messages.append)
+    assert messages == [f"{dataset.name(7)} could not be read at first; another image takes its place"]
 
 
-def test_more_unreadable_images_than_allowed_stop_the_run_once_all_are_said(dataset: Dataset) -> None:
-    tally, said = Tally(), list[str]()
-    tally.add_unreadable(dataset, [0, 1, 2, 3], 0.4, said.append)
+def test_more_unreadable_images_than_allowed_stop_the_run_once_all_are_messages(dataset: Dataset) -> None:
+    counts, messages = RunCounts(), list[str]()
+    counts.add_unreadable(dataset, [0, 1, 2, 3], 0.4, messages.append)
     too_many = r"5 of 10 images cannot be read, more than max_corrupt \(40.00%\) allows: .*"
-    with pytest.raises(TooMuchError, match=too_many):
-        tally.add_unreadable(dataset, [7], 0.4, said.append)
-    assert len(said) == 5
+    with pytest.raises(TooManyFailuresError, match=too_many):
+        counts.add_unreadable(dataset, [7], 0.4, messages.append)
+    assert len(messages) == 5
 
 
 def test_three_unreadable_images_are_allowed_in_a_small_folder_unless_none_is(dataset: Dataset) -> None:
-    tally = Tally()
-    tally.add_unreadable(dataset, [0, 1, 2], 0.001, [].append)
-    with pytest.raises(TooMuchError, match="4 of 10 images"):
-        tally.add_unreadable(dataset, [3], 0.001, [].append)
-    with pytest.raises(TooMuchError, match="1 of 10 images"):
-        Tally().add_unreadable(dataset, [0], 0, [].append)
+    counts = RunCounts()
+    counts.add_unreadable(dataset, [0, 1, 2], 0.001, [].append)
+    with pytest.raises(TooManyFailuresError, match="4 of 10 images"):
+        counts.add_unreadable(dataset, [3], 0.001, [].append)
+    with pytest.raises(TooManyFailuresError, match="1 of 10 images"):
+        RunCounts().add_unreadable(dataset, [0], 0, [].append)
 
 
 def test_5_steps_in_a_row_that_are_not_finite_stop_the_run() -> None:
-    tally, said = Tally(), list[str]()
+    counts, messages = RunCounts(), list[str]()
     for finite in [False] * 4 + [True] + [False] * 4:
-        tally.step += 1
-        tally.add_finite(finite, said.append)
-    assert [message.split()[1] for message in said] == ["1", "2", "3", "4", "6", "7", "8", "9"]
-    with pytest.raises(TooMuchError, match="not finite in 5 steps in a row"):
-        tally.add_finite(False, said.append)
-    assert tally.not_finite == 9
+        counts.step += 1
+        counts.add_finite(finite, messages.append)
+    assert [message.split()[1] for message in messages] == ["1", "2", "3", "4", "6", "7", "8", "9"]
+    with pytest.raises(TooManyFailuresError, match="not finite in 5 steps in a row"):
+        counts.add_finite(False, messages.append)
+    assert counts.not_finite == 9
 
 
 def test_of_equal_accuracies_the_first_is_the_best_and_an_evaluation_done_again_changes_nothing() -> None:
-    tally = Tally()
+    counts = RunCounts()
     found = []
-    for tally.step, accuracy in ((4, 0.0), (8, 0.5), (8, 0.5), (12, 0.5), (16, 0.25), (20, 0.75)):
-        found.append(tally.add_accuracy(accuracy))
+    for counts.step, accuracy in ((4, 0.0), (8, 0.5), (8, 0.5), (12, 0.5), (16, 0.25), (20, 0.75)):
+        found.append(counts.add_accuracy(accuracy))
     assert found == [True, True, False, False, False, True]
-    assert (tally.best_step, tally.best_accuracy) == (20, 0.75)
+    assert (counts.best_step, counts.best_accuracy) == (20, 0.75)
