@@ -244,13 +244,6 @@ class GoogLeNet(nn.Module):
         param_dtype: of the parameters. BatchNorm statistics start in float32 at least.
         precision: of convolutions and matrix products. GPUs and TPUs compute float32 in TF32 or bfloat16 unless this is
             "highest".
-        frozen: names of blocks (``BLOCKS``) that compute in training as at inference, as ``module.eval()`` has it in
-            PyTorch: their BatchNorm normalises with the running statistics and leaves them as they are.
-            ``training.train_step`` leaves their parameters, too. A setting of the training: ``save`` does not store it.
-
-    Raises:
-        TypeError: if ``frozen`` is a string.
-        ValueError: if ``frozen`` has names that no block has.
     """
 
     num_classes: int = 1000
@@ -262,27 +255,28 @@ class GoogLeNet(nn.Module):
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     precision: jax.lax.PrecisionLike = None
-    frozen: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        self.frozen = check_frozen(self.frozen, BLOCKS)
-        super().__post_init__()
 
     @nn.compact
-    def __call__(self, images: Float[Array, "n h w 3"], *, train: bool = False) -> GoogLeNetOutput:
+    def __call__(
+        self, images: Float[Array, "n h w 3"], *, train: bool = False, frozen: Sequence[str] = ()
+    ) -> GoogLeNetOutput:
         """Computes the logits.
 
         Args:
             images: floating point [N, H, W, 3], RGB, ImageNet-normalised; H and W at least 15.
             train: normalise by the batch's statistics, drop out, and compute the auxiliary logits. Needs
                 ``mutable=["batch_stats"]`` and, for dropout above 0, ``rngs={"dropout": key}``.
+            frozen: names of blocks (``BLOCKS``) that compute in training as at inference, as blocks in ``eval()`` mode
+                do in PyTorch: their BatchNorm normalises with the running statistics and does not update them.
 
         Raises:
-            TypeError: if ``images`` is no array of JAX's or NumPy's.
+            TypeError: if ``images`` is no array of JAX's or NumPy's, or ``frozen`` is a string.
             ValueError: if ``images`` has another rank, layout, number of channels or dtype, or is smaller than 15x15;
-                in training with ``aux_logits``, if the variables have no auxiliary heads.
+                if ``frozen`` has a name that no block has; in training with ``aux_logits``, if the variables have no
+                auxiliary heads.
         """
         check_images(images)
+        check_frozen(frozen, BLOCKS)
         kernel_init = _drawn_in_blocks(self.make_rng("params")) if self.is_initializing() else _kernel_init
         options = _options(self, kernel_init)
         conv_bn: Callable[..., ConvBN] = functools.partial(ConvBN, **options)
@@ -292,7 +286,7 @@ class GoogLeNet(nn.Module):
             return x
 
         def trains(name: str) -> bool:
-            return train and name not in self.frozen
+            return train and name not in frozen
 
         def conv(name: str, x: jax.Array, features: int, **geometry: int) -> jax.Array:
             return stage(name, conv_bn(features, **geometry, name=name)(x, trains(name)))
@@ -453,13 +447,12 @@ def transform_input(images: jax.Array) -> jax.Array:
     return images * per_channel(scale, images) + per_channel(shift, images)
 
 
-def check_frozen(frozen: Sequence[str], blocks: Iterable[str]) -> tuple[str, ...]:
-    """Return the names as a tuple; raise TypeError for a string, and ValueError for names that no block has."""
+def check_frozen(frozen: Sequence[str], blocks: Iterable[str]) -> None:
+    """Raise TypeError if ``frozen`` is a string, and ValueError if it has a name that is not among ``blocks``."""
     if isinstance(frozen, str):
         raise TypeError(f'frozen: expected several names, got a string: write ("{frozen}",)')
     if unknown := [name for name in frozen if name not in blocks]:
         raise ValueError(f"frozen: no block is named {', '.join(unknown)}; the blocks are {', '.join(blocks)}")
-    return tuple(frozen)
 
 
 def plain_dicts(tree: Variables) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def reorder_head(variables: Variables, order: Int[np.ndarray, "num_classes"]) ->
 def freeze(optimizer: optax.GradientTransformation, frozen: Sequence[str]) -> optax.GradientTransformation:
     """The optimizer for all blocks but those named, which it leaves as they are, and of which it keeps no state.
 
-    ``create_train_state`` applies it with ``model.frozen``. A zero gradient would not do: weight decay goes on then.
+    ``create_train_state`` applies it to its ``frozen``. A zero gradient would not do: weight decay goes on then.
 
     Args:
         optimizer: the one of the other blocks.
@@ -101,16 +101,17 @@ def balanced_class_weights(labels: Int[np.ndarray, " n"], num_classes: int) -> F
 
 
 def reestimate_batch_norm(
-    model: GoogLeNet, variables: Variables, batches: Iterable[Mapping[str, Any]]
+    model: GoogLeNet, variables: Variables, batches: Iterable[Mapping[str, Any]], frozen: Sequence[str] = ()
 ) -> dict[str, Any]:
     """New running statistics: the mean of those of the batches, as ``torch.optim.swa_utils.update_bn`` does it.
 
     For weights that meet other images than they were trained on, or that are an average of several.
 
     Args:
-        model: the network; the blocks in ``model.frozen`` keep their statistics.
+        model: the network.
         variables: its variables.
         batches: batches with an ``image`` [N, H, W, 3] as for the model, all of one size.
+        frozen: names of blocks that keep their statistics.
 
     Returns:
         The variables with the new statistics.
@@ -119,15 +120,17 @@ def reestimate_batch_norm(
         ValueError: if there is no batch.
     """
     model, variables = model.clone(dropout=0.0, dropout_aux=0.0), plain_dicts(variables)
-    frozen = {name: stats for name, stats in variables["batch_stats"].items() if name in model.frozen}
-    zeros = jax.tree.map(jnp.zeros_like, variables["batch_stats"]) | frozen
+    kept = {name: stats for name, stats in variables["batch_stats"].items() if name in frozen}
+    zeros = jax.tree.map(jnp.zeros_like, variables["batch_stats"]) | kept
 
     @jax.jit
     def statistics(images: jax.Array) -> dict[str, Any]:
-        _, updates = model.apply({**variables, "batch_stats": zeros}, images, train=True, mutable=["batch_stats"])
+        _, updates = model.apply(
+            {**variables, "batch_stats": zeros}, images, train=True, frozen=frozen, mutable=["batch_stats"]
+        )
         # From zeros a step takes 1 - momentum of the batch's statistics: the whole of them again.
         stats = jax.tree.map(lambda x: x / (1 - BatchNorm.momentum), updates["batch_stats"])
-        return stats | frozen
+        return stats | kept
 
     mean, count = zeros, 0
     for count, batch in enumerate(batches, start=1):

@@ -1,7 +1,7 @@
 """The step of training and the one of evaluation: pure functions of a state and a batch."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -47,8 +47,9 @@ class TrainState(struct.PyTreeNode):
         step: int32, the number of steps done; one that was not finite is not done.
         average: the moving average of ``{"params": ..., "batch_stats": ...}``, or None.
         class_weights: [num_classes], the weight of each class in the loss, or None.
-        model: the network; ``model.frozen`` names the blocks that stay as they are.
+        model: the network.
         optimizer: the gradient transformation, with the frozen blocks left out.
+        frozen: the names of the blocks that do not train.
         label_smoothing: the share of a label that is spread evenly over all classes.
         aux_weight: the weight of the loss of each auxiliary head.
         average_decay: the weight of the old average in the new one, in the long run.
@@ -62,6 +63,7 @@ class TrainState(struct.PyTreeNode):
     class_weights: jax.Array | None
     model: GoogLeNet = struct.field(pytree_node=False)
     optimizer: optax.GradientTransformationExtraArgs = struct.field(pytree_node=False)
+    frozen: tuple[str, ...] = struct.field(pytree_node=False)
     label_smoothing: float = struct.field(pytree_node=False)
     aux_weight: float = struct.field(pytree_node=False)
     average_decay: float | None = struct.field(pytree_node=False)
@@ -78,6 +80,7 @@ def create_train_state(
     variables: Variables,
     optimizer: optax.GradientTransformation,
     *,
+    frozen: Sequence[str] = (),
     label_smoothing: float = 0.0,
     class_weights: Float[ArrayLike, " num_classes"] | None = None,
     aux_weight: float = 0.3,
@@ -86,12 +89,13 @@ def create_train_state(
     """Return the state before the first step.
 
     Args:
-        model: the network. The blocks in ``model.frozen`` stay as they are: parameters, weight decay included, and
-            statistics.
+        model: the network.
         variables: its variables. They are copied: a step that donates its state leaves the caller's alone.
         optimizer: an optimizer of optax that needs the gradient and the loss, which it is given as ``value``;
             ``optax.contrib.reduce_on_plateau`` in an ``optax.chain`` is one. With
             ``optax.MultiSteps(...).gradient_transformation()`` a step is one of the small ones.
+        frozen: names of blocks that do not train. A step changes neither their parameters, by weight decay either, nor
+            their BatchNorm statistics, with which they normalise.
         label_smoothing: as in ``torch.nn.CrossEntropyLoss``.
         class_weights: the weight of each class in the loss of every head, as ``weight`` of
             ``torch.nn.CrossEntropyLoss``: the loss is the weighted mean over the batch, and with soft labels the sum
@@ -102,7 +106,8 @@ def create_train_state(
             parameters are soon forgotten. None keeps no average.
 
     Raises:
-        ValueError: if the heads in the variables do not fit the model; if ``model.frozen`` has names that the
+        TypeError: if ``frozen`` is a string.
+        ValueError: if the heads in the variables do not fit the model; if ``frozen`` has names that the
             parameters have not; if ``class_weights`` is not of shape [num_classes]; if the optimizer needs more than
             the gradient and the loss, as ``optax.lbfgs`` does.
     """
@@ -114,7 +119,7 @@ def create_train_state(
         raise ValueError(
             f"class_weights: expected one weight for each of {model.num_classes} classes, got shape {shape}"
         )
-    optimizer = optax.with_extra_args_support(freeze(optimizer, model.frozen))
+    optimizer = optax.with_extra_args_support(freeze(optimizer, frozen))
     opt_state = jax.jit(optimizer.init)(params)  # otherwise each shape of a parameter is compiled for: 8 s
     _check_needs(optimizer, opt_state, params)
     state = TrainState(
@@ -126,6 +131,7 @@ def create_train_state(
         class_weights=None if class_weights is None else jnp.asarray(class_weights, float),
         model=model,
         optimizer=optimizer,
+        frozen=tuple(frozen),
         label_smoothing=label_smoothing,
         aux_weight=aux_weight,
         average_decay=average_decay,
@@ -172,12 +178,13 @@ def _train_step(state: TrainState, batch: Batch, dropout_key: jax.Array) -> tupl
 
     def objective(params: dict[str, Any]) -> tuple[jax.Array, tuple[jax.Array, dict[str, Any]]]:
         # Nothing is computed backwards into a frozen block, or below the lowest that is not.
-        params = {k: jax.lax.stop_gradient(v) if k in state.model.frozen else v for k, v in params.items()}
+        params = {k: jax.lax.stop_gradient(v) if k in state.frozen else v for k, v in params.items()}
         output: Any
         output, updates = state.model.apply(
             {"params": params, "batch_stats": state.batch_stats},
             batch["image"],
             train=True,
+            frozen=state.frozen,
             rngs={"dropout": jax.random.fold_in(dropout_key, state.step)},
             mutable=["batch_stats"],
         )

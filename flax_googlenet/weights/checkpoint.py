@@ -82,7 +82,7 @@ def save(
 
     Args:
         path: the file to write.
-        model: the network; its fields are stored, all but ``frozen``.
+        model: the network; its fields are stored.
         variables: exactly the variables that ``model.init`` makes, of any floating dtype.
         metadata: anything that JSON can hold, by name: class names, the source of the weights, ... Arrays and scalars
             of NumPy and JAX and tuples are stored as JSON's lists and numbers, and NaN and infinities as null, because
@@ -197,7 +197,7 @@ def load_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def _config(model: GoogLeNet) -> dict[str, Any]:
     fields = {field.name: getattr(model, field.name) for field in dataclasses.fields(model) if field.init}
-    del fields["parent"], fields["name"], fields["frozen"]  # frozen is of a training, not of the network
+    del fields["parent"], fields["name"]
     if isinstance(model.precision, jax.lax.Precision):
         fields["precision"] = model.precision.name.lower()
     elif not isinstance(model.precision, str | None):

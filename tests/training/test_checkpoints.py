@@ -62,6 +62,7 @@ def make_state(seed: int = 0) -> TrainState:
         class_weights=None,
         model=GoogLeNet(),
         optimizer=OPTIMIZER,
+        frozen=(),
         label_smoothing=0.0,
         aux_weight=0.3,
         average_decay=None,
