@@ -187,11 +187,11 @@ def initial_state(
             model.clone(
                 dropout=recipe.dropout,
                 dropout_aux=recipe.dropout_aux,
-                frozen=recipe.frozen,
                 dtype=jnp.dtype(recipe.dtype).type,
             ),
             variables,
             make_optimizer(recipe, plan.steps_per_epoch),
+            frozen=recipe.frozen,
             label_smoothing=recipe.label_smoothing,
             class_weights=class_weights,
             aux_weight=recipe.aux_weight,
