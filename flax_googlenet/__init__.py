@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from flax_googlenet import training as training
     from flax_googlenet.errors import GoogLeNetError
     from flax_googlenet.images.preprocessing import ImageError, preprocess, preprocess_batch
-    from flax_googlenet.inference.export import export
+    from flax_googlenet.inference.export import ExportError, export
     from flax_googlenet.inference.predictor import Predictor, fold_batch_norm, make_predictor
     from flax_googlenet.model import GoogLeNet, GoogLeNetOutput, endpoints
     from flax_googlenet.weights.checkpoint import CheckpointError, load, load_metadata, save
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 else:  # hidden from type checkers, which would accept any name because of __getattr__
     _MODULES = {
         "CheckpointError": "weights.checkpoint",
+        "ExportError": "inference.export",
         "GoogLeNet": "model",
         "GoogLeNetError": "errors",
         "GoogLeNetOutput": "model",
@@ -56,6 +57,7 @@ else:  # hidden from type checkers, which would accept any name because of __get
 
 __all__ = [
     "CheckpointError",
+    "ExportError",
     "GoogLeNet",
     "GoogLeNetError",
     "GoogLeNetOutput",

@@ -52,7 +52,7 @@ def classify(
         weights: File of weights, written by port_weights.py, train or flax_googlenet.save. By default
             googlenet-imagenet.safetensors in the working folder, or else googlenet-random.safetensors.
         json: Print one line of JSON for each image: {"image", "predictions": [{"index", "label", "probability"}]}.
-        output: Write to this .csv, .jsonl or .parquet file instead of standard output. Excludes --json.
+        output: Write to this .csv, .jsonl or .parquet file instead of standard output. Cannot be combined with --json.
         top: Number of classes to name, the likeliest first.
         batch_size: Number of images to compute at once.
     """

@@ -8,7 +8,7 @@ from flax_googlenet.commands.status import Status, UsageError
 from flax_googlenet.commands.terminal import write_output
 
 if TYPE_CHECKING:
-    from flax_googlenet.inference.summary import Stage
+    from flax_googlenet.inference.stages import Stage
 
 
 def summary(*, weights: OptionalFile = None, size: OptionalNumber = None, json: Flag = False) -> Status:
@@ -37,7 +37,7 @@ def summary(*, weights: OptionalFile = None, size: OptionalNumber = None, json: 
 
     from flax_googlenet.images.preprocessing import CROP
     from flax_googlenet.inference.compiling import require_backend
-    from flax_googlenet.inference.summary import summarize
+    from flax_googlenet.inference.stages import summarize
     from flax_googlenet.model import MIN_SIZE, GoogLeNet
     from flax_googlenet.weights.checkpoint import load_weights
 

@@ -53,7 +53,7 @@ def train(
       70   an unexpected error; its traceback is in the file in FOLDER that the message names
       130  Ctrl-C: the run finished its step and saved a checkpoint. A second Ctrl-C, or one before the first step,
            ends it at once
-      143  SIGTERM: the same
+      143  SIGTERM: the same as for Ctrl-C
 
     Args:
         data: A folder with a folder for each class, some of whose images are held out; a folder of two such folders,

@@ -150,7 +150,7 @@ def test_a_run_in_use_is_refused(tmp_path: Path, refusal: Callable[..., str]) ->
 
 def test_a_workdir_that_cannot_be_made_is_refused(tmp_path: Path, refusal: Callable[..., str]) -> None:
     (tmp_path / "run").write_text("a file where the folder should be")
-    assert f"cannot write {tmp_path}/run: File exists" in refusal("digits")
+    assert f"{tmp_path}/run: it is not a folder; choose another --workdir" in refusal("digits")
 
 
 def refused(workdir: Path, *arguments: str, **variables: str) -> str:
