@@ -12,13 +12,15 @@ if TYPE_CHECKING:
         reestimate_batch_norm,
         scale_heads,
     )
-    from flax_googlenet.training.loop import TrainingResult, train
+    from flax_googlenet.training.loop import TrainingResult
     from flax_googlenet.training.memory import keep_memory
+    from flax_googlenet.training.run import train
     from flax_googlenet.training.step import TrainState, create_train_state, cross_entropy, eval_step, train_step
     from flax_googlenet.training.stopping import TrainingStopped
 else:  # where a type checker sees it, it would accept any name
     _MODULES = {
-        "flax_googlenet.training.loop": ("TrainingResult", "train"),
+        "flax_googlenet.training.loop": ("TrainingResult",),
+        "flax_googlenet.training.run": ("train",),
         "flax_googlenet.training.memory": ("keep_memory",),
         "flax_googlenet.training.finetune": (
             "balanced_class_weights",

@@ -84,7 +84,7 @@ def save_checkpoint(folder: str | os.PathLike[str], step: int, state: Any, extra
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(target.parent)
         (beside / "state").mkdir(parents=True)
-        _reserve(beside / "reserved", _size(state))
+        _reserve(beside / "reserved", state)
 
     def write() -> None:
         if not beside.is_dir():
@@ -110,7 +110,8 @@ def save_checkpoint(folder: str | os.PathLike[str], step: int, state: Any, extra
     except Exception as error:
         if jax.process_index() == 0:
             _remove_leftovers(target.parent)
-        raise CheckpointSaveError(f"{target} was not saved: {_reason(error)}") from error
+        reason = printable(str(error).partition(" [source locations=")[0])  # TensorStore adds places in its source
+        raise CheckpointSaveError(f"{target} was not saved: {reason}") from error
     return target
 
 
@@ -197,17 +198,13 @@ def _by_name(state: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(state)}
 
 
-def _size(state: Any) -> int:
-    """Return at least as many bytes as the state takes on the disk: its values, and Orbax's metadata of each array."""
-    return sum(leaf.nbytes + 2**13 for leaf in jax.tree.leaves(state))
-
-
-def _reserve(path: Path, size: int) -> None:
-    """Raise an OSError if the disk or the quota has less room than that.
+def _reserve(path: Path, state: Any) -> None:
+    """Raise an OSError if the disk or the quota has no room for a state.
 
     Orbax would raise as well, but halfway through a save each of its writes prints a traceback when it fails.
     """
     if hasattr(os, "posix_fallocate"):  # not on macOS
+        size = sum(leaf.nbytes + 2**13 for leaf in jax.tree.leaves(state))  # 8 KiB: Orbax's metadata of an array
         with open(path, "xb") as file:
             os.posix_fallocate(file.fileno(), 0, size)
         path.unlink()
@@ -320,8 +317,3 @@ def _remove_leftovers(folder: Path) -> None:
             _remove(aside)
         else:
             replace_synced(aside, target)
-
-
-def _reason(error: Exception) -> str:
-    """Return the message in one line, without the places in TensorStore's source."""
-    return printable(str(error).partition(" [source locations=")[0])

@@ -151,22 +151,22 @@ class Speed:
         self._batch_size = batch_size
         self._steps, self._seconds, self._waits = -1, 0.0, 0
 
-    def add(self, seconds: float, waited: bool) -> float | None:
-        """Count a step.
+    def add(self, seconds: float, waited: bool) -> dict[str, float]:
+        """Count a step. The first one is not counted, because its time includes the start of the input.
 
         Args:
             seconds: How long the step took.
             waited: Whether the devices had finished before the next batch was ready.
 
         Returns:
-            Images per second; None for the first step, whose time includes the start of the input and is not counted.
+            ``images_per_second``, unless it is the first step.
         """
         self._steps += 1
         if self._steps == 0:
-            return None
+            return {}
         self._seconds += seconds
         self._waits += waited
-        return self._batch_size / seconds
+        return {"images_per_second": self._batch_size / seconds}
 
     def __str__(self) -> str:
         rate = self._steps * self._batch_size / self._seconds

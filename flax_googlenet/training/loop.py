@@ -1,11 +1,10 @@
-"""The training loop, with everything around the pure step: data, devices, checkpoints, the log and signals."""
+"""The training loop: steps, evaluations, checkpoints, the log, and stopping at a signal."""
 
 import dataclasses
-import functools
 import signal
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, closing, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,28 +12,14 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
-from flax_googlenet.files import require_replaceable, write_atomically
-from flax_googlenet.inference.compiling import require_backend
-from flax_googlenet.training.checkpoints import CheckpointSaveError, checkpoint_path
-from flax_googlenet.training.data import eval_batches, train_batches
-from flax_googlenet.training.datasets import DataError
-from flax_googlenet.training.devices import Devices, joined
-from flax_googlenet.training.history import past_trainings
-from flax_googlenet.training.logs import Progress, RunLog, Speed, draw_curves
-from flax_googlenet.training.preparation import Plan, initial_state, make_plan, update_class_weights
+from flax_googlenet.training.checkpoints import CheckpointSaveError
+from flax_googlenet.training.data import eval_batches
+from flax_googlenet.training.devices import Devices
+from flax_googlenet.training.logs import RunLog, Speed, draw_curves
+from flax_googlenet.training.preparation import Plan
 from flax_googlenet.training.reader import HostBatch, Reader, WaitStoppedError
-from flax_googlenet.training.recipe import PRESETS, Recipe, schedule
-from flax_googlenet.training.run_folder import (
-    BEST_WEIGHTS,
-    CHECKPOINTS,
-    LAST_WEIGHTS,
-    RECIPE,
-    WorkdirError,
-    claim,
-    resume_run,
-    save_run,
-    write_weights,
-)
+from flax_googlenet.training.recipe import schedule
+from flax_googlenet.training.run_folder import BEST_WEIGHTS, LAST_WEIGHTS, save_run, write_weights
 from flax_googlenet.training.step import Batch, Metrics, TrainState, eval_step, train_step
 from flax_googlenet.training.stopping import (
     RunCounts,
@@ -58,124 +43,6 @@ class TrainingResult(NamedTuple):
     """Whether the training ended before the last epoch because the accuracy no longer rose, as ``patience`` asks."""
 
 
-def train(
-    data: str | Path,
-    workdir: str | Path,
-    recipe: Recipe | None = None,
-    *,
-    weights: str | Path | None = None,
-    distributed: bool = False,
-    override: bool = False,
-    report: Callable[[str], None] = print,
-    progress: Progress | None = None,
-) -> TrainingResult:
-    """Train a network to the end of a recipe, from the newest checkpoint in ``workdir`` if there is one.
-
-    On a CPU, a training that was stopped by whatever means and continued ends in the same bits as one that was not.
-    The first Ctrl-C, or a SIGTERM, lets the current step finish and saves a checkpoint.
-
-    Example::
-
-        from flax_googlenet.training import train
-
-        result = train("photos", "run", weights="googlenet-imagenet.safetensors")
-        model, variables = flax_googlenet.load(result.best_weights)
-
-    Args:
-        data: A folder of images, or ``digits``, as for ``flax-googlenet train``.
-        workdir: The folder of the run. It gets ``recipe.json``, ``checkpoints/``, ``metrics.jsonl``, files for
-            TensorBoard, ``best.safetensors`` with the best weights so far, and at the end ``model.safetensors`` and
-            ``curves.png``. All processes of a run must see the same folder.
-        recipe: How to train. By default the preset ``digits`` for these, ``finetune`` if there are weights, and
-            otherwise ``imagenet``.
-        weights: A file of ``flax_googlenet.save`` to start from. New heads replace its own if the classes are others.
-        distributed: Whether this is one of several processes that train together, which the environment describes.
-        override: Whether to continue the run in ``workdir`` even if the recipe, the data or the weights have changed.
-        report: Called with messages.
-        progress: Called after each step with its number, the number of all steps, and the metrics in words. By default
-            they are reported in messages, one in ten seconds.
-
-    Raises:
-        TrainingStopped: If the training ended before its end, by a signal or an error; ``path`` is its last checkpoint.
-        GoogLeNetError: If it could not begin: a RecipeError, DataError, CheckpointError, WorkdirError or BackendError.
-    """
-    workdir, weights = Path(workdir), Path(weights) if weights else None
-    recipe = recipe or PRESETS["digits" if data == "digits" else "finetune" if weights else "imagenet"]
-    with ExitStack() as stack:
-        if distributed:
-            stack.enter_context(joined())
-        try:
-            require_backend()
-            run, batches = _begin(str(data), workdir, recipe, weights, override, report, progress, stack)
-        except OSError as error:
-            raise WorkdirError(_not_written(error, workdir)) from error
-        except jax.errors.JaxRuntimeError as error:
-            raise TrainingStopped(_way_out(error)) from error
-        try:
-            result = run.train(batches)
-        except (TooManyFailuresError, DataError) as error:
-            raise run.stopped(str(error)) from error
-        except OSError as error:
-            raise run.stopped(_not_written(error, workdir)) from error
-        except jax.errors.JaxRuntimeError as error:
-            raise run.stopped(_way_out(error)) from error
-    if isinstance(result, TrainingStopped):  # raised here: within the block it would end this process before the others
-        raise result
-    return result
-
-
-def _begin(
-    data: str,
-    workdir: Path,
-    recipe: Recipe,
-    weights_path: Path | None,
-    override: bool,
-    report: Callable[[str], None],
-    progress: Progress | None,
-    stack: ExitStack,
-) -> tuple["Run", Reader]:
-    """Return the run before its next step, and the batches from there on; ``stack`` closes its log and its input."""
-    devices, is_first = Devices(), jax.process_index() == 0
-    plan, weights, head = make_plan(data, recipe, weights_path, devices)
-    shapes, make_state = initial_state(plan, weights, head, devices)
-    report_first = report if is_first else _ignore
-    if is_first:  # only now: a run that is refused leaves no folder
-        stack.enter_context(claim(workdir, lambda message: report(f"warning: {message}")))
-    resumed = resume_run(workdir, shapes, plan.identity, override, report_first)
-    messages = [*plan.messages]
-    if head and not resumed:
-        messages.append(head.reason)
-    if weights and not resumed and weights.metadata.get("source") == "random":
-        messages.append(f"warning: the weights of {weights_path} are random: the training starts from nothing")
-    for message in messages:  # before the state is computed, which takes a while
-        report_first(message)
-    trained_before = past_trainings(weights.metadata) if weights else []
-    counts, state = resumed or (RunCounts(trained_before=trained_before), make_state())
-    state = update_class_weights(state, plan, devices)
-    # In a distributed run the other processes wait for this one's step: a signal ends the wait for an input only if
-    # that hangs.
-    signals = StopSignals(patience=0.0 if jax.process_count() == 1 else 10.0)
-    batches = train_batches(plan.train_data, recipe, counts.step, stopped=signals.end_wait, **devices.share)
-    stack.enter_context(closing(batches))
-    log = None
-    if is_first:
-        for name in (LAST_WEIGHTS, BEST_WEIGHTS):
-            require_replaceable(workdir / name)  # before the work, not after it
-        write_atomically(workdir / RECIPE, recipe.to_json().encode())
-        log = RunLog(workdir, plan.total_steps, counts.step, report=report, progress=progress)
-        stack.enter_context(log)
-    if counts.step:
-        report_first(f"continuing from the checkpoint of step {counts.step}")
-    checkpoint = checkpoint_path(workdir / CHECKPOINTS, counts.step) if resumed else None
-    report_unreadable = functools.cache(report)
-    run = Run(workdir, plan, devices, signals, log, report_first, report_unreadable, counts, state, checkpoint)
-    return run, batches
-
-
-def _ignore(message: str) -> None:
-    """Drop a message, which the first process of a distributed run reports."""
-
-
 @dataclasses.dataclass
 class Run:
     """A training under way."""
@@ -185,11 +52,11 @@ class Run:
     devices: Devices
     signals: StopSignals
     log: RunLog | None
-    """The log, in the first process."""
+    """The log of the run, in the first process."""
     report: Callable[[str], None]
     """Reports a message, in the first process."""
     report_unreadable: Callable[[str], None]
-    """Reports in every process, as each reads other held-out images, but each message once: all epochs repeat it."""
+    """Reports a held-out image, in the process that cannot read it, and only once, not again in each epoch."""
     counts: RunCounts
     state: TrainState
     checkpoint: Path | None
@@ -255,13 +122,12 @@ class Run:
         input_seconds = time.perf_counter() - start
         waited = outputs["loss"].is_ready()
         metrics = jax.device_get(outputs)
-        images_per_second = speed.add(time.perf_counter() - start, waited)
+        times = speed.add(time.perf_counter() - start, waited) | {"input_seconds": input_seconds}
 
         self.counts.step += 1
         skipped, finite, stop = (metrics.pop(name) for name in ("skipped", "finite", "stop"))
         if self.log:
-            rate = {} if images_per_second is None else {"images_per_second": images_per_second}
-            self.log.train(self.counts.step, metrics | rate | {"input_seconds": input_seconds})
+            self.log.train(self.counts.step, metrics | times)
         unreadable, max_corrupt = skipped[skipped >= 0].tolist(), self.plan.recipe.max_corrupt
         self.counts.add_unreadable(self.plan.train_data, unreadable, max_corrupt, self.report)
         self.counts.add_finite(bool(finite), self.report)
@@ -397,17 +263,3 @@ class Run:
 
 def _evaluate_batch(state: TrainState, batch: Batch, stop: jax.Array) -> Metrics:
     return eval_step(state, batch) | {"stop": stop.any()}
-
-
-def _not_written(error: OSError, workdir: Path) -> str:
-    return f"cannot write {error.filename or workdir}: {error.strerror}"
-
-
-def _way_out(error: jax.errors.JaxRuntimeError) -> str:
-    """Return what a person can do about an error of the devices; one that only a developer can mend is raised again."""
-    first_line = str(error).splitlines()[0]
-    if "RESOURCE_EXHAUSTED" in first_line:
-        return f"the devices' memory is too small: choose a smaller batch_size, with accumulate ({first_line})"
-    if jax.process_count() > 1:
-        return f"another process of the run is gone: start all of them again ({first_line})"
-    raise error

@@ -208,9 +208,10 @@ def initial_state(
 def _require_statistics(state: TrainState, image_size: int) -> None:
     """Raise a RecipeError if the layers reduce a single image to one pixel, of which BatchNorm has no variance."""
     image = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
-    apply = partial(state.model.apply, train=True, mutable=["batch_stats"], rngs={"dropout": jax.random.key(0)})
+    variables, rngs = {"params": state.params, "batch_stats": state.batch_stats}, {"dropout": jax.random.key(0)}
+    apply = partial(state.model.apply, train=True, frozen=state.frozen, mutable=["batch_stats"], rngs=rngs)
     try:
-        jax.eval_shape(apply, {"params": state.params, "batch_stats": state.batch_stats}, image)
+        jax.eval_shape(apply, variables, image)
     except ValueError as error:
         reason = f"BatchNorm cannot train on one image of {image_size}x{image_size} pixels at a time"
         raise RecipeError(f"{reason}: choose --recipe.batch-size 2 or more") from error

@@ -15,7 +15,7 @@ from flax_googlenet.commands.status import CommandError, CrashError, UsageError,
 from flax_googlenet.commands.train import display
 from flax_googlenet.errors import GoogLeNetError
 from flax_googlenet.inference.export import ExportError
-from flax_googlenet.training import TrainingStopped, loop
+from flax_googlenet.training import TrainingStopped
 from flax_googlenet.weights.checkpoint import CheckpointError
 
 CLASSIFY = ("-m", "flax_googlenet", "classify", "photo.jpg")
@@ -79,7 +79,7 @@ def test_an_unexpected_error_ends_with_status_70_and_one_line_that_names_the_fil
 def test_a_crash_of_a_run_leaves_its_traceback_in_the_folder_of_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.delattr(loop, "resume_run")  # a defect
+    monkeypatch.delattr("flax_googlenet.training.run.resume_run")  # a defect
     assert cli.main(["train", "digits", "--workdir", str(tmp_path)]) == 70
     (path,) = tmp_path.glob("*crash*")
     said = capsys.readouterr().err.splitlines()[-1]

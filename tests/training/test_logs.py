@@ -242,6 +242,7 @@ def test_curves_of_a_run_without_evaluations_or_finite_losses_are_drawn_too(tmp_
 
 def test_the_first_step_counts_in_no_speed() -> None:
     speed = Speed(batch_size=8)
-    assert speed.add(seconds=30.0, waited=True) is None
-    assert [speed.add(seconds=0.5, waited=waited) for waited in (False, True, True, False)] == [16.0] * 4
+    assert speed.add(seconds=30.0, waited=True) == {}
+    for waited in (False, True, True, False):
+        assert speed.add(seconds=0.5, waited=waited) == {"images_per_second": 16.0}
     assert str(speed) == "16 images a second; the devices waited for images in 2 of 4 steps"

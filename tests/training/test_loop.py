@@ -1,6 +1,7 @@
 """Runs as processes: stopped and resumed they end in the same bits, shared among devices in the same losses."""
 
 import dataclasses
+import functools
 import json
 import os
 import random
@@ -30,8 +31,8 @@ from flax_googlenet.commands import cli
 from flax_googlenet.model import BLOCKS
 from flax_googlenet.training.data import eval_batches
 from flax_googlenet.training.datasets import open_data
-from flax_googlenet.training.loop import _way_out
 from flax_googlenet.training.recipe import PRESETS
+from flax_googlenet.training.run import _way_out
 
 CLASSES, PER_CLASS = 3, 16  # 36 images to train on, 12 held out
 RECIPE = ("epochs=3", "batch-size=8", "held-out=0.25", "learning-rate=0.01", "checkpoint-every=5")
@@ -252,13 +253,20 @@ def test_a_run_stopped_by_ctrl_c_sigterm_and_a_kill_ends_in_the_bits_of_one_neve
     assert_same_bits(tmp_path, whole)
 
 
-def test_a_run_out_of_patience_stops_early_with_a_checkpoint_and_says_so_in_its_result(
+def test_a_call_that_a_signal_stopped_is_continued_by_the_same_call_and_stops_early_out_of_patience(
     train: Training, tmp_path: Path
 ) -> None:
     frozen = BLOCKS[: BLOCKS.index("fc")]  # and the head at a rate of 0: the accuracy never changes
     recipe = dataclasses.replace(SHORT, frozen=frozen, learning_rate=0.0, patience=1)
+    run = functools.partial(flax_googlenet.training.train, train.data, tmp_path, recipe, weights=train.weights)
+    with pytest.raises(flax_googlenet.training.TrainingStopped) as caught:
+        run(progress=lambda step, total, text: signal.raise_signal(signal.SIGTERM))
+    assert caught.value.signal is signal.SIGTERM
+    assert caught.value.path == tmp_path / "checkpoints" / "step_00000001"
+
     messages: list[str] = []
-    result = flax_googlenet.training.train(train.data, tmp_path, recipe, weights=train.weights, report=messages.append)
+    result = run(report=messages.append)
+    assert "continuing from the checkpoint of step 1" in messages
     assert result.stopped_early
     first, second = (record for record in records(tmp_path) if record["split"] == "held_out")
     assert (first["step"], second["step"], last_step(tmp_path)) == (4, 8, 8)  # of 12

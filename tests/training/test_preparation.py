@@ -7,12 +7,12 @@ import jax
 import numpy as np
 import pytest
 
-from flax_googlenet.model import GoogLeNet
+from flax_googlenet.model import BLOCKS, GoogLeNet
 from flax_googlenet.training.datasets import Dataset
 from flax_googlenet.training.devices import Devices
 from flax_googlenet.training.finetune import reorder_head
 from flax_googlenet.training.preparation import Plan, describe_classes, find_head, initial_state, update_class_weights
-from flax_googlenet.training.recipe import Recipe
+from flax_googlenet.training.recipe import Recipe, RecipeError
 from flax_googlenet.weights.checkpoint import Weights
 
 
@@ -128,3 +128,11 @@ def test_a_run_that_goes_on_with_other_data_weighs_the_classes_by_these() -> Non
     resumed = shapes.replace(class_weights=np.array([1, 1], np.float32))
     weights = update_class_weights(resumed, plan, Devices()).class_weights
     np.testing.assert_array_equal(weights, np.array([4 / 6, 2], np.float32), strict=True)
+
+
+def test_a_batch_of_one_small_image_is_refused_unless_batchnorm_is_frozen() -> None:
+    data = Dataset(("a", "b"), np.array([0, 1], np.int32), tuple("01"))
+    with pytest.raises(RecipeError, match=r"choose --recipe\.batch-size 2 or more"):
+        initial_state(make_plan(data, batch_size=1, image_size=32), None, None, Devices())
+    frozen = tuple(block for block in BLOCKS if block not in ("fc", "aux1", "aux2"))
+    initial_state(make_plan(data, batch_size=1, image_size=32, frozen=frozen), None, None, Devices())
