@@ -98,7 +98,7 @@ class Messages:
         self.failed = 0
 
     def note(self, message: str) -> None:
-        """Print a message on one line, with control characters escaped."""
+        """Print a message with its control characters escaped, so that it stays on one line."""
         self._print("", message)
 
     def warn(self, message: str) -> None:
@@ -113,7 +113,7 @@ class Messages:
     def _print(self, prefix: str, message: str) -> None:
         from rich.markup import escape
 
-        self.console.print(prefix + escape(printable(" ".join(message.split()))))
+        self.console.print(prefix + escape(printable(message)))
 
     def progress(self, *columns: "ProgressColumn", hidden: bool = False) -> "Progress":
         """Return a line of progress, which disappears at its end; it is not drawn where it cannot be shown."""

@@ -344,7 +344,7 @@ def test_what_steers_a_terminal_is_escaped_and_every_other_character_stays() -> 
         (
             ["photos", "--output", "answers.jsonl", "--json"],
             2,
-            "--json is for the standard output: leave it out, or --",
+            "--json is for standard output: leave it out, or --",
         ),
         (
             ["photos", "--output", "nowhere/a.csv", "--weights", "missing"],
