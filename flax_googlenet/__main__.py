@@ -15,8 +15,9 @@ def main() -> int:
     from flax_googlenet.commands import cli  # after the handler is in place, because imports take time
 
     status = cli.main()
-    reader = sys.modules.get("flax_googlenet.training.reader")
-    if reader and reader.hangs():  # Python would wait for its thread for ever
+    reader, jax = sys.modules.get("flax_googlenet.training.reader"), sys.modules.get("jax")
+    # Python would wait for ever for a reader that hangs, and JAX for the other processes of a run that failed.
+    if (reader and reader.hangs()) or (jax and jax.distributed.is_initialized()):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
@@ -29,8 +30,8 @@ def _end(signum: int, frame: FrameType | None) -> None:
     A KeyboardInterrupt would be lost in the callback that JAX gives to the garbage collector, and an import would turn
     it into an ImportError.
     """
-    if os.isatty(2):
-        os.write(2, b"\r\x1b[2K\x1b[?25h")  # clear the progress line, and show the cursor
+    if sys.stderr and sys.stderr.isatty():
+        os.write(sys.stderr.fileno(), b"\r\x1b[2K\x1b[?25h")  # clear the progress line, and show the cursor
     os._exit(Status.INTERRUPTED)
 
 

@@ -1,19 +1,18 @@
 """``flax-googlenet train``."""
 
 import argparse
-import atexit
-import os
 import shlex
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import arg
 
+from flax_googlenet.commands.aborts import aborts_in_one_line
 from flax_googlenet.commands.arguments import Flag, OptionalFile
-from flax_googlenet.commands.status import CommandError, CrashError, Status, UsageError, describe_crash, exit_status
+from flax_googlenet.commands.status import CommandError, CrashError, Status, UsageError, describe_crash
 from flax_googlenet.commands.terminal import draws_progress, message_console
 from flax_googlenet.errors import GoogLeNetError, install_advice, printable
 
@@ -79,7 +78,7 @@ def train(
 
     training.keep_memory()
     use_compilation_cache()
-    with display() as shown:
+    with display() as shown, aborts_in_one_line() if distributed else nullcontext():
         try:
             result = training.train(
                 data, workdir, recipe, weights=weights, distributed=distributed, override=override, **shown
@@ -101,8 +100,6 @@ def train(
                 shown["report"](f"  flax-googlenet evaluate {path} {shlex.quote(data)}")
                 shown["report"](f"  python convert/port_weights.py {path} --to-torchvision FILE.pth")
             return Status.DONE
-    if distributed:  # at the end of a process JAX waits for the others, which may wait for this one
-        atexit.register(os._exit, exit_status(failure))
     raise failure
 
 

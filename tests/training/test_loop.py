@@ -385,7 +385,7 @@ def two_devices(train: Training, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return workdir
 
 
-def together(train: Training, workdir: Path, count: int = 2) -> list[subprocess.Popen[str]]:
+def together(train: Training, workdir: Path, count: int = 2, **variables: str) -> list[subprocess.Popen[str]]:
     """Processes that train as one."""
     address = f"127.0.0.1:{free_port()}"
     return [
@@ -395,6 +395,7 @@ def together(train: Training, workdir: Path, count: int = 2) -> list[subprocess.
             JAX_COORDINATOR_ADDRESS=address,
             JAX_NUM_PROCESSES=str(count),
             JAX_PROCESS_ID=str(i),
+            **variables,
         )
         for i in range(count)
     ]
@@ -408,17 +409,22 @@ def test_two_devices_give_the_losses_of_one(two_devices: Path, whole: Path) -> N
 @pytest.mark.fault
 @pytest.mark.parametrize("victim", [0, 1])
 def test_two_processes_give_the_losses_of_two_devices_though_one_is_killed_and_all_start_again(
-    victim: int, train: Training, two_devices: Path, tmp_path: Path
+    victim: int, train: Training, two_devices: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    processes = together(train, tmp_path)
+    logs = tmp_path_factory.mktemp("logs")
+    processes = together(train, tmp_path, TMPDIR=str(logs))
     wait_for_step(6, tmp_path, processes[0])
     processes[victim].kill()
     processes[victim].communicate()
     survivor = processes[1 - victim]
     _, error = survivor.communicate(timeout=60)
     assert survivor.returncode == 4, error
-    if "JAX ended this process" in error:  # by C++, which may notice first that the coordinator is gone
+    assert "stack trace" not in error
+    if "JAX ended this process" in error:  # JAX may notice first that the coordinator is gone
         assert error.endswith("start all of them again, to go on from the last checkpoint\n")
+        (log,) = logs.glob("flax-googlenet-jax-*.txt")
+        assert str(log) in error
+        assert "coordination service" in log.read_text()
     else:
         assert "another process of the run is gone: start all of them again (" in error
         assert "; the last checkpoint is " in error
