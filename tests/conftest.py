@@ -5,6 +5,10 @@ import signal
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+# One thread for PyTorch, here and in the processes that tests start. OpenMP's threads spin while they wait for each
+# other: with more threads than free cores, as beside another worker of pytest-xdist, a step took 20 times the CPU time.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import jax
 import numpy as np
 import pytest
