@@ -84,8 +84,8 @@ def evaluate(
     from flax_googlenet.evaluation.ensembles import answers, image_size, make_networks
     from flax_googlenet.images.files import display_name
     from flax_googlenet.inference.compiling import require_backend, use_compilation_cache
-    from flax_googlenet.training.datasets import find_data
     from flax_googlenet.training.history import last_training
+    from flax_googlenet.training.splits import find_data
     from flax_googlenet.weights.checkpoint import load_weights
 
     use_compilation_cache()
@@ -100,7 +100,7 @@ def evaluate(
     for note in (*dataset.notes, *match.notes, *notes):
         messages.note(note)
 
-    score, start = Score(match.wanted, len(dataset.class_names)), time.perf_counter()
+    score, start = Score(match.labels, len(dataset.class_names)), time.perf_counter()
     columns = BarColumn(20), TextColumn("{task.completed}/{task.total} images, {task.description}")
     with messages.progress(*columns) as progress:
         task = progress.add_task("", total=len(dataset))
@@ -121,7 +121,7 @@ def evaluate(
         write_output(dumps(content) + "\n")
     else:
         printed = {"top-1": score.top1, "top-5": score.top5, "balanced accuracy": score.balanced_accuracy}
-        if len(match.wanted) <= 5:
+        if len(match.labels) <= 5:
             del printed["top-5"]  # it is always right
         write_output("".join(f"{name:17} {value:7.2%}\n" for name, value in printed.items()))
     if empty := [name for name, found in figures["classes"].items() if not found["count"]]:

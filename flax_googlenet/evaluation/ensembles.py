@@ -105,7 +105,7 @@ def make_networks(
     for path, weights in ensemble.items():
         found = find_classes(names or class_names, reference if names else data, weights, path)
         notes += found.notes
-        networks.append(Network(path, make_predictor(weights.model, weights.variables), np.argsort(found.wanted)))
+        networks.append(Network(path, make_predictor(weights.model, weights.variables), np.argsort(found.labels)))
     return networks, match._replace(notes=tuple(dict.fromkeys(notes)))
 
 

@@ -1,4 +1,4 @@
-"""An image to what the network trains on; what it is evaluated on, always the same, is ``preprocess``."""
+"""Random crops, mirroring and colour changes for training; evaluation uses ``preprocess``, which is not random."""
 
 import math
 
@@ -10,9 +10,9 @@ from flax_googlenet.images.preprocessing import normalise
 from flax_googlenet.training.recipe import Recipe
 
 Box = tuple[int, int, int, int]
-"""left, top, right, bottom, in pixels"""
+"""Left, top, right and bottom, in pixels."""
 
-# The four of the paper, section 6: bilinear, area, nearest neighbor and cubic, with equal probability.
+# The paper, section 6, chooses with equal probability among bilinear, area, nearest neighbour and cubic.
 _INTERPOLATIONS = (
     Image.Resampling.BILINEAR,
     Image.Resampling.BOX,
@@ -24,12 +24,13 @@ _CROP_ATTEMPTS = 10
 
 
 def augment(image: Image.Image, recipe: Recipe, rng: np.random.Generator) -> Float32[np.ndarray, "size size 3"]:
-    """A random crop of an RGB image, resized, flipped and distorted as the recipe says.
+    """Return a random crop of an image, resized, mirrored and distorted according to the recipe.
 
     Args:
-        image: RGB, of any size.
-        recipe: ``image_size``, ``crop_area``, ``crop_aspect``, ``interpolation``, ``flip`` and ``distortion`` count.
-        rng: all randomness comes from it.
+        image: RGB image of any size.
+        recipe: the recipe, of which ``image_size``, ``crop_area``, ``crop_aspect``, ``interpolation``, ``flip`` and
+            ``distortion`` matter.
+        rng: source of all randomness.
 
     Returns:
         float32 [image_size, image_size, 3], normalised as for inference.
@@ -45,18 +46,22 @@ def augment(image: Image.Image, recipe: Recipe, rng: np.random.Generator) -> Flo
 def random_crop(
     width: int, height: int, area: tuple[float, float], aspect: tuple[float, float], rng: np.random.Generator
 ) -> Box:
-    """A box of a random share of an image's area and a random aspect, at a random place in it.
+    """Return a box with a random area and a random aspect ratio at a random place in an image.
+
+    The distribution is that of torchvision's RandomResizedCrop.
 
     Args:
-        width, height: of the image.
-        area: the range of the share, uniform.
-        aspect: the range of width / height, uniform in its logarithm.
-        rng: the source of randomness.
+        width: width of the image.
+        height: height of the image.
+        area: range of the box's share of the image's area, which is uniform.
+        aspect: range of the box's width / height, whose logarithm is uniform.
+        rng: source of randomness.
 
     Returns:
-        The box. Where ten attempts give none that fits, the largest central one of an aspect in the range.
+        The box. If ten attempts give no box that fits, it is the largest box in the middle of the image whose aspect
+        ratio lies in the range.
 
-    Reference: Going Deeper with Convolutions, section 6; the same distribution as torchvision's RandomResizedCrop.
+    Reference: Going Deeper with Convolutions, section 6.
     """
     for _ in range(_CROP_ATTEMPTS):
         pixels = width * height * rng.uniform(*area)
@@ -72,11 +77,11 @@ def random_crop(
 
 
 def distort(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Brightness, contrast and colour, in random order, each times a random factor of 0.5 to 1.5.
+    """Multiply brightness, contrast and saturation by random factors between 0.5 and 1.5, in random order.
 
     Reference: Howard, "Some Improvements on Deep Convolutional Neural Network Based Image Classification", 2013,
-    section 2.2, to which the paper refers.
+    section 2.2, which the paper cites.
     """
-    for place in rng.permutation(len(_DISTORTIONS)):
-        image = _DISTORTIONS[place](image).enhance(rng.uniform(0.5, 1.5))
+    for index in rng.permutation(len(_DISTORTIONS)):
+        image = _DISTORTIONS[index](image).enhance(rng.uniform(0.5, 1.5))
     return image

@@ -1,4 +1,4 @@
-"""Finds the classes of a data set among those of a file of weights."""
+"""Matching the classes of a data set with those of weights."""
 
 import re
 import unicodedata
@@ -14,73 +14,73 @@ from flax_googlenet.training.datasets import DataError
 from flax_googlenet.weights.checkpoint import Weights
 
 _WORDNET_ID = re.compile(r"n\d{8}")
-# Lists of ImageNet's class names differ ("tench", "tench, Tinca tinca", "n01440764 tench"), but all have these words at
-# these places. The alphabetical order of class folders has other words there.
+# Lists of ImageNet's class names differ ("tench", "tench, Tinca tinca", "n01440764 tench"), but all of them have these
+# words at these indices. Class folders in alphabetical order have other words there.
 _IMAGENET_WORDS = {0: "tench", 1: "goldfish", 6: "stingray", 999: "toilet"}
 
 
 class ClassMatch(NamedTuple):
     """Which class of a data set each class of a network stands for."""
 
-    wanted: Int[np.ndarray, "num_classes"]
-    """For each class of the weights, the class of the data that it stands for, or -1 for none."""
+    labels: Int[np.ndarray, "num_classes"]
+    """For each class of the weights, the label in the data of the class that it stands for, or -1 for none."""
     notes: tuple[str, ...]
-    """What a person should know about the match: sentences."""
+    """Messages for the user about the match."""
 
     @property
     def is_one_to_one(self) -> bool:
-        """Whether the weights and the data have exactly the same classes, in whatever order."""
-        return np.array_equal(np.sort(self.wanted), np.arange(len(self.wanted)))
+        """Whether the weights and the data have exactly the same classes, in any order."""
+        return np.array_equal(np.sort(self.labels), np.arange(len(self.labels)))
 
 
-def find_classes(wanted: Sequence[str], data: str, weights: Weights, path: str) -> ClassMatch:
-    """Finds the classes of data among those of weights, by their names.
+def find_classes(class_names: Sequence[str], data: str, weights: Weights, path: str) -> ClassMatch:
+    """Match the classes of data with those of weights by their names.
 
-    Names are equal whatever their Unicode form. A name that several classes of the weights share stands for all of
-    them. The order of the classes counts in two cases only, if both sides have the same number of classes: where the
-    weights have no class names, and where one side has ImageNet's 1,000 names and the other 1,000 WordNet identifiers
-    (n01440764), whose order is that of ImageNet's classes.
+    The Unicode form of a name does not matter. A name that several classes of the weights share stands for all of them.
+    Classes are matched by their order in two cases only, if both sides have the same number of classes: if the weights
+    have no class names, or if one side has ImageNet's 1,000 names and the other 1,000 WordNet identifiers (n01440764),
+    whose sorted order is the order of ImageNet's classes.
 
     Args:
-        wanted: the class names of the data. They may be fewer than those of the weights.
-        data, path: what to call the data and the weights in messages.
+        class_names: class names of the data; some classes of the weights may be missing.
+        data: name of the data in messages.
         weights: the weights.
+        path: name of the weights in messages.
 
     Raises:
         DataError: if a class cannot be found.
     """
     names, count = weights.class_names, weights.model.num_classes
     if names is None:
-        if len(wanted) != count:
-            raise DataError(f"{path} has no class names and {count} classes, but {data} has {len(wanted)} classes")
-        note = f"{path} has no class names: its {count} classes are taken in the order of those of {data}"
+        if len(class_names) != count:
+            raise DataError(f"{path} has no class names and {count} classes, but {data} has {len(class_names)} classes")
+        note = f"{path} has no class names: its {count} classes are assumed to be those of {data}, in the same order"
         return ClassMatch(np.arange(count), (note,))
-    wanted, names = ([unicodedata.normalize("NFC", name) for name in side] for side in (wanted, names))
+    wanted, names = ([unicodedata.normalize("NFC", name) for name in side] for side in (class_names, names))
     if names == wanted:
         return ClassMatch(np.arange(count), ())
-    places = defaultdict(list)
-    for place, name in enumerate(names):
-        places[name].append(place)
-    if missing := [name for name in wanted if name not in places]:
+    indices = defaultdict(list)
+    for index, name in enumerate(names):
+        indices[name].append(index)
+    if missing := [name for name in wanted if name not in indices]:
         for ids, others, whose in ((wanted, names, data), (names, wanted, path)):
             if _is_wordnet(ids) and _is_imagenet(others):
                 note = f"the WordNet identifiers of {whose} are matched with ImageNet's class names by their order"
-                by_id = np.argsort(ids)  # where ImageNet's first class stands, its second, ...
+                by_id = np.argsort(ids)  # the index in ids of ImageNet's first class, of its second, ...
                 return ClassMatch(by_id if ids is wanted else np.argsort(by_id), (note,))
         raise DataError(
             f"{len(missing)} of the {len(wanted)} classes of {data} are not among the {count} of {path}: "
             f"{listing(map(repr, missing))}; use the names in {path}: {listing(map(repr, names))}"
         )
     if len(set(wanted)) < len(wanted):
-        twice = sorted({name for name in wanted if wanted.count(name) > 1})
-        shared = f"{data} has several classes with the same name: {listing(map(repr, twice))}"
-        raise DataError(f"{shared}; {path} cannot tell them apart")
-    found, notes = np.full(count, -1), []
+        shared = listing(repr(name) for name in sorted(set(wanted)) if wanted.count(name) > 1)
+        raise DataError(f"{data} has several classes with the same name: {shared}; {path} cannot tell them apart")
+    labels, notes = np.full(count, -1), []
     for label, name in enumerate(wanted):
-        found[places[name]] = label
-        if len(places[name]) > 1:
-            notes.append(f"{path} has {len(places[name])} classes with the name {name!r}: each of them counts as right")
-    return ClassMatch(found, tuple(notes))
+        labels[indices[name]] = label
+        if len(indices[name]) > 1:
+            notes.append(f"{path} has {len(indices[name])} classes named {name!r}: each of them counts as correct")
+    return ClassMatch(labels, tuple(notes))
 
 
 def _is_wordnet(names: Sequence[str]) -> bool:

@@ -1,7 +1,7 @@
-"""Batches of images: in random order and augmented for training, each image once for evaluation.
+"""Batches of images: in random order and augmented for training, each image once and in order for evaluation.
 
-Grain shuffles, and decodes ahead in threads or worker processes. Batch n depends on the data, the recipe and n alone,
-not on the number of threads, workers or processes: n is all that a checkpoint needs to hold.
+Grain shuffles the images, and decodes them ahead of time in threads or worker processes. Batch n depends only on the
+data, the recipe and n, not on the number of threads, workers or processes, so a checkpoint stores n and nothing else.
 """
 
 import multiprocessing
@@ -28,14 +28,10 @@ from flax_googlenet.training.datasets import DataError, Dataset
 from flax_googlenet.training.reader import HostBatch, Reader, explained
 from flax_googlenet.training.recipe import Recipe
 
-_ATTEMPTS = 100  # unreadable images in a row after which it is the disk, or the wrong folder
-# Python's resource tracker, a process, frees the memory that a killed worker shared, and would warn about it.
+_ATTEMPTS = 100  # more unreadable images in a row mean that the disk is damaged or the folder is the wrong one
+# Python's resource tracker is a process that frees the shared memory of killed workers, and warns when it does.
 _NO_WARNING = "ignore:resource_tracker:UserWarning"
-_THREADS = min(4, os.cpu_count() or 1)  # each decodes a batch of its own: memory
-
-
-def _never() -> bool:
-    return False
+_THREADS = min(4, os.cpu_count() or 1)  # at most 4, because each thread holds a batch of its own in memory
 
 
 def train_batches(
@@ -43,35 +39,35 @@ def train_batches(
     recipe: Recipe,
     start: int = 0,
     *,
-    stopped: Callable[[], bool] = _never,
+    stopped: Callable[[], bool] = lambda: False,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Reader:
-    """Augmented images without end, in an order that is new in each epoch.
+    """Return an endless iterator over batches of augmented images, shuffled anew for every epoch.
 
-    An epoch is ``recipe.steps_per_epoch(len(dataset))`` batches: the images that are left over wait for another epoch's
-    order. In place of an image that cannot be read comes the next one in ``dataset`` that can.
+    An epoch has ``recipe.steps_per_epoch(len(dataset))`` batches; the images that do not fill another batch are left
+    out of it. An image that cannot be read is replaced by the next one in ``dataset`` that can.
 
     Args:
-        dataset: what ``open_data`` found.
-        recipe: its ``batch_size`` is that of all processes together.
-        start: how many batches were taken before, with whatever number of workers.
-        stopped: tells whether to stop waiting for a batch, which then raises a ``WaitStoppedError``.
-        process_index, process_count: this process gets the rows of each batch that are its own.
+        dataset: the images.
+        recipe: the recipe; its ``batch_size`` counts the images of all processes.
+        start: number of the first batch, to go on after as many batches.
+        stopped: returns whether to stop waiting for a batch; the iterator then raises a ``WaitStoppedError``.
+        process_index: index of this process, which gets an equal share of the rows of each batch.
+        process_count: number of processes.
 
     Returns:
-        An iterator of ``image`` float32 [b, size, size, 3], normalised; ``label`` int32 [b]; ``index`` int64 [b], the
-        places in the dataset that the order asked for; ``used`` int64 [b], those that were read. Its ``close()`` ends
-        threads and worker processes.
-        It raises a DataError where 100 images in a row cannot be read, where a worker process died, and where no
-        batch comes for 10 minutes.
+        An iterator over batches with ``image`` float32 [b, size, size, 3], normalised; ``label`` int32 [b]; ``index``
+        int64 [b], the indices in the dataset that the shuffled order asks for; and ``used`` int64 [b], the indices of
+        the images that were read. Its ``close()`` ends its threads and worker processes. It raises a DataError if 100
+        images in a row cannot be read, if a worker process died, or if no batch comes for 10 minutes.
 
     Raises:
         DataError: if there are fewer images than a batch needs, or the processes cannot share a batch evenly.
     """
     steps = recipe.steps_per_epoch(len(dataset))
     if steps == 0:
-        raise DataError(f"{len(dataset)} images are too few for a batch of {recipe.batch_size}: choose a smaller one")
+        raise DataError(f"{len(dataset)} images are too few for a batch of {recipe.batch_size}: choose a smaller batch")
     rows = _rows(recipe.batch_size, process_index, process_count)
     # Grain adds the epoch to the seed: unmixed, the second epoch of seed 0 would be the first one of seed 1.
     (seed,) = np.random.SeedSequence(recipe.seed).generate_state(1).tolist()
@@ -87,42 +83,39 @@ def train_batches(
 
 def eval_batches(
     dataset: Dataset,
+    recipe: Recipe,
     *,
-    batch_size: int,
-    image_size: int,
     fail: Fail,
-    workers: int = 0,
-    stopped: Callable[[], bool] = _never,
+    stopped: Callable[[], bool] = lambda: False,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[HostBatch]:
-    """Every image once, in order, its middle part.
+    """Yield every image once and in order, preprocessed as for inference.
 
     Args:
-        dataset: what ``open_data`` found.
-        batch_size: images in a batch, over all processes.
-        image_size: height and width, as for ``flax_googlenet.preprocess``.
-        fail: takes the message about an image of this process that cannot be read.
-        workers: processes that read images, or 0 for threads.
-        stopped: tells whether to stop waiting for a batch, which then raises a ``WaitStoppedError``.
-        process_index, process_count: this process gets the rows of each batch that are its own. All processes get the
-            same number of batches.
+        dataset: the images.
+        recipe: the recipe, of which ``batch_size``, ``image_size`` and ``workers`` matter.
+        fail: receives the message about an image of this process that cannot be read.
+        stopped: returns whether to stop waiting for a batch; the iterator then raises a ``WaitStoppedError``.
+        process_index: index of this process, which gets an equal share of the rows of each batch.
+        process_count: number of processes. All of them get the same number of batches.
 
     Yields:
-        ``image`` float32 [b, size, size, 3], normalised; ``label`` int32 [b]; ``index`` int64 [b]. Where an image
-        cannot be read, and after the last one, label and image are -1 and 0; after the last one the index is -1 too.
+        Batches with ``image`` float32 [b, size, size, 3], normalised; ``label`` int32 [b]; and ``index`` int64 [b]. An
+        image that cannot be read is all zeros and has label -1. The same holds for the rows that fill up the
+        last batch; their index is -1, too.
 
     Raises:
-        DataError: if the processes cannot share a batch evenly, a worker process died, or no batch comes for 10
+        DataError: if the processes cannot share a batch evenly, if a worker process died, or if no batch comes for 10
             minutes.
     """
-    rows = _rows(batch_size, process_index, process_count)
-    indices = np.full(-(-len(dataset) // batch_size) * batch_size, -1)
+    rows = _rows(recipe.batch_size, process_index, process_count)
+    indices = np.full(-(-len(dataset) // recipe.batch_size) * recipe.batch_size, -1)
     indices[: len(dataset)] = np.arange(len(dataset))
-    batches = grain.MapDataset.source(indices.reshape(-1, batch_size)[:, rows]).map(
-        partial(_eval_batch, dataset, image_size)
+    batches = grain.MapDataset.source(indices.reshape(-1, recipe.batch_size)[:, rows]).map(
+        partial(_eval_batch, dataset, recipe.image_size)
     )
-    with closing(_iterate(batches, workers, stopped)) as iterator:
+    with closing(_iterate(batches, recipe.workers, stopped)) as iterator:
         for batch in iterator:
             for message in batch.pop("failures"):
                 fail(message)
@@ -149,14 +142,14 @@ def _train_batch(
 
 
 def _read(dataset: Dataset, index: int) -> tuple[int, Image.Image]:
-    """The first image from ``index`` on that can be read, and its index."""
+    """Return the index of the first image from ``index`` on that can be read, and the image."""
     for i in range(index, index + min(_ATTEMPTS, len(dataset))):
         try:
             return i % len(dataset), dataset.read(i % len(dataset))
         except ImageError as error:
             last = error
     count = i + 1 - index
-    raise DataError(f"{count} images in a row cannot be read, the first is {dataset.name(index)}; the last: {last}")
+    raise DataError(f"{count} images in a row cannot be read, starting with {dataset.name(index)}; the last: {last}")
 
 
 def _eval_batch(dataset: Dataset, image_size: int, index: np.ndarray) -> dict[str, np.ndarray | list[str]]:
@@ -181,23 +174,23 @@ def _iterate(batches: grain.MapDataset, workers: int, stopped: Callable[[], bool
         grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1), _start_worker
     )
     if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # Grain reads absl's flags, which are no part of our command lines
+        flags.FLAGS.mark_as_parsed()  # Grain reads absl's flags, which our command lines do not have
     if _NO_WARNING not in sys.warnoptions:
         sys.warnoptions.append(_NO_WARNING)
-    ensure_running()  # Python's resource tracker, whose start would unblock the signals
+    ensure_running()  # the resource tracker: starting it later would unblock the signals
     try:
         with _signals_blocked():
             iterator = iter(dataset)
-            iterator.get_state()  # makes the iterators of the workers, which the next line starts
+            iterator.get_state()  # creates the iterators of the workers, which the next line starts
             iterator.start_prefetch()
             return Reader(iterator, workers, stopped)
-    except OSError as error:  # their semaphores are files in /dev/shm
+    except OSError as error:  # the semaphores of the workers are files in /dev/shm, which may be full
         raise explained(error) from error
 
 
 @contextmanager
 def _signals_blocked() -> Iterator[None]:
-    """Processes that are started in it are deaf to Ctrl-C and SIGTERM, from the first moment on."""
+    """Make processes that are started inside ignore Ctrl-C and SIGTERM, from their first moment on."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield
@@ -206,10 +199,10 @@ def _signals_blocked() -> Iterator[None]:
 
 
 def _start_worker(worker: int, count: int) -> None:
-    """A worker ends when its parent says so or dies: signals to the whole group are for the parent to act upon."""
-    jax.config.update("jax_platforms", "cpu")  # should anything use JAX here: no GPU memory for it
+    """Make a worker end with its parent: signals to the process group are for the parent alone to act upon."""
+    jax.config.update("jax_platforms", "cpu")  # so that no use of JAX in a worker takes memory of the GPU
     parent = multiprocessing.parent_process()
-    assert parent is not None  # noqa: S101  a worker has one
+    assert parent is not None  # noqa: S101  every worker has a parent
 
     def end_with_parent() -> None:
         wait([parent.sentinel])

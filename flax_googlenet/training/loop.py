@@ -147,10 +147,8 @@ class Run:
         try:
             for batch in eval_batches(
                 self.plan.held_out,
-                batch_size=recipe.batch_size,
-                image_size=recipe.image_size,
+                recipe,
                 fail=self.report_unreadable,
-                workers=recipe.workers,
                 stopped=self.signals.end_wait,
                 **self.devices.share,
             ):

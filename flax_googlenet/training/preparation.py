@@ -13,11 +13,12 @@ from jaxtyping import Int
 
 from flax_googlenet.model import MIN_SIZE, GoogLeNet, Variables
 from flax_googlenet.training.classes import find_classes
-from flax_googlenet.training.datasets import DataError, Dataset, open_data
+from flax_googlenet.training.datasets import DataError, Dataset
 from flax_googlenet.training.devices import Devices
 from flax_googlenet.training.finetune import balanced_class_weights, new_head, reorder_head
 from flax_googlenet.training.history import trainings_of
 from flax_googlenet.training.recipe import Recipe, RecipeError, make_optimizer
+from flax_googlenet.training.splits import open_data
 from flax_googlenet.training.step import TrainState, create_train_state
 from flax_googlenet.weights.checkpoint import Weights, load_weights
 
@@ -127,7 +128,7 @@ def find_head(class_names: tuple[str, ...], data: str, weights: Weights, path: s
     if not match.is_one_to_one:
         return Head(None, f"{replaced}: {data} has only {len(class_names)} of its {num_classes} classes")
     why = "; ".join(match.notes) or f"its classes are those of {data}"
-    return Head(np.argsort(match.wanted), f"the head of {path} is kept: {why}")
+    return Head(np.argsort(match.labels), f"the head of {path} is kept: {why}")
 
 
 def describe_classes(dataset: Dataset, *, balanced: bool) -> list[str]:

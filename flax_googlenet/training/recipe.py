@@ -1,4 +1,4 @@
-"""What a run does: a frozen dataclass that is the configuration, the command line and its documentation at once."""
+"""The recipe of a run: a frozen dataclass from which the command line and its help are made, too."""
 
 import dataclasses
 import inspect
@@ -14,30 +14,31 @@ import jax
 from flax_googlenet.errors import GoogLeNetError
 from flax_googlenet.model import BLOCKS, MIN_SIZE
 
-if TYPE_CHECKING:  # the command's --help shows the recipe where the extra "train" is not installed, too
+if TYPE_CHECKING:  # --help shows the recipe even if the extra "train" is not installed
     import optax
 
 
 class RecipeError(GoogLeNetError, ValueError):
-    """A recipe that cannot be followed; the message lists all that is wrong with it."""
+    """A recipe that makes no sense; the message lists everything that is wrong with it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How to train. The defaults are those of the preset ``imagenet``; ``PRESETS`` has the others.
+    """How to train. The defaults are the preset ``imagenet``; ``PRESETS`` has the others.
 
-    BatchNorm's statistics and the moving average change with every batch, also where ``accumulate`` is more than 1.
+    BatchNorm statistics and the moving average of the weights change with every batch, even if ``accumulate`` is more
+    than 1.
 
     Raises:
         RecipeError: if a field has a value that makes no sense.
     """
 
     seed: int = 0
-    """Seed of the initial weights, the order of the images, augmentation, dropout and the choice of held-out images."""
+    """Seed of the initial weights, image order, augmentation, dropout and the choice of held-out images."""
     epochs: int = 90
     """Number of passes over the training images."""
     batch_size: int = 256
-    """Number of images in a step, over all devices and processes."""
+    """Number of images in a step, summed over all devices and processes."""
     image_size: int = 224
     """Height and width of the training crops, in pixels."""
     learning_rate: float = 0.1
@@ -45,55 +46,55 @@ class Recipe:
     momentum: float = 0.9
     """Momentum of SGD."""
     nesterov: bool = True
-    """Nesterov's kind of momentum, instead of the classical one."""
+    """Nesterov momentum instead of classical momentum."""
     weight_decay: float = 5e-5
-    """Factor of the weights that is added to their gradients, for kernels only, not for biases and BatchNorm."""
+    """Weight decay of the kernels. Biases and BatchNorm parameters have none."""
     schedule: Literal["constant", "step", "cosine"] = "cosine"
     """Learning rate after the warm-up: constant, 4 percent less every 8 epochs (step), or a cosine down to 0."""
     warmup_epochs: float = 5.0
-    """Epochs in which the learning rate rises evenly, from 1/n of it in the first of n steps; at most half of all."""
+    """Number of epochs over which the learning rate rises linearly at the start; at most half of all epochs."""
     label_smoothing: float = 0.1
-    """Share of a label that is spread evenly over all classes."""
+    """Share of each label that is spread evenly over all classes."""
     class_weights: Literal["none", "balanced"] = "none"
-    """Weights of the classes in the loss; with balanced, rare classes count as much as frequent ones."""
+    """Weights of the classes in the loss. With balanced, rare classes count as much as frequent ones."""
     aux_weight: float = 0.3
-    """Weight of the loss of each auxiliary head; the paper has 0.3."""
+    """Weight of the loss of each auxiliary head. The paper has 0.3."""
     dropout: float = 0.2
     """Dropout rate before the last layer."""
     dropout_aux: float = 0.7
     """Dropout rate in the auxiliary heads."""
     average_decay: float | None = None
-    """Decay of a moving average of the weights, which is evaluated and saved in their place. None keeps none."""
+    """Decay of a moving average of the weights, which is evaluated and saved in their place. None means no average."""
     accumulate: int = 1
-    """Number of batches whose mean gradient makes one change of the weights. A rest at the end changes nothing."""
+    """Number of batches whose mean gradient makes one update of the weights. Batches left over at the end make none."""
     frozen: tuple[str, ...] = ()
-    """Blocks that stay unchanged, with their statistics: conv1-conv3, inception3a-inception5b, fc, aux1, aux2."""
+    """Blocks whose weights and statistics do not change: conv1-conv3, inception3a-inception5b, fc, aux1, aux2."""
     head_learning_rate: float = 1.0
-    """Learning rate of fc, aux1 and aux2, as a multiple of the learning rate of the other blocks."""
+    """Learning rate of fc, aux1 and aux2 as a multiple of the learning rate of the other blocks."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of the computation. Weights, BatchNorm statistics and the loss stay in float32."""
     held_out: float = 0.1
-    """Share of the images that is held out for evaluation, unless the data have a part of their own for it."""
+    """Share of the images that is held out for evaluation, unless the data come with a part for it."""
     crop_area: tuple[float, float] = (0.08, 1.0)
-    """Smallest and largest area of a training crop, as a share of the image."""
+    """Smallest and largest area of a training crop as a share of the image."""
     crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)
-    """Smallest and largest width of a training crop, as a multiple of its height."""
+    """Smallest and largest width of a training crop as a multiple of its height."""
     interpolation: Literal["bilinear", "random"] = "bilinear"
-    """Interpolation of a crop when it is resized; random chooses one of Pillow's for each crop."""
+    """Interpolation used to resize a crop. With random, each crop gets one of four methods."""
     flip: bool = True
-    """Mirroring of half of the training crops."""
+    """Horizontal mirroring of half of the training crops."""
     distortion: bool = False
     """Random changes of brightness, contrast and saturation of the training crops."""
     patience: int | None = None
-    """Number of epochs without a better held-out accuracy after which training stops early. None or 0: never."""
+    """Number of epochs without a better held-out accuracy after which training stops early. None or 0 means never."""
     max_corrupt: float = 0.001
-    """Share of unreadable images above which the run stops. Three are allowed in any case, unless it is 0."""
+    """Share of unreadable images above which the run stops. Unless it is 0, three images are always allowed."""
     workers: int = 0
-    """Number of processes that read images. With 0, threads of the run read them. The pixels are the same."""
+    """Number of processes that read images. With 0, threads read them. The pixels are the same."""
     checkpoint_every: int = 1000
-    """Number of steps between two checkpoints. One more is saved at the end, and one when the run is stopped."""
+    """Number of steps between two checkpoints. The run also saves one when it ends or is stopped."""
     keep: int = 2
-    """Number of checkpoints to keep."""
+    """Number of newest checkpoints to keep."""
 
     def __post_init__(self) -> None:
         problems = [
@@ -121,7 +122,7 @@ class Recipe:
             **{f"{name} must be at least 0 and less than 1": 0 <= getattr(self, name) < 1 for name in shares},
             **{f"{name} must be at least 0": getattr(self, name) >= 0 for name in not_negative},
             **{
-                f"{name} must be less than 2**31": value < 2**31  # the steps of a run are counted in 32 bits
+                f"{name} must be less than 2**31": value < 2**31  # steps are counted in 32 bits
                 for name, value in vars(self).items()
                 if type(value) is int and name != "seed"
             },
@@ -129,28 +130,27 @@ class Recipe:
             "seed must be at least 0 and less than 2**32": 0 <= self.seed < 2**32,
             f"image_size must be at least {MIN_SIZE}": self.image_size >= MIN_SIZE,
             "average_decay must be more than 0 and less than 1": 0 < (self.average_decay or 0.5) < 1,
-            "crop_area must rise, above 0 and up to 1": 0 < self.crop_area[0] <= self.crop_area[1] <= 1,
-            "crop_aspect must rise, above 0": 0 < self.crop_aspect[0] <= self.crop_aspect[1],
+            "crop_area must be ascending, above 0 and at most 1": 0 < self.crop_area[0] <= self.crop_area[1] <= 1,
+            "crop_aspect must be ascending and above 0": 0 < self.crop_aspect[0] <= self.crop_aspect[1],
             f"frozen must name blocks among {', '.join(BLOCKS)}": set(self.frozen) <= set(BLOCKS),
         }
 
     def steps_per_epoch(self, num_images: int) -> int:
-        """Batches in an epoch; the images that do not fill one are left over."""
+        """Return the number of batches in an epoch; images that do not fill another batch are left out."""
         return num_images // self.batch_size
 
     def to_json(self) -> str:
-        """The recipe as a JSON object, for ``from_json``."""
+        """Return the recipe as a JSON object, which ``from_json`` reads."""
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str | bytes) -> "Recipe":
-        """Reads what ``to_json`` of this version or an earlier one wrote.
+        """Read a recipe that ``to_json`` of this version or an earlier one wrote.
 
-        A field that the text does not have gets its default: an earlier version, which did not know the field yet, has
-        trained so.
+        Missing fields get their defaults, which is how an earlier version without these fields trained.
 
         Raises:
-            RecipeError: if a field is unknown, or its value makes no sense; the message names it.
+            RecipeError: if a field is unknown or its value makes no sense; the message names it.
         """
         try:
             values = json.loads(text)
@@ -160,13 +160,13 @@ class Recipe:
             return cls(**fields)
         except RecipeError:
             raise
-        # Not JSON, not an object, or nested thousands deep.
+        # The text is not JSON, is not an object, or is nested thousands of levels deep.
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise RecipeError(f"not as to_json writes it: {error}") from error
+            raise RecipeError(f"not a recipe that to_json wrote: {error}") from error
 
 
 def _is(value: object, kind: Any) -> bool:
-    """Whether a value is of a field's type; an int will do for a float, but nothing that is not finite."""
+    """Return whether a value has the type of a field. An int may stand for a float; floats must be finite."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
         return value in args
@@ -178,7 +178,7 @@ def _is(value: object, kind: Any) -> bool:
         kinds = args[:1] * len(value) if args[-1] is ... else args
         return len(value) == len(kinds) and all(map(_is, value, kinds))
     if kind is float:
-        # A comparison, because math.isfinite raises for an int that no float can hold. NaN compares as False.
+        # Compared, as math.isfinite raises for an int that is too large for a float. A comparison with NaN is False.
         return type(value) in (int, float) and abs(value) <= sys.float_info.max  # type: ignore[arg-type]
     return type(value) is kind
 
@@ -190,8 +190,8 @@ def _named(kind: Any) -> str:
 
 
 PRESETS = {
-    # "Going Deeper with Convolutions", sections 5 to 7. What it leaves open is as in Caffe's replication of it,
-    # https://github.com/BVLC/caffe/tree/master/models/bvlc_googlenet: batch, learning rate, weight decay.
+    # "Going Deeper with Convolutions", sections 5 to 7. The paper leaves open the batch size, learning rate and weight
+    # decay. Here they are those of https://github.com/BVLC/caffe/tree/master/models/bvlc_googlenet.
     "paper": Recipe(
         epochs=250,
         batch_size=32,
@@ -230,7 +230,7 @@ PRESETS = {
         held_out=0.2,
         crop_area=(0.7, 1.0),
         crop_aspect=(0.9, 1.1),
-        flip=False,  # a mirrored digit is none
+        flip=False,  # a mirrored digit is not a digit
         checkpoint_every=100,
     ),
 }
@@ -238,36 +238,40 @@ PRESETS = {
 
 
 def schedule(recipe: Recipe, steps_per_epoch: int) -> "optax.Schedule":
-    """The learning rate by the number of changes of the weights, of which ``accumulate`` steps make one.
+    """Return the learning rate as a function of the number of weight updates; ``accumulate`` steps make one update.
 
     Args:
         recipe: the recipe.
-        steps_per_epoch: batches in an epoch, at least one.
+        steps_per_epoch: number of batches in an epoch, at least one.
     """
     import optax
 
     per_epoch = steps_per_epoch / recipe.accumulate
     warmup = round(min(recipe.warmup_epochs, recipe.epochs / 2) * per_epoch)
     rest = max(1, round(recipe.epochs * per_epoch) - warmup)
-    after: Callable[[Any], Any]
+    main: Callable[[Any], Any]
     if recipe.schedule == "cosine":
-        after = optax.cosine_decay_schedule(recipe.learning_rate, rest)
+        main = optax.cosine_decay_schedule(recipe.learning_rate, rest)
     elif recipe.schedule == "step":
-        after = optax.exponential_decay(recipe.learning_rate, max(1, round(8 * per_epoch)), 0.96, staircase=True)
+        main = optax.exponential_decay(recipe.learning_rate, max(1, round(8 * per_epoch)), 0.96, staircase=True)
     else:
-        after = optax.constant_schedule(recipe.learning_rate)
+        main = optax.constant_schedule(recipe.learning_rate)
     if not warmup:
-        return after
-    # As torch.optim.lr_scheduler.LinearLR(start_factor=1 / warmup, total_iters=warmup): from 0, the first step of a run
-    # would change nothing.
+        return main
+    # As torch.optim.lr_scheduler.LinearLR(start_factor=1 / warmup, total_iters=warmup). A rise from 0 would make the
+    # first step change nothing.
     rising = optax.linear_schedule(recipe.learning_rate / warmup, recipe.learning_rate, warmup)
-    return optax.join_schedules([rising, after], [warmup])
+    return optax.join_schedules([rising, main], [warmup])
 
 
 def make_optimizer(recipe: Recipe, steps_per_epoch: int) -> "optax.GradientTransformation":
-    """SGD by the recipe; as in PyTorch, weight decay is part of the gradient that the momentum takes in.
+    """Return SGD as the recipe describes it; as in PyTorch, momentum accumulates the weight decay, too.
 
-    Frozen blocks are left out by ``create_train_state``.
+    ``create_train_state`` excludes the frozen blocks.
+
+    Args:
+        recipe: the recipe.
+        steps_per_epoch: number of batches in an epoch, at least one.
     """
     import optax
 

@@ -104,7 +104,7 @@ def refusal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[...,
 
 def test_data_that_are_not_there_are_refused(tmp_path: Path, refusal: Callable[..., str]) -> None:
     said = refusal(str(tmp_path / "photos"))
-    assert f"error: {tmp_path}/photos: no such folder; expected a folder of train/ and val/" in said
+    assert f"error: {tmp_path}/photos: no such folder; expected a folder with train/ and val/" in said
 
 
 def test_weights_that_are_none_are_refused(tmp_path: Path, refusal: Callable[..., str]) -> None:

@@ -1,4 +1,4 @@
-"""Augmentation is the paper's, in torchvision's distribution and pixels; evaluation sees the middle of an image."""
+"""Augmentation follows the paper and has torchvision's distribution and pixels."""
 
 from collections import Counter
 from dataclasses import replace
@@ -19,17 +19,17 @@ from flax_googlenet.training.recipe import Recipe
 
 AREA, ASPECT = (0.08, 1.0), (3 / 4, 4 / 3)
 PLAIN = Recipe(image_size=64, flip=False, crop_area=(1.0, 1.0), crop_aspect=(1.0, 1.0))
-"""All of a square image, as it is."""
+"""A recipe that leaves a square image of 64 x 64 pixels unchanged."""
 
 
 def colours(array: np.ndarray) -> np.ndarray:
-    """The uint8 [h, w, 3] of which ``array`` was made."""
+    """Return the uint8 [h, w, 3] that ``array`` was made from."""
     return np.rint((array * IMAGENET_STD + IMAGENET_MEAN) * 255).astype(np.uint8)
 
 
 @pytest.fixture(scope="module")
 def photograph() -> Image.Image:
-    """640 x 427 pixels."""
+    """A photograph of 640 x 427 pixels."""
     return Image.fromarray(reference.photographs()[0])
 
 
@@ -59,10 +59,10 @@ def test_a_crop_lies_in_an_image_of_any_size(size: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize(("size", "box"), [((30, 1000), (0, 480, 30, 520)), ((1000, 30), (480, 0, 520, 30))])
-def test_where_no_crop_fits_it_is_the_largest_in_the_middle(
+def test_a_crop_that_does_not_fit_becomes_the_largest_one_in_the_middle(
     size: tuple[int, int], box: tuple[int, int, int, int]
 ) -> None:
-    # 8 percent of these need a side of at least 42 pixels.
+    # A crop of at least 8 percent of these images needs a side of at least 42 pixels.
     assert random_crop(*size, AREA, ASPECT, np.random.default_rng(0)) == box
 
 
@@ -76,14 +76,14 @@ def test_a_crop_has_torchvisions_pixels(photograph: Image.Image) -> None:
         np.testing.assert_array_equal(colours(ours), np.asarray(expected))
 
 
-def test_the_same_seed_gives_the_same_pixels_and_another_one_others(photograph: Image.Image) -> None:
+def test_the_same_seed_gives_the_same_pixels_and_another_seed_other_pixels(photograph: Image.Image) -> None:
     recipe = Recipe(image_size=32, interpolation="random", distortion=True)
     first, second = ([augment(photograph, recipe, np.random.default_rng(s)) for s in range(10)] for _ in range(2))
     np.testing.assert_array_equal(first, second)
     assert len({array.tobytes() for array in first}) == 10
 
 
-def test_half_of_the_crops_are_mirrored_and_none_where_the_recipe_says_so() -> None:
+def test_half_of_the_crops_are_mirrored_unless_the_recipe_turns_it_off() -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     rng = np.random.default_rng(0)
     upright, mirrored = np.asarray(image).tobytes(), np.asarray(image)[:, ::-1].tobytes()
@@ -93,7 +93,7 @@ def test_half_of_the_crops_are_mirrored_and_none_where_the_recipe_says_so() -> N
     assert {colours(augment(image, PLAIN, rng)).tobytes() for _ in range(20)} == {upright}
 
 
-def test_random_interpolation_is_each_of_the_papers_four_equally_often(photograph: Image.Image) -> None:
+def test_random_interpolation_chooses_among_the_papers_four_methods_equally_often(photograph: Image.Image) -> None:
     image = photograph.crop((0, 0, 100, 100))
     names = {np.asarray(image.resize((64, 64), method)).tobytes(): method for method in Image.Resampling}
     rng = np.random.default_rng(0)
@@ -107,11 +107,11 @@ def test_random_interpolation_is_each_of_the_papers_four_equally_often(photograp
 
 def test_distortion_changes_brightness_contrast_and_colour_by_half_at_most(photograph: Image.Image) -> None:
     rng = np.random.default_rng(0)
-    # A grey area has neither contrast nor colour: what changes is the brightness, uniformly from 0.5 to 1.5.
+    # A grey image has neither contrast nor colour, so only its brightness changes, uniformly between 0.5 and 1.5.
     grey = Image.new("RGB", (2, 2), (100, 100, 100))
     factors = [np.asarray(distort(grey, rng)).mean() / 100 for _ in range(1000)]
     assert kstest(factors, "uniform", args=(0.5, 1)).pvalue > 0.01
-    # Of a photograph the contrast and the saturation change as well, relative to its brightness.
+    # A photograph changes in contrast and saturation as well, relative to its brightness.
     small = photograph.resize((64, 64))
     changed = [np.asarray(distort(small, rng), float) for _ in range(200)]
     contrasts = [array.mean(2).std() / array.mean() for array in changed]

@@ -1,4 +1,4 @@
-"""Batch n is always the same, whoever makes it; what cannot be read is replaced visibly; workers end with their run."""
+"""HostBatch n is the same whoever makes it, a replaced image shows, and workers end with their run."""
 
 import itertools
 import multiprocessing
@@ -67,7 +67,7 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 @pytest.fixture(scope="module")
 def expected(photographs: Dataset) -> list[HostBatch]:
-    """Seven batches, three and a half epochs, by no worker and one process."""
+    """Seven batches, which are three and a half epochs, made by one process without workers."""
     return take(train_batches(photographs, RECIPE), 7)
 
 
@@ -127,12 +127,12 @@ def test_a_batch_that_processes_cannot_share_is_refused(photographs: Dataset) ->
     with pytest.raises(DataError, match="3 processes cannot share a batch of 4"):
         train_batches(photographs, RECIPE, process_count=3)
     with pytest.raises(DataError, match="3 processes cannot share a batch of 4"):
-        next(eval_batches(photographs, batch_size=4, image_size=32, fail=print, process_count=3))
+        next(eval_batches(photographs, RECIPE, fail=print, process_count=3))
 
 
 @pytest.fixture
 def damaged(tmp_path: Path) -> Dataset:
-    """Eight files, of which 2 (cut off), 3 (text), and 7 (empty) are no images."""
+    """Eight files, of which 2 (cut off), 3 (text) and 7 (empty) cannot be read."""
     for i in range(8):
         Image.fromarray(reference.photographs()[0][40 * i : 40 * i + 40, :60]).save(tmp_path / f"{i}.jpg")
     (tmp_path / "2.jpg").write_bytes((tmp_path / "2.jpg").read_bytes()[:600])
@@ -141,7 +141,7 @@ def damaged(tmp_path: Path) -> Dataset:
     return replace(as_dataset(*sorted(tmp_path.iterdir())), labels=np.arange(8, dtype=np.int32))
 
 
-def test_what_cannot_be_read_is_replaced_by_the_next_image_and_shows(damaged: Dataset) -> None:
+def test_an_image_that_cannot_be_read_is_replaced_by_the_next_one_and_that_shows(damaged: Dataset) -> None:
     first, second = (take(train_batches(damaged, RECIPE), 4) for _ in range(2))
     assert_equal(first, second)
     indices = np.concatenate([batch["index"] for batch in first])
@@ -155,11 +155,11 @@ def test_what_cannot_be_read_is_replaced_by_the_next_image_and_shows(damaged: Da
         damaged.read(2)
 
 
-def test_where_nothing_can_be_read_the_run_ends_with_an_error(tmp_path: Path) -> None:
+def test_a_run_whose_images_cannot_be_read_ends_with_an_error(tmp_path: Path) -> None:
     for i in range(120):
         (tmp_path / f"{i:03}.jpg").write_text("text")
     paths = sorted(tmp_path.iterdir())
-    with pytest.raises(DataError, match=r"100 images in a row cannot be read, the first is .*jpg; the last: .*not an"):
+    with pytest.raises(DataError, match=r"100 images in a row cannot be read, starting with .*jpg; the last: .*not an"):
         next(train_batches(as_dataset(*paths), RECIPE))
     with pytest.raises(DataError, match="5 images in a row"):
         next(train_batches(as_dataset(*paths[:5]), RECIPE))
@@ -170,7 +170,7 @@ KINDS = ["cmyk.jpg", "palette.png", "16-bit.png", "alpha.png", "turned.jpg", "on
 
 @pytest.fixture
 def kinds(tmp_path: Path) -> Dataset:
-    """One file of each of ``KINDS``, all of them the colour (200, 200, 200), the turned one black on its right."""
+    """A file of each of ``KINDS``, in the colour (200, 200, 200); the turned one is black on its right."""
     image, exif = Image.new("RGB", (64, 64), (200, 200, 200)), Image.Exif()
     exif[274] = 6  # to be turned by 90 degrees clockwise
     half = image.copy()
@@ -186,7 +186,7 @@ def kinds(tmp_path: Path) -> Dataset:
 
 
 def test_every_kind_of_image_gives_its_colours(kinds: Dataset) -> None:
-    (batch,) = eval_batches(kinds, batch_size=len(KINDS), image_size=32, fail=pytest.fail)
+    (batch,) = eval_batches(kinds, replace(RECIPE, batch_size=len(KINDS)), fail=pytest.fail)
     for name, image in zip(KINDS, colours(batch["image"]).astype(int), strict=True):
         visible = image[:, :14] if name == "turned.jpg" else image
         assert abs(visible - 200).max() <= 3, name
@@ -202,7 +202,7 @@ def test_an_image_of_too_many_pixels_is_an_error_by_name(tmp_path: Path, monkeyp
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     Image.new("RGB", (100, 100)).save(tmp_path / "huge.png")
     messages: list[str] = []
-    (batch,) = eval_batches(as_dataset(tmp_path / "huge.png"), batch_size=1, image_size=32, fail=messages.append)
+    (batch,) = eval_batches(as_dataset(tmp_path / "huge.png"), replace(RECIPE, batch_size=1), fail=messages.append)
     assert batch["label"].tolist() == [-1]
     assert len(messages) == 1
     assert messages[0].startswith(f"{tmp_path}/huge.png has more than 1000 pixels")
@@ -210,7 +210,8 @@ def test_an_image_of_too_many_pixels_is_an_error_by_name(tmp_path: Path, monkeyp
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_evaluation_sees_each_image_once_in_order_and_pads_the_last_batch(photographs: Dataset, workers: int) -> None:
-    batches = list(eval_batches(photographs, batch_size=4, image_size=224, fail=pytest.fail, workers=workers))
+    recipe = replace(RECIPE, image_size=224, workers=workers)
+    batches = list(eval_batches(photographs, recipe, fail=pytest.fail))
     assert np.concatenate([batch["index"] for batch in batches]).tolist() == [*range(11), -1]
     assert np.concatenate([batch["label"] for batch in batches]).tolist() == [*photographs.labels, -1]
     images = np.concatenate([batch["image"] for batch in batches])
@@ -220,20 +221,18 @@ def test_evaluation_sees_each_image_once_in_order_and_pads_the_last_batch(photog
 
 
 def test_processes_share_an_evaluation_in_as_many_batches_each(photographs: Dataset) -> None:
-    whole = list(eval_batches(photographs, batch_size=10, image_size=32, fail=pytest.fail))
+    recipe = replace(RECIPE, batch_size=10)
+    alone = list(eval_batches(photographs, recipe, fail=pytest.fail))
     halves = [
-        list(
-            eval_batches(photographs, batch_size=10, image_size=32, fail=pytest.fail, process_index=i, process_count=2)
-        )
-        for i in range(2)
+        list(eval_batches(photographs, recipe, fail=pytest.fail, process_index=i, process_count=2)) for i in range(2)
     ]
-    assert_equal([{key: np.concatenate([a[key], b[key]]) for key in a} for a, b in zip(*halves, strict=True)], whole)
-    assert len(whole) == 2
+    assert_equal([{key: np.concatenate([a[key], b[key]]) for key in a} for a, b in zip(*halves, strict=True)], alone)
+    assert len(alone) == 2
 
 
-def test_evaluation_says_what_it_cannot_read(damaged: Dataset) -> None:
+def test_evaluation_names_the_images_that_it_cannot_read(damaged: Dataset) -> None:
     messages: list[str] = []
-    batches = list(eval_batches(damaged, batch_size=8, image_size=32, fail=messages.append))
+    batches = list(eval_batches(damaged, replace(RECIPE, batch_size=8), fail=messages.append))
     assert batches[0]["label"].tolist() == [0, 1, -1, -1, 4, 5, 6, -1]
     assert [damaged.name(i) in message for i, message in zip((2, 3, 7), messages, strict=True)] == [True] * 3
 
@@ -242,7 +241,7 @@ def test_no_worker_is_left_after_its_iterator(photographs: Dataset) -> None:
     before = set(multiprocessing.active_children())
     recipe = replace(RECIPE, workers=1)
     closed, forgotten = train_batches(photographs, recipe), train_batches(photographs, recipe)
-    left_early = eval_batches(photographs, batch_size=2, image_size=32, fail=pytest.fail, workers=1)
+    left_early = eval_batches(photographs, replace(recipe, batch_size=2), fail=pytest.fail)
     for batches in (closed, forgotten, left_early):
         next(batches)
     assert len(set(multiprocessing.active_children()) - before) == 3
@@ -273,12 +272,12 @@ def test_a_worker_that_dies_or_hangs_is_noticed_and_none_is_left(
         start = time.monotonic()
         os.kill(worker.pid, signal_number)  # SIGBUS is what writing to a full /dev/shm gives
         with pytest.raises(DataError, match=message):
-            take(batches, 100)  # some are made already
+            take(batches, 100)  # some batches are made already
         assert time.monotonic() - start < 10
     assert set(multiprocessing.active_children()) == before
 
 
-def test_a_wait_for_an_image_that_never_comes_ends_when_it_is_to_stop() -> None:
+def test_waiting_for_an_image_that_never_comes_ends_when_the_run_stops() -> None:
     asked = threading.Event()
 
     class Hanging(Dataset):
@@ -295,7 +294,7 @@ def test_a_wait_for_an_image_that_never_comes_ends_when_it_is_to_stop() -> None:
         released.set()
 
 
-def test_a_worker_may_use_no_gpu_and_has_not_started_jax() -> None:
+def test_a_worker_cannot_use_a_gpu_and_has_not_started_jax() -> None:
     class Reporting(Dataset):
         def read(self, index: int) -> Image.Image:
             platform, started = jax.config.jax_platforms, xla_bridge.backends_are_initialized()
@@ -313,11 +312,11 @@ import signal, sys
 from contextlib import closing
 from dataclasses import replace
 from flax_googlenet.training.data import train_batches
-from flax_googlenet.training.datasets import open_data
 from flax_googlenet.training.recipe import PRESETS
+from flax_googlenet.training.splits import open_data
 stopped = []
 signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
-def run():  # in a function: a global would be closed once more when Python has dismantled itself
+def run():  # in a function, because a global would be closed again while Python shuts down
     data = open_data("digits", held_out=0.2, seed=0)[0]
     print("starting", flush=True)
     with closing(train_batches(data, replace(PRESETS["digits"], workers=2))) as batches:
@@ -336,9 +335,9 @@ print("finished", flush=True)
 
 
 def run_until(word: str, signal_number: int, delay: float) -> tuple[int, str, str]:
-    """Status, output and errors of a run whose whole group gets a signal ``delay`` seconds after a word of its.
+    """Return the status, output and errors of a run whose process group gets a signal ``delay`` seconds after a word.
 
-    Each of its processes holds its output open: that this ends means that all of them have ended.
+    Every process of the run keeps the output open, so all of them have ended when the output ends.
     """
     with subprocess.Popen(
         [sys.executable, "-c", RUN],

@@ -1,4 +1,4 @@
-"""Fine-tuning as users do it: a new head, frozen blocks, a learning rate for the heads, new BatchNorm statistics."""
+"""Fine-tuning: a new head, frozen blocks, a learning rate for the heads, and new BatchNorm statistics."""
 
 import operator
 from typing import Any
@@ -36,7 +36,7 @@ def random_images(batch_size: int, size: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((batch_size, size, size, 3))
 
 
-def test_a_new_head_is_freshly_initialised_and_all_else_is_kept(variables: dict[str, Any]) -> None:
+def test_a_new_head_is_freshly_initialised_and_everything_else_is_kept(variables: dict[str, Any]) -> None:
     model, new = new_head(GoogLeNet(), variables, 7, KEY)
     assert model == GoogLeNet(num_classes=7)
     old, leaves = flatten_dict(variables), flatten_dict(new)
@@ -68,7 +68,7 @@ def test_a_new_head_adds_no_auxiliary_heads(variables: dict[str, Any]) -> None:
 def test_frozen_blocks_and_a_learning_rate_for_the_heads_are_torchs(
     state_dict: dict[str, np.ndarray], variables64: dict[str, Any]
 ) -> None:
-    """In PyTorch: requires_grad False and eval() for the frozen blocks, and two parameter groups."""
+    """PyTorch freezes blocks with requires_grad False and eval(), and has two parameter groups."""
     torch_model = reference.build_for_training(state_dict)
     for name in FROZEN:
         torch_model.get_submodule(name).eval().requires_grad_(False)
@@ -99,7 +99,7 @@ def test_frozen_blocks_and_a_learning_rate_for_the_heads_are_torchs(
     assert not any(x.shape[:1] == (7,) for x in jax.tree.leaves(state.opt_state)), "conv1 has no momentum"
 
 
-def test_nothing_is_computed_backwards_into_frozen_blocks(variables64: dict[str, Any]) -> None:
+def test_frozen_blocks_have_no_backward_pass(variables64: dict[str, Any]) -> None:
     batch = {"image": random_images(2, 64), "label": np.array([0, 1])}
 
     def operations(frozen: tuple[str, ...]) -> float:

@@ -30,9 +30,9 @@ import flax_googlenet
 from flax_googlenet.commands import cli
 from flax_googlenet.model import BLOCKS
 from flax_googlenet.training.data import eval_batches
-from flax_googlenet.training.datasets import open_data
-from flax_googlenet.training.recipe import PRESETS
+from flax_googlenet.training.recipe import PRESETS, Recipe
 from flax_googlenet.training.run import _way_out
+from flax_googlenet.training.splits import open_data
 
 CLASSES, PER_CLASS = 3, 16  # 36 images to train on, 12 held out
 RECIPE = ("epochs=3", "batch-size=8", "held-out=0.25", "learning-rate=0.01", "checkpoint-every=5")
@@ -198,7 +198,7 @@ def test_the_result_goes_back_to_torchvision_which_gives_the_same_accuracy(
     network = TorchGoogLeNet(num_classes=CLASSES, aux_logits=False, init_weights=False).eval()
     network.load_state_dict(torch.load(tmp_path / "back.pth"))
     _, held_out = open_data(str(data), held_out=0.25, seed=0)
-    (batch,) = eval_batches(held_out, batch_size=len(held_out), image_size=32, fail=pytest.fail)
+    (batch,) = eval_batches(held_out, Recipe(batch_size=len(held_out), image_size=32), fail=pytest.fail)
     with torch.no_grad():
         classes = network(torch.from_numpy(batch["image"].transpose(0, 3, 1, 2))).argmax(1).numpy()
     metadata = flax_googlenet.load_metadata(whole / "model.safetensors")
@@ -303,7 +303,7 @@ def test_data_of_which_nothing_can_be_read_stop_the_run(
     weights = ["--weights", str(train.weights), "--recipe.batch-size=8", "--recipe.frozen", *FROZEN]
     assert cli.main(["train", str(data), "--workdir", str(tmp_path / "run"), *weights]) == 4
     said = capsys.readouterr().err.splitlines()[-1]
-    assert " images in a row cannot be read, the first is " in said
+    assert " images in a row cannot be read, starting with " in said
     assert said.endswith("; there is no checkpoint yet")
 
 

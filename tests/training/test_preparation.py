@@ -41,7 +41,7 @@ WORDNET[0], WORDNET[1], WORDNET[6], WORDNET[999] = "n01440764", "n01443537", "n0
             make_weights(2),
             ("cat", "dog"),
             [0, 1],
-            "is kept: W has no class names: its 2 classes are taken in the order",
+            "is kept: W has no class names: its 2 classes are assumed to be",
         ),
         (make_weights(1000, *IMAGENET), WORDNET, list(range(1000)), "is kept: the WordNet identifiers of DATA"),
         (

@@ -1,4 +1,4 @@
-"""The recipe: strict JSON, values that make sense, the schedules of the presets, and an optimizer that is PyTorch's."""
+"""Recipes are strict JSON with values that make sense; their schedules and optimizer are PyTorch's."""
 
 import dataclasses
 import json
@@ -17,22 +17,22 @@ from flax_googlenet.training.recipe import PRESETS, Recipe, RecipeError, make_op
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_json_gives_a_recipe_back(name: str) -> None:
+def test_a_recipe_survives_json(name: str) -> None:
     assert Recipe.from_json(PRESETS[name].to_json()) == PRESETS[name]
 
 
-def test_json_of_an_earlier_version_has_the_defaults_of_the_fields_that_came_later() -> None:
+def test_json_of_an_earlier_version_gets_the_defaults_of_newer_fields() -> None:
     assert Recipe.from_json('{"epochs": 3, "crop_area": [0.5, 1]}') == Recipe(epochs=3, crop_area=(0.5, 1.0))
 
 
-def test_json_of_a_later_version_names_what_is_unknown() -> None:
+def test_unknown_fields_of_a_later_version_are_named() -> None:
     with pytest.raises(RecipeError, match="unknown fields: colour, shape"):
         Recipe.from_json(json.dumps(dataclasses.asdict(Recipe()) | {"shape": 1, "colour": "red"}))
 
 
 @pytest.mark.parametrize("text", ["", "[]", "3", '{"epochs": ', b"\xff", "[" * 10**5, '{"seed": ' + "9" * 5000 + "}"])
-def test_what_is_no_recipe_is_refused(text: str | bytes) -> None:
-    with pytest.raises(RecipeError, match="not as to_json writes it"):
+def test_text_that_is_not_a_recipe_is_refused(text: str | bytes) -> None:
+    with pytest.raises(RecipeError, match="not a recipe that to_json wrote"):
         Recipe.from_json(text)
 
 
@@ -41,7 +41,7 @@ def test_what_is_no_recipe_is_refused(text: str | bytes) -> None:
     [
         ({"epochs": 0}, "epochs must be at least 1"),
         ({"schedule": "linear"}, "schedule must be one of constant, step, cosine"),
-        ({"crop_area": (1.0, 0.5)}, "crop_area must rise"),
+        ({"crop_area": (1.0, 0.5)}, "crop_area must be ascending"),
         ({"frozen": ("conv9",)}, "frozen must name blocks among conv1"),
         ({"image_size": 14}, "image_size must be at least 15"),
         ({"learning_rate": float("nan")}, "learning_rate must be finite float"),
@@ -79,7 +79,7 @@ def test_the_papers_learning_rate_falls_by_4_percent_every_8_epochs() -> None:
     ("recipe", "warmup", "rest"),
     [
         (PRESETS["imagenet"], 50, 850),
-        (dataclasses.replace(PRESETS["finetune"], epochs=1), 5, 5),  # a short run warms up for half of it
+        (dataclasses.replace(PRESETS["finetune"], epochs=1), 5, 5),  # a short run warms up for half of its steps
         (dataclasses.replace(PRESETS["digits"], epochs=1, warmup_epochs=0.1), 1, 9),
     ],
 )
@@ -97,11 +97,11 @@ def test_the_learning_rate_is_pytorchs_linear_warm_up_from_one_step_and_then_a_c
         scheduler.step()
     with jax.numpy_dtype_promotion("standard"):
         rate = schedule(recipe, steps_per_epoch=10)(jnp.arange(warmup + rest))
-    assert rate[0] == pytest.approx(recipe.learning_rate / warmup, rel=1e-6)  # the first step changes the weights
+    assert rate[0] == pytest.approx(recipe.learning_rate / warmup, rel=1e-6)  # so the first step has an effect
     np.testing.assert_allclose(rate, expected, rtol=1e-5, atol=1e-9)
 
 
-def test_accumulation_makes_the_schedule_count_changes_of_the_weights() -> None:
+def test_with_accumulation_the_schedule_counts_weight_updates() -> None:
     one, four = (schedule(dataclasses.replace(Recipe(), accumulate=n), 100) for n in (1, 4))
     with jax.numpy_dtype_promotion("standard"):
         assert float(four(jnp.asarray(500))) == pytest.approx(float(one(jnp.asarray(2000))), rel=1e-6)
@@ -150,7 +150,7 @@ def test_the_optimizer_is_pytorchs_sgd_with_decay_of_the_kernels_and_a_rate_for_
         for x, g in zip(jax.tree.leaves(tensors), jax.tree.leaves(grad), strict=True):
             x.grad = torch.tensor(np.asarray(g))
         sgd.step()
-    # Measured: 2e-16.
+    # 2e-16 measured.
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y.detach().numpy(), rtol=0, atol=1e-14), result, tensors)
 
 
@@ -158,7 +158,7 @@ def test_accumulation_averages_the_gradients(params: dict[str, Any], grads: list
     recipe = Recipe(schedule="constant", warmup_epochs=0.0)
     means = [jax.tree.map(lambda *x: sum(x) / 3, *grads[i : i + 3]) for i in (0, 3)]
     small_steps = train(dataclasses.replace(recipe, accumulate=3), params, grads)
-    # MultiSteps keeps a running mean with weights in float32: measured 6e-9.
+    # MultiSteps keeps a running mean with float32 factors: 6e-9 measured.
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-7), small_steps, train(recipe, params, means)
     )

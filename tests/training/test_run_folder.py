@@ -202,7 +202,7 @@ def test_a_recipe_that_makes_another_state_is_refused_even_when_told(workdir: Pa
 
 def test_a_damaged_recipe_is_named(workdir: Path) -> None:
     (workdir / "recipe.json").write_bytes(b"\xff\xfe")
-    assert f"{workdir}/recipe.json: not as to_json writes it" in refusal(workdir, identity(), RecipeError)
+    assert f"{workdir}/recipe.json: not a recipe that to_json wrote" in refusal(workdir, identity(), RecipeError)
 
 
 @pytest.mark.parametrize("kind", ["folder", "pipe", "dangling link"])
