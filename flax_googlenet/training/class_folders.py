@@ -1,5 +1,6 @@
 """Images in class folders, and the names by which folders are recognised as the parts of a data set."""
 
+import itertools
 import os
 import re
 import unicodedata
@@ -111,26 +112,19 @@ def read_parts(parts: Parts) -> tuple[Dataset, Dataset]:
             f"folders, or {way_out}"
         )
     held_out = read_class_folders(held_out_folder)
-    if differences := _describe_differences(parts, train.class_names, held_out.class_names):
-        raise DataError(f"{data}: {train_name}/ and {held_out_name}/ must have the same classes; {differences}")
-    return train, held_out
-
-
-def _describe_differences(parts: Parts, train: tuple[str, ...], held_out: tuple[str, ...]) -> str:
-    """List the classes that the parts do not share, and those of them that differ only in case."""
-    only_train, only_held_out = sorted(set(train) - set(held_out)), sorted(set(held_out) - set(train))
-    differences = [
-        f"only in {part}/: {', '.join(names)}"
-        for part, names in ((parts.train, only_train), (parts.held_out, only_held_out))
-        if names
-    ]
+    only_train = sorted(set(train.class_names) - set(held_out.class_names))
+    only_held_out = sorted(set(held_out.class_names) - set(train.class_names))
+    sides = ((train_name, only_train), (held_out_name, only_held_out))
+    differences = [f"only in {name}/: {', '.join(classes)}" for name, classes in sides if classes]
     differences += [
         f"{first} and {second} differ only in case: rename one of them"
-        for first in only_train
-        for second in only_held_out
+        for first, second in itertools.product(only_train, only_held_out)
         if first.casefold() == second.casefold()
     ]
-    return "; ".join(differences)
+    if differences:
+        names = f"{train_name}/ and {held_out_name}/"
+        raise DataError(f"{data}: {names} must have the same classes; {'; '.join(differences)}")
+    return train, held_out
 
 
 def read_class_folders(folder: str) -> Dataset:

@@ -15,8 +15,6 @@ from PIL import Image
 from flax_googlenet.errors import GoogLeNetError
 from flax_googlenet.images.preprocessing import rgb
 
-_IDX_IMAGES, _IDX_LABELS = "{}-images-idx3-ubyte", "{}-labels-idx1-ubyte"
-
 
 class DataError(GoogLeNetError, ValueError):
     """Data that cannot be used; the message names the folder or file and says what was expected."""
@@ -94,7 +92,7 @@ def read_digits() -> Dataset:
 
 def has_idx_files(folder: str) -> bool:
     """Return whether a folder has the training images or labels of a data set in IDX files, such as MNIST."""
-    return any(os.path.exists(_idx_path(folder, name, "train")) for name in (_IDX_IMAGES, _IDX_LABELS))
+    return any(map(os.path.exists, _idx_paths(folder, "train")))
 
 
 def read_idx_files(folder: str) -> tuple[Dataset, Dataset]:
@@ -111,18 +109,20 @@ def read_idx_files(folder: str) -> tuple[Dataset, Dataset]:
     class_names = tuple(map(str, range(labels.max() + 1)))
 
     def dataset(part: str, pixels: UInt8[np.ndarray, "n h w"], labels: Int32[np.ndarray, "n"]) -> Dataset:
-        names = tuple(f"{_IDX_IMAGES.format(part)}[{i}]" for i in range(len(labels)))
+        names = tuple(f"{part}-images-idx3-ubyte[{i}]" for i in range(len(labels)))
         return Dataset(class_names, labels, names, folder, pixels)
 
     return dataset("train", pixels, labels), dataset("t10k", test_pixels, test_labels)
 
 
-def _idx_path(folder: str, name: str, part: str) -> str:
-    return os.path.join(folder, name.format(part) + ".gz")
+def _idx_paths(folder: str, part: str) -> tuple[str, str]:
+    """Return the paths of the images and of the labels of a part."""
+    images, labels = f"{part}-images-idx3-ubyte.gz", f"{part}-labels-idx1-ubyte.gz"
+    return os.path.join(folder, images), os.path.join(folder, labels)
 
 
 def _read_idx_part(folder: str, part: str) -> tuple[UInt8[np.ndarray, "n h w"], Int32[np.ndarray, "n"]]:
-    images_path, labels_path = (_idx_path(folder, name, part) for name in (_IDX_IMAGES, _IDX_LABELS))
+    images_path, labels_path = _idx_paths(folder, part)
     pixels, labels = _read_idx(images_path, 3), _read_idx(labels_path, 1)
     if len(pixels) != len(labels):
         raise DataError(

@@ -48,7 +48,7 @@ class Recipe:
     nesterov: bool = True
     """Nesterov momentum instead of classical momentum."""
     weight_decay: float = 5e-5
-    """Weight decay of the kernels. Biases and BatchNorm parameters have none."""
+    """Weight decay of the kernels, added to their gradients. Biases and BatchNorm parameters have none."""
     schedule: Literal["constant", "step", "cosine"] = "cosine"
     """Learning rate after the warm-up: constant, 4 percent less every 8 epochs (step), or a cosine down to 0."""
     warmup_epochs: float = 5.0
@@ -94,7 +94,7 @@ class Recipe:
     checkpoint_every: int = 1000
     """Number of steps between two checkpoints. The run also saves one when it ends or is stopped."""
     keep: int = 2
-    """Number of newest checkpoints to keep."""
+    """Number of checkpoints to keep, the newest ones."""
 
     def __post_init__(self) -> None:
         problems = [
