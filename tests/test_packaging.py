@@ -44,6 +44,7 @@ def test_the_wheel_has_every_module_and_nothing_else(wheel: Path) -> None:
     assert names == set(files)
 
 
+@pytest.mark.slow
 def test_the_wheel_installs_into_an_empty_environment_and_runs_there(wheel: Path, tmp_path: Path) -> None:
     run(sys.executable, "-m", "venv", "--without-pip", "venv", cwd=tmp_path)
     python = tmp_path / "venv" / "bin" / "python"
