@@ -17,6 +17,7 @@ myst_heading_anchors = 3  # links to headings, as on a repository's page
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 600
+nb_merge_streams = True
 
 autodoc_member_order = "bysource"
 napoleon_numpy_docstring = False
