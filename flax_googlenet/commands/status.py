@@ -23,11 +23,7 @@ class Status(IntEnum):
 
 
 class CommandError(GoogLeNetError):
-    """A command cannot do its work, for a reason that only the command line knows, such as an output's place."""
-
-    def __init__(self, *arguments: object) -> None:  # a message; in the training wing a status before it, for now
-        super().__init__(arguments[-1])
-        self.status = arguments[0] if isinstance(arguments[0], Status) else Status.NOT_DONE
+    """A command cannot do its work, for a reason that only the command line knows, such as a missing package."""
 
 
 class UsageError(CommandError):
@@ -55,8 +51,6 @@ The classes stand here by their names: to import them would take the time, and t
 
 def exit_status(error: Exception) -> Status:
     """Return the status with which an exception ends a command: that of its nearest base class in the table."""
-    if type(error) is CommandError:
-        return error.status
     names = (base.__name__ for base in type(error).__mro__)
     return next((_STATUSES[name] for name in names if name in _STATUSES), Status.CRASHED)
 

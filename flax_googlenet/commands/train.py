@@ -13,8 +13,8 @@ from tyro.conf import arg
 from flax_googlenet.commands.aborts import aborts_in_one_line
 from flax_googlenet.commands.arguments import Flag, OptionalFile
 from flax_googlenet.commands.status import CommandError, CrashError, Status, UsageError, describe_crash
-from flax_googlenet.commands.terminal import draws_progress, message_console
-from flax_googlenet.errors import GoogLeNetError, install_advice, printable
+from flax_googlenet.commands.terminal import Messages, draws_progress
+from flax_googlenet.errors import GoogLeNetError, install_advice
 
 if TYPE_CHECKING:
     from flax_googlenet.training.recipe import Recipe
@@ -59,7 +59,7 @@ def train(
             train and val (or Training and Testing, or the like); a folder of IDX files; or the word digits for
             scikit-learn's digits.
         workdir: Folder of the run.
-        preset: Recipe to start from. By default digits for the data digits, finetune with --weights, and imagenet
+        preset: Recipe to start from. By default finetune with --weights, digits for the data digits, and imagenet
             otherwise.
         weights: File of weights to start from, written by port_weights.py, train or flax_googlenet.save. If its
             classes are not those of the data, the heads are replaced by new ones.
@@ -84,42 +84,40 @@ def train(
                 data, workdir, recipe, weights=weights, distributed=distributed, override=override, **shown
             )
         except training.TrainingStopped as stopped:
-            if stopped.signal is not None:
-                if jax.process_index() == 0:
-                    shown["report"](str(stopped))
-                return Status(128 + stopped.signal)
-            failure: Exception = stopped
-        except (GoogLeNetError, OSError) as error:
-            failure = error
-        except Exception as error:
-            failure = CrashError(describe_crash(error, workdir if workdir.is_dir() else None))
-        else:
+            if stopped.signal is None:
+                raise
             if jax.process_index() == 0:
-                path = shlex.quote(str(result.weights))
-                shown["report"](f"held out: {result.metrics['accuracy']:.2%} right, by {result.weights}; next:")
-                shown["report"](f"  flax-googlenet evaluate {path} {shlex.quote(data)}")
-                shown["report"](f"  python convert/port_weights.py {path} --to-torchvision FILE.pth")
-            return Status.DONE
-    raise failure
+                shown["report"](str(stopped))
+            return Status(128 + stopped.signal)
+        except (GoogLeNetError, OSError):
+            raise
+        except Exception as error:
+            raise CrashError(describe_crash(error, workdir if workdir.is_dir() else None)) from error
+        if jax.process_index() == 0:
+            path = shlex.quote(str(result.weights))
+            shown["report"](f"held out: {result.metrics['accuracy']:.2%} right, by {result.weights}; next:")
+            shown["report"](f"  flax-googlenet evaluate {path} {shlex.quote(data)}")
+            shown["report"](f"  python convert/port_weights.py {path} --to-torchvision FILE.pth")
+        return Status.DONE
 
 
 @contextmanager
 def display() -> Iterator[dict[str, Any]]:
-    """Show messages, and a bar where it can be drawn; yields the arguments ``report`` and ``progress`` of ``train``."""
+    """Show the messages of a training, and a bar where one can be drawn.
+
+    Yields:
+        The arguments ``report`` and ``progress`` of ``flax_googlenet.training.train``.
+    """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    console = message_console()
-
-    def report(message: str) -> None:
-        console.print(printable(message), markup=False)
-
-    if not draws_progress(console):
-        yield {"report": report, "progress": None}
+    messages = Messages()
+    if not draws_progress(messages.console):
+        yield {"report": messages.note, "progress": None}
         return
     columns = (BarColumn(20), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-    # rich averages the speed over so many seconds. With its default of 30, one evaluation would make the time left jump
+    # rich averages the speed over an hour. With its default of 30 seconds, one evaluation would make the time left jump
     # to hours.
-    bar = Progress(*columns, console=console, redirect_stdout=False, speed_estimate_period=3600)
+    bar = Progress(*columns, console=messages.console, redirect_stdout=False, speed_estimate_period=3600)
 
     def progress(step: int, total: int, text: str) -> None:
         if not bar.tasks:
@@ -128,7 +126,7 @@ def display() -> Iterator[dict[str, Any]]:
         bar.update(bar.tasks[0].id, completed=step, description=text)
 
     try:
-        yield {"report": report, "progress": progress}
+        yield {"report": messages.note, "progress": progress}
     finally:
         bar.stop()
 

@@ -59,8 +59,8 @@ def train(
         workdir: The folder of the run. It gets ``recipe.json``, ``checkpoints/``, ``metrics.jsonl``, files for
             TensorBoard, ``best.safetensors`` with the best weights so far, and at the end ``model.safetensors`` and
             ``curves.png``. All processes of a run must see the same folder.
-        recipe: How to train. By default the preset ``digits`` for these, ``finetune`` if there are weights, and
-            otherwise ``imagenet``.
+        recipe: How to train. By default the preset ``finetune`` if there are weights, ``digits`` for the data
+            ``digits``, and ``imagenet`` otherwise.
         weights: A file of ``flax_googlenet.save`` to start from. New heads replace its own if the classes are others.
         distributed: Whether this is one of several processes that train together, which the environment describes.
         override: Whether to continue the run in ``workdir`` even if the recipe, the data or the weights have changed.
@@ -73,7 +73,7 @@ def train(
         GoogLeNetError: If it could not begin: a RecipeError, DataError, CheckpointError, WorkdirError or BackendError.
     """
     workdir, weights = Path(workdir), Path(weights) if weights else None
-    recipe = recipe or PRESETS["digits" if data == "digits" else "finetune" if weights else "imagenet"]
+    recipe = recipe or PRESETS["finetune" if weights else "digits" if data == "digits" else "imagenet"]
     with ExitStack() as stack:
         if distributed:
             stack.enter_context(joined())
