@@ -1,12 +1,12 @@
-"""One ``.safetensors`` file for a model's configuration, its variables and free metadata; atomic and checksummed.
+"""Saves a model, its variables and metadata in one ``.safetensors`` file, atomically and with a checksum.
 
-The tensors are named by their path in the variables, ``params/conv1/conv/kernel``. The header's metadata has one entry,
-``flax_googlenet``: a JSON object of ``sha256``, ``model`` and ``metadata``. The digest is that of the whole file with
-its own 64 digits read as zeros. safetensors has no checksum of its own; with this one any flipped bit is noticed, in
-the tensors or the header. The same input makes the same bytes.
+A tensor is named by its path in the variables, such as ``params/conv1/conv/kernel``. The metadata of the header has one
+entry, ``flax_googlenet``: a JSON object with ``sha256``, ``model`` and ``metadata``. The digest is computed over the
+entire file, with zeros in place of its own 64 digits. It reveals any flipped bit in the tensors or the header, which
+safetensors itself does not check. The same input gives the same bytes.
 
-The digest is no secret: a file that somebody else has made may have the right one and any contents. So everything that
-is read is checked, and whatever is wrong with it is a ``CheckpointError``.
+Anybody can compute the digest, so it does not show where a file comes from. Everything in a file is checked when it is
+read, and any problem raises a ``CheckpointError``.
 """
 
 import dataclasses
@@ -32,18 +32,19 @@ from flax_googlenet.errors import GoogLeNetError, well_formed
 from flax_googlenet.files import read_regular_file, write_atomically
 from flax_googlenet.images.preprocessing import CROP
 from flax_googlenet.model import MIN_SIZE, GoogLeNet, Variables, variable_shapes
+from flax_googlenet.weights.checks import tensor_problems, with_problems
 
 _DTYPES = {"F64": jnp.float64, "F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}  # safetensors' names
-_MAX_BYTES = 2**32  # of a file; GoogLeNet with 170,000 classes in float64 has as many
+_MAX_BYTES = 2**32  # the size of a file with 170,000 classes in float64
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
-_MAX_TENSORS = 10_000  # GoogLeNet has 300; a header has room for millions, which would take minutes and gigabytes
+_MAX_TENSORS = 10_000  # GoogLeNet has 300; a header can name millions, which would take minutes and gigabytes
 _MAX_IMAGE_SIZE = 2**13  # pixels; in a forged file an image size could ask for any amount of memory
 _NO_DIGEST = "0" * 64
 _DIGEST = re.compile(rb'\\"sha256\\": \\"([0-9a-f]{64})\\"')  # JSON in JSON: the quotes are escaped
 
 
 class CheckpointError(GoogLeNetError, ValueError):
-    """A file that is not a whole checkpoint of this library, or a model and variables that do not belong together."""
+    """A file that is not an intact checkpoint of this library, or variables that do not fit the model."""
 
 
 class Weights(NamedTuple):
@@ -52,8 +53,13 @@ class Weights(NamedTuple):
     model: GoogLeNet
     variables: dict[str, Any]
     metadata: dict[str, Any]
-    digest: str
-    """The first 16 hexadecimal digits of the file's sha256."""
+    sha256: str
+    """SHA-256 digest of the file, in hexadecimal digits."""
+
+    @property
+    def digest(self) -> str:
+        """The first 16 digits of ``sha256``, by which runs and results name their weights."""
+        return self.sha256[:16]
 
     @property
     def class_names(self) -> list[str] | None:
@@ -76,24 +82,25 @@ class Weights(NamedTuple):
 def save(
     path: str | os.PathLike[str], model: GoogLeNet, variables: Variables, metadata: Mapping[str, Any] | None = None
 ) -> None:
-    """Writes a model, its variables and metadata to one ``.safetensors`` file.
+    """Write a model, its variables and metadata to one ``.safetensors`` file.
 
-    The file is written beside its place, synced and renamed: a kill at any moment leaves the old file or the new one.
+    The file is written under a temporary name, synced and renamed: a kill leaves either the old file or the new one.
 
     Args:
-        path: the file to write.
-        model: the network; its fields are stored.
-        variables: exactly the variables that ``model.init`` makes, of any floating dtype.
-        metadata: anything that JSON can hold, by name: class names, the source of the weights, ... Arrays and scalars
-            of NumPy and JAX and tuples are stored as JSON's lists and numbers, and NaN and infinities as null, because
-            JSON has none. ``class_names``, if it is there and not None, is a list of one string for each class.
+        path: File to write.
+        model: Network; its fields are stored.
+        variables: Variables with the names and shapes of those from ``model.init``, in any floating dtypes.
+        metadata: Anything that JSON can hold, by name, such as class names or the source of the weights. Tuples, and
+            arrays and scalars of NumPy and JAX, are stored as lists and numbers. NaN and infinities are stored as null,
+            because JSON does not have them. ``class_names``, if present and not None, is a list with one string for
+            each class.
 
     Raises:
-        CheckpointError: if the variables are not the model's, by names and shapes; the message lists all that differ.
-            If the model has a field of a wrong kind or the class names are not one string for each class. If the file
-            would be too large to be read again: more than 4 GiB, or 100 MB of metadata.
-        TypeError: if the metadata is not for JSON.
-        OSError: if the file cannot be written; nothing is left behind then.
+        CheckpointError: If names or shapes of the variables are not the model's, in a message that lists all of them;
+            if a field of the model has a wrong value; if the class names are not one string for each class; or if the
+            file would be too large to be read again, with more than 4 GiB or 100 MB of metadata.
+        TypeError: If JSON cannot hold the metadata.
+        OSError: If the file cannot be written. Nothing is left behind.
     """
     config = _plain(_config(model))
     try:
@@ -102,10 +109,10 @@ def save(
         raise CheckpointError(f"the model cannot be stored: {error}") from error
     try:
         plain_metadata = _plain(dict(metadata or {}))
-        # One entry: safetensors writes several in an order that changes from run to run.
+        # A single entry, because safetensors writes several in an order that changes from run to run.
         content = json.dumps({"sha256": _NO_DIGEST, "model": config, "metadata": plain_metadata}, allow_nan=False)
         json.loads(content)
-    except (ValueError, RecursionError) as error:  # it holds itself, is nested too deep, or has an endless number
+    except (ValueError, RecursionError) as error:  # it contains itself, or its nesting or a number is too long
         raise CheckpointError(f"the metadata cannot be stored: {error}") from error
     check_class_names(plain_metadata.get("class_names"), model.num_classes)
     tensors = {"/".join(names): np.ascontiguousarray(value) for names, value in flatten_dict(dict(variables)).items()}
@@ -118,21 +125,21 @@ def save(
 
 
 def load(path: str | os.PathLike[str], *, dtype: Dtype | None = None) -> tuple[GoogLeNet, dict[str, Any]]:
-    """Reads what ``save`` wrote: the model and its variables.
+    """Read the model and the variables in a file that ``save`` wrote.
 
     Args:
-        path: the file.
-        dtype: the dtype of the computation and the parameters, instead of the stored ones: float64, float32, float16 or
-            bfloat16, as anything that ``jax.numpy.dtype`` understands, such as ``"bfloat16"``. BatchNorm statistics
-            stay in float32 at least. float64 needs ``jax.config.update("jax_enable_x64", True)``.
+        path: File to read.
+        dtype: Dtype of the computation and the parameters, in place of the stored ones: float64, float32, float16 or
+            bfloat16, in any form that ``jax.numpy.dtype`` accepts, such as ``"bfloat16"``. BatchNorm statistics stay
+            in float32 or float64. float64 needs ``jax.config.update("jax_enable_x64", True)``.
 
     Returns:
         The model with the stored fields, and its variables as JAX arrays on the default device.
 
     Raises:
-        CheckpointError: if the file is damaged, in as little as one bit, or was not written by ``save``, or if its
-            dtype or the one asked for is 64 bits wide and JAX has 64 bits off.
-        OSError: if there is no such file, or if it is not a regular file or larger than 4 GiB.
+        CheckpointError: If a single bit of the file is damaged, if ``save`` did not write it, or if the stored or the
+            requested dtype is float64 and JAX does not have 64 bits enabled.
+        OSError: If the file does not exist, is not a regular file or is larger than 4 GiB.
 
     Example::
 
@@ -146,7 +153,7 @@ def load_weights(path: str | os.PathLike[str], *, dtype: Dtype | None = None) ->
     """Read all that ``save`` wrote, with one reading of the file; the arguments are those of ``load``.
 
     Raises:
-        CheckpointError: for the same reasons as ``load``, and if the file cannot be read at all.
+        CheckpointError: For the same reasons as ``load``, and if the file cannot be read at all.
     """
     try:
         return _load(path, dtype)
@@ -161,7 +168,7 @@ def _load(path: str | os.PathLike[str], dtype: Dtype | None) -> Weights:
     config = content["model"]
     if config.keys() - _config(GoogLeNet()).keys():
         raise CheckpointError(
-            f"{os.fspath(path)} is of another version of flax_googlenet: its model has {sorted(config)}"
+            f"{os.fspath(path)} is from another version of flax_googlenet: its model has {sorted(config)}"
         )
     try:
         model = _model(config)
@@ -170,9 +177,9 @@ def _load(path: str | os.PathLike[str], dtype: Dtype | None) -> Weights:
             for name, view in safetensors.deserialize(data)
         }
         bias = tensors.get("params/fc/bias")
-        if bias is None or bias.shape != (model.num_classes,):  # before shapes of any size are computed
-            raise ValueError(f"num_classes is {model.num_classes}, and params/fc/bias has not as many values")
-    except Exception as error:  # safetensors has an exception of its own, and NumPy several for sizes beyond 64 bits
+        if bias is None or bias.shape != (model.num_classes,):  # checked before shapes of any size are computed
+            raise ValueError(f"num_classes is {model.num_classes}, but params/fc/bias has a different length")
+    except Exception as error:  # safetensors raises its own exception, and NumPy several for sizes beyond 64 bits
         raise CheckpointError(f"{os.fspath(path)} holds no model of flax_googlenet: {error}") from error
     if dtype is not None:
         model = model.clone(dtype=dtype, param_dtype=dtype)
@@ -187,11 +194,11 @@ def _load(path: str | os.PathLike[str], dtype: Dtype | None) -> Weights:
     for names, shape in shapes.items():
         tensor = tensors["/".join(names)]
         variables[names] = jnp.asarray(tensor, tensor.dtype if dtype is None else shape.dtype)
-    return Weights(model, unflatten_dict(variables), content["metadata"], hashlib.sha256(data).hexdigest()[:16])
+    return Weights(model, unflatten_dict(variables), content["metadata"], hashlib.sha256(data).hexdigest())
 
 
 def load_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads the metadata that ``save`` was given; raises the same errors as ``load``."""
+    """Read the metadata in a file that ``save`` wrote; raises the same errors as ``load``."""
     return _read(path)[1]["metadata"]
 
 
@@ -206,10 +213,10 @@ def _config(model: GoogLeNet) -> dict[str, Any]:
 
 
 def _model(config: dict[str, Any]) -> GoogLeNet:
-    """Returns the network of a stored configuration. A field that an earlier version did not store gets its default.
+    """Return the network of a stored configuration, with defaults for the fields that earlier versions did not have.
 
     Raises:
-        ValueError: if a field has a value of the wrong kind.
+        ValueError: If a field has a wrong value.
     """
     fields = _config(GoogLeNet()) | config
     dtypes = {jnp.dtype(dtype).name: jnp.dtype(dtype).type for dtype in _DTYPES.values()}
@@ -233,7 +240,7 @@ def _float_dtype(dtype: Dtype) -> Dtype:
 
 
 def _plain(value: Any) -> Any:
-    """Returns the value in lists, dicts and Python's own numbers, and None for NaN and infinities, which JSON lacks."""
+    """Convert a value to lists, dicts and Python's numbers, with None for NaN and infinities, which JSON lacks."""
     if isinstance(value, np.ndarray | np.generic | jax.Array):
         value = np.asarray(value).tolist()
     if isinstance(value, Mapping):
@@ -244,7 +251,7 @@ def _plain(value: Any) -> Any:
 
 
 def check_class_names(names: Any, num_classes: int) -> None:
-    """Raises CheckpointError unless ``names`` is None or a list of one string for each class."""
+    """Raise CheckpointError unless ``names`` is None or a list with one string for each class."""
     if names is None:
         return
     if not isinstance(names, list):
@@ -253,14 +260,14 @@ def check_class_names(names: Any, num_classes: int) -> None:
         raise CheckpointError(f"class_names must have one name for each of the {num_classes} classes, got {len(names)}")
     for index, name in enumerate(names):
         if not isinstance(name, str):
-            raise CheckpointError(f"class_names must be strings, and that of class {index} is {name!r}")
+            raise CheckpointError(f"class_names must be strings, but that of class {index} is {name!r}")
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[bytes, dict[str, Any]]:
     data = read_regular_file(path, _MAX_BYTES)
     _, stored, computed = _digest(data, path)
     if stored != computed:
-        raise CheckpointError(f"{os.fspath(path)} is damaged: its sha256 is {computed}, and {stored} was stored in it")
+        raise CheckpointError(f"{os.fspath(path)} is damaged: its sha256 is {computed}, not {stored} as stored in it")
     length = int.from_bytes(data[:8], "little")
     try:
         if length > _MAX_HEADER_BYTES:
@@ -277,13 +284,13 @@ def _read(path: str | os.PathLike[str]) -> tuple[bytes, dict[str, Any]]:
 
 
 def _digest(data: bytes, path: str | os.PathLike[str]) -> tuple[int, str, str]:
-    """Where the digest stands in the file, the one that stands there, and the one that should."""
+    """Return the offset of the digest in the file, the digest stored there, and the correct one."""
     header_end = min(len(data), 8 + int.from_bytes(data[:8], "little"))
     match = _DIGEST.search(data, 8, header_end)
     if match is None:
         raise CheckpointError(
             f"{os.fspath(path)} is not a checkpoint of flax_googlenet, or is damaged: it has no sha256; "
-            f"one of PyTorch's is ported with: python convert/port_weights.py {shlex.quote(os.fspath(path))}"
+            f"port a checkpoint of PyTorch's with: python convert/port_weights.py {shlex.quote(os.fspath(path))}"
         )
     start, stop = match.span(1)
     view = memoryview(data)
@@ -296,26 +303,18 @@ def _digest(data: bytes, path: str | os.PathLike[str]) -> tuple[int, str, str]:
 def _check_tensors(
     subject: str, model: GoogLeNet, tensors: Mapping[str, np.ndarray]
 ) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
-    """Raises unless the tensors are those of the model; returns the shapes that it would initialise."""
+    """Return the shapes of the model's variables by path, or raise CheckpointError if the tensors do not have them."""
     try:
         shapes = flatten_dict(variable_shapes(model))
     except (TypeError, ValueError) as error:  # a precision that JAX does not have
-        raise CheckpointError(f"{subject} are of a network that JAX cannot make: {error}") from error
+        raise CheckpointError(f"{subject} belong to a network that JAX cannot build: {error}") from error
     expected = {"/".join(names): shape.shape for names, shape in shapes.items()}
-    known = {name: tensor for name, tensor in tensors.items() if name in expected}
-    problems = {
-        "missing": [name for name in expected if name not in tensors],
-        "unexpected": [name for name in tensors if name not in expected],
-        "wrong shape": [
-            f"{name} {tensor.shape}, expected {expected[name]}"
-            for name, tensor in known.items()
-            if tensor.shape != expected[name]
-        ],
-        "wrong dtype": [
-            f"{name} {tensor.dtype}" for name, tensor in known.items() if tensor.dtype not in _DTYPES.values()
-        ],
-    }
+    problems = tensor_problems(tensors, expected)
+    problems["wrong dtype"] = [
+        f"{name} {tensor.dtype}"
+        for name, tensor in tensors.items()
+        if name in expected and tensor.dtype not in _DTYPES.values()
+    ]
     if any(problems.values()):
-        listing = "\n".join(f"{kind}: {names}" for kind, names in problems.items() if names)
-        raise CheckpointError(f"{subject} are not those of {model.__class__.__name__}({_config(model)}):\n{listing}")
+        raise CheckpointError(with_problems(f"{subject} do not fit GoogLeNet({_config(model)}):", problems))
     return shapes

@@ -1,6 +1,6 @@
-"""Finds the state dict of a GoogLeNet in what people save: training checkpoints, wrapped modules, tensors beside it.
+"""Finds the state dict of a GoogLeNet in what people save: training checkpoints, wrapped modules, additional tensors.
 
-The rules only look at names and nesting. The values may be arrays or tensors of any library.
+The rules look at names and nesting only. The values can be arrays or tensors of any library.
 """
 
 import functools
@@ -15,31 +15,31 @@ from flax_googlenet.errors import listing
 from flax_googlenet.model import GoogLeNet, variable_shapes
 from flax_googlenet.weights.torchvision import PortingError, torch_key
 
-_ENOUGH = 100  # names of the 287 that a network has without its counters and auxiliary heads; ResNets share fc's two
+_ENOUGH = 100  # of the 287 names without counters and auxiliary heads; a ResNet has two of them, those of fc
 _MAX_DEPTH = 4
 _AVERAGED = re.compile(r"(^|[._])(ema|swa|avg|average|averaged|teacher)([._]|$)", re.IGNORECASE)
-_BOOKKEEPING = ("n_averaged",)  # a counter that torch.optim.swa_utils.AveragedModel keeps beside the network
+_BOOKKEEPING = ("n_averaged",)  # the counter of torch.optim.swa_utils.AveragedModel
 
 
 class FoundStateDict(NamedTuple):
-    """A state dict, and what a person should know about how it was found."""
+    """A state dict, and notes on how it was found."""
 
     state_dict: dict[str, Any]
-    """torchvision's names, or the names of whatever other network the file holds -> arrays, as they were given."""
+    """Unchanged arrays under torchvision's names, or under the names of another network that the file holds."""
     notes: list[str]
-    """One line each: which weights were taken where there are several, and what was left out."""
+    """One line each on which of several networks was taken, and on what was left out."""
 
 
 class _Candidate(NamedTuple):
     path: tuple[str, ...]
-    """The keys that lead to the mapping."""
+    """Keys that lead to the mapping."""
     prefix: str
-    """What stands before every name of the network in this mapping: "", "module.", "model.net.", ..."""
+    """Start of all names of the network in the mapping: "", "module.", "model.net.", ..."""
     mapping: Mapping[str, Any]
 
     @property
     def names(self) -> set[str]:
-        """What ``--key`` may call it: the mapping's place, with or without the prefix, or the prefix alone."""
+        """Values of ``--key`` that choose it: the path of the mapping with or without the prefix, or the prefix."""
         place, prefix = ".".join(self.path), self.prefix.rstrip(".")
         return {place, prefix, f"{place}.{prefix}".strip(".")}
 
@@ -47,22 +47,21 @@ class _Candidate(NamedTuple):
 def find_state_dict(content: Any, key: str | None = None) -> FoundStateDict:
     """Find the weights of a GoogLeNet in the contents of a file.
 
-    A network is recognised by torchvision's names. Whatever stands before all of them (``module.``, ``model.``,
-    ``_orig_mod.``, ...) is dropped. Where one prefix marks the network, other tensors beside it are left out: the
-    weights of a loss, the counters of a metric. Without a prefix, only values that cannot belong to a layer are left
-    out.
+    A network is recognised by torchvision's names. A prefix that all of them share (``module.``, ``model.``,
+    ``_orig_mod.``, ...) is removed. If the network has a prefix, tensors without it are left out, such as the weights
+    of a loss or the counters of a metric. If it has none, only values that cannot belong to a layer are left out.
 
     Args:
-        content: what a file holds: a state dict, or mappings around one.
-        key: which of several networks to take: the keys that lead to it, joined by dots, or its prefix. None takes the
-            first that is not a moving average of another.
+        content: Contents of a file: a state dict, or mappings that contain one.
+        key: Which of several networks to take: the keys that lead to it, joined by dots, or its prefix. None takes the
+            first network that is not a moving average of another one.
 
     Returns:
-        The state dict. If no GoogLeNet is found, the mapping with the most arrays, for which ``from_torchvision``
-        raises an error that says what is wrong with it.
+        The state dict. If there is no GoogLeNet, the mapping with the most arrays, for which ``from_torchvision``
+        raises an error that explains what is wrong.
 
     Raises:
-        PortingError: if there are no arrays at all, or none under ``key``.
+        PortingError: If there are no arrays, or none under ``key``.
     """
     if not isinstance(content, Mapping):
         raise PortingError(f"it holds a {type(content).__name__}, not a state dict")
@@ -100,14 +99,14 @@ def _choose(wanted: list[_Candidate], candidates: list[_Candidate]) -> FoundStat
     notes = []
     if others := [_label(candidate, candidates) for candidate in wanted if candidate is not chosen]:
         taken = repr(_label(chosen, candidates) or "the outermost weights")
-        notes.append(f"took {taken}; --key {' or '.join(filter(None, others))} takes the other weights in it")
+        notes.append(f"took {taken}; --key {' or '.join(filter(None, others))} takes the file's other weights")
     if left_out:
-        notes.append(f"left out what stands beside the network: {listing(left_out, 3)}")
+        notes.append(f"left out entries that do not belong to the network: {listing(left_out, 3)}")
     return FoundStateDict(state_dict, notes)
 
 
 def _label(candidate: _Candidate, candidates: list[_Candidate]) -> str:
-    """Return the shortest ``--key`` for a candidate: with its prefix only if its mapping holds several networks."""
+    """Return the shortest ``--key`` for a candidate, with the prefix only if its mapping holds several networks."""
     alone = sum(other.mapping is candidate.mapping for other in candidates) == 1
     return ".".join(filter(None, (*candidate.path, "" if alone else candidate.prefix.rstrip("."))))
 
@@ -117,9 +116,9 @@ def _could_be_of_a_layer(name: str, value: Any) -> bool:
 
 
 def _mappings(content: Mapping[Any, Any]) -> Iterator[tuple[tuple[str, ...], Mapping[Any, Any]]]:
-    """Yield all mappings in ``content`` except an optimizer's, with the keys that lead to them, the outermost first."""
+    """Yield the mappings in ``content`` but those of optimizers, outermost first, with the keys that lead to them."""
     level: list[tuple[tuple[str, ...], Mapping[Any, Any]]] = [((), content)]
-    seen = {id(content)}  # a pickle can hold a mapping that holds itself
+    seen = {id(content)}  # a mapping in a pickle can contain itself
     for _ in range(_MAX_DEPTH):
         yield from level
         inner = []
@@ -132,7 +131,7 @@ def _mappings(content: Mapping[Any, Any]) -> Iterator[tuple[tuple[str, ...], Map
 
 
 def _prefixes(mapping: Mapping[Any, Any]) -> list[str]:
-    """Return the prefix of each GoogLeNet's names in a mapping, in the order of the mapping."""
+    """Return the prefixes of the GoogLeNets in a mapping, in the order of the mapping."""
     counts: Counter[str] = Counter()
     for name, value in mapping.items():
         if isinstance(name, str) and _is_array(value):

@@ -1,7 +1,7 @@
-"""The map between torchvision's state dict and Flax variables, in both directions, without torch.
+"""Maps torchvision's state dict to Flax variables and back, without torch.
 
-Module names are torchvision's, so only this differs: ``branch2.0`` is ``branch2_0``, the tensors of a layer have Flax's
-names (``NAMES``), and kernels have Flax's order of axes (``TORCH_AXES``).
+The names of modules are torchvision's, with three differences: ``branch2.0`` is ``branch2_0``, the tensors of a layer
+have Flax's names (``NAMES``), and the axes of kernels have Flax's order (``TORCH_AXES``).
 """
 
 import re
@@ -15,52 +15,53 @@ from jax import numpy as jnp
 
 from flax_googlenet.errors import GoogLeNetError
 from flax_googlenet.model import GoogLeNet, Variables, variable_shapes
+from flax_googlenet.weights.checks import tensor_problems, with_problems
 
 NAMES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
-"""Flax's name of a tensor -> PyTorch's."""
+"""Flax's name of a tensor -> PyTorch's name."""
 
 TORCH_AXES = {
     4: (3, 2, 0, 1),  # convolution: HWIO -> OIHW
     2: (1, 0),  # linear: [in, out] -> [out, in]
     1: (0,),
 }
-"""Number of axes -> the transposition from Flax to PyTorch."""
+"""Number of axes -> permutation from Flax's order to PyTorch's."""
 
-_COUNTER = "num_batches_tracked"  # PyTorch counts steps with it; no result depends on it while momentum is a number
-_FIRST = "conv1.conv.weight"  # by its end a state dict is known whatever is put before its names
+_COUNTER = "num_batches_tracked"  # counts training steps; no result depends on it, because momentum is a number
+_FIRST = "conv1.conv.weight"  # a state dict is recognised by a name with this ending, whatever its prefix
 
 VariablePath = tuple[str, ...]
 
 
 class PortingError(GoogLeNetError, ValueError):
-    """Weights that are not those of a GoogLeNet.
+    """Weights that do not belong to a GoogLeNet.
 
-    ``problems`` lists every offender by kind. It is empty where the weights are only wrapped in something, and the
-    message says how to unwrap them.
+    ``problems`` lists all tensors that are wrong by the kind of problem. It is empty if the weights are only wrapped
+    in something; the message then says how to unwrap them.
     """
 
     def __init__(self, message: str, problems: Mapping[str, list[str]] = MappingProxyType({})) -> None:
+        super().__init__(with_problems(message, problems))
         self.problems = {kind: names for kind, names in problems.items() if names}
-        super().__init__("\n".join([message, *(f"{kind}: {names}" for kind, names in self.problems.items())]))
 
 
 def from_torchvision(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """Turns a state dict of ``torchvision.models.googlenet`` into the variables of ``GoogLeNet``.
+    """Convert a state dict of ``torchvision.models.googlenet`` to the variables of ``GoogLeNet``.
 
     Args:
-        state_dict: torchvision's names -> arrays of any floating dtype, ``ml_dtypes.bfloat16`` included, or CPU tensors
-            of a dtype that NumPy has (for a bfloat16 tensor, call ``.float()`` first). Any number of classes, with or
-            without the auxiliary heads (``aux1``, ``aux2``) and ``num_batches_tracked``.
+        state_dict: torchvision's names -> arrays of any floating dtype, including ``ml_dtypes.bfloat16``, or CPU
+            tensors of a dtype that NumPy has (call ``.float()`` on a bfloat16 tensor first). The number of classes is
+            free; the auxiliary heads (``aux1``, ``aux2``) and ``num_batches_tracked`` are optional.
 
     Returns:
-        ``{"params": ..., "batch_stats": ...}``, nested dicts of NumPy arrays that share no memory with the state dict.
-        The dtypes are kept. They fit ``GoogLeNet(num_classes, aux_logits)``, aux_logits being whether the heads are
-        there.
+        ``{"params": ..., "batch_stats": ...}``, nested dicts of NumPy arrays in the same dtypes, which share no memory
+        with the state dict. They fit ``GoogLeNet(num_classes, aux_logits)``, where ``aux_logits`` is whether the state
+        dict has auxiliary heads.
 
     Raises:
-        PortingError: if anything is missing, unexpected, of the wrong shape, not floating point, not finite, or a
-            variance is negative: the message lists all of it. Also for a model, for a training checkpoint around the
-            state dict, and for names with a prefix: the message says what to pass instead.
+        PortingError: If a tensor is missing, unexpected, of the wrong shape, not floating point or not finite, or if a
+            variance is negative. The message lists all such tensors. Also for a model, a training checkpoint that
+            contains a state dict, and names with a prefix; the message then says what to pass instead.
 
     Example::
 
@@ -71,7 +72,7 @@ def from_torchvision(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in state_dict.items():
         try:
             arrays[key] = np.asarray(value)
-        except (TypeError, ValueError, RuntimeError) as error:  # a tensor on a GPU, with a gradient, of bfloat16
+        except (TypeError, ValueError, RuntimeError) as error:  # a tensor on a GPU, with a gradient or in bfloat16
             unreadable[key] = str(error)
     bias = arrays.get("fc.bias", np.empty(1000))
     has_aux = any(key.startswith(("aux1.", "aux2.")) for key in state_dict)
@@ -81,7 +82,7 @@ def from_torchvision(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     tensors = {key: array for key, array in arrays.items() if key not in counters}
     _check("the state dict", tensors, torch_shapes, unreadable)
 
-    # A copy, also where nothing is transposed: training the original must not change the port.
+    # Copies even where nothing is transposed, because training the original must not change the port.
     return unflatten_dict(
         {
             path: np.array(tensors[torch_key(path)].transpose(np.argsort(TORCH_AXES[len(shape)])), order="C")
@@ -91,19 +92,20 @@ def from_torchvision(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def to_torchvision(variables: Variables) -> dict[str, np.ndarray]:
-    """Turns the variables of ``GoogLeNet`` into a complete state dict of ``torchvision.models.googlenet``.
+    """Convert the variables of ``GoogLeNet`` to a complete state dict of ``torchvision.models.googlenet``.
 
     Args:
         variables: ``{"params": ..., "batch_stats": ...}``, with or without the auxiliary heads.
 
     Returns:
-        torchvision's names -> arrays of the same dtypes, bit for bit what ``from_torchvision`` had, with a
-        ``num_batches_tracked`` of 0 for every BatchNorm. ``load_state_dict(strict=True)`` takes it once the arrays are
-        tensors: ``{key: torch.from_numpy(array) for key, array in state_dict.items()}`` (not for bfloat16, which
-        ``torch.from_numpy`` does not know).
+        torchvision's names -> arrays in the same dtypes, with a ``num_batches_tracked`` of 0 for every BatchNorm; all
+        other arrays are bit for bit those that ``from_torchvision`` was given. ``load_state_dict(strict=True)`` accepts
+        ``{key: torch.from_numpy(array) for key, array in state_dict.items()}`` (``torch.from_numpy`` does not accept
+        bfloat16).
 
     Raises:
-        PortingError: as ``from_torchvision``; also for a folded network, for which torchvision has no place.
+        PortingError: If a tensor is wrong, as for ``from_torchvision``. A folded network is also refused, because
+            torchvision's has no biases to hold it.
     """
     arrays = {path: np.asarray(value) for path, value in flatten_dict(dict(variables)).items()}
     bias = arrays.get(("params", "fc", "bias"), np.empty(1000))
@@ -125,7 +127,7 @@ def to_torchvision(variables: Variables) -> dict[str, np.ndarray]:
 
 
 def torch_key(path: VariablePath) -> str:
-    """The name in a state dict of the variable at a path.
+    """Return the name of a variable in torchvision's state dict.
 
     ``("params", "inception3a", "branch2_0", "conv", "kernel")`` is ``inception3a.branch2.0.conv.weight``.
     """
@@ -134,12 +136,12 @@ def torch_key(path: VariablePath) -> str:
 
 
 def _check_unwrapped(state_dict: Mapping[str, Any]) -> None:
-    """Raises PortingError for what usually stands around a state dict: a model, a training checkpoint, DataParallel."""
+    """Raise PortingError for a model, a training checkpoint that contains a state dict, and names with a prefix."""
     if not isinstance(state_dict, Mapping):
         raise PortingError(f"expected a state dict, got {type(state_dict).__name__}: pass model.state_dict()")
     for name, value in state_dict.items():
         if isinstance(value, Mapping) and any(str(key).endswith(_FIRST) for key in value):
-            raise PortingError(f"this is a checkpoint around a state dict: pass checkpoint[{name!r}]")
+            raise PortingError(f"this is a checkpoint that contains a state dict: pass checkpoint[{name!r}]")
     prefixes = {key.removesuffix(_FIRST) for key in state_dict if key.endswith(_FIRST)}
     if len(prefixes) == 1 and (prefix := prefixes.pop()):
         raise PortingError(
@@ -162,28 +164,18 @@ def _check(
     shapes: Mapping[str, tuple[int, ...]],
     unreadable: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Raises one PortingError with all that keeps ``arrays`` from having exactly ``shapes``, and sound values."""
-    known = {name: array for name, array in arrays.items() if name in shapes}
-    # Values are read only where the shape is right: an array that repeats its memory can claim any size.
-    sound = {
-        name: array
-        for name, array in known.items()
-        if array.shape == shapes[name] and jnp.issubdtype(array.dtype, jnp.floating)
-    }
-    problems = {
+    """Raise PortingError unless ``arrays`` have exactly ``shapes`` and valid values; list all that are wrong."""
+    shapes = {name: shape for name, shape in shapes.items() if name not in unreadable}
+    floating = {name: array for name, array in arrays.items() if jnp.issubdtype(array.dtype, jnp.floating)}
+    # Values are read only if the shape is right: an array that repeats its memory can claim any size.
+    readable = {name: array for name, array in floating.items() if array.shape == shapes.get(name)}
+    problems = tensor_problems(arrays, shapes) | {
         "unreadable": [f"{name} ({reason})" for name, reason in unreadable.items()],
-        "missing": [name for name in shapes if name not in arrays and name not in unreadable],
-        "unexpected": [name for name in arrays if name not in shapes],
-        "wrong shape": [
-            f"{name} {array.shape}, expected {shapes[name]}"
-            for name, array in known.items()
-            if array.shape != shapes[name]
-        ],
         "not floating point": [
-            f"{name} {array.dtype}" for name, array in known.items() if not jnp.issubdtype(array.dtype, jnp.floating)
+            f"{name} {array.dtype}" for name, array in arrays.items() if name in shapes and name not in floating
         ],
-        "not finite": [name for name, array in sound.items() if not np.isfinite(array).all()],
-        "negative variance": [name for name, array in sound.items() if name.endswith("var") and (array < 0).any()],
+        "not finite": [name for name, array in readable.items() if not np.isfinite(array).all()],
+        "negative variance": [name for name, array in readable.items() if name.endswith("var") and (array < 0).any()],
     }
     if any(problems.values()):
         raise PortingError(f"{subject} is not a GoogLeNet's:", problems)

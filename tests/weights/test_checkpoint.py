@@ -1,4 +1,4 @@
-"""The file: what goes in comes out, any flipped bit is noticed, and a kill leaves the old file or the new one."""
+"""Checkpoint files return what was saved, reveal any flipped bit, and survive a kill at any moment."""
 
 import errno
 import fcntl
@@ -75,7 +75,7 @@ def test_a_model_and_its_variables_come_back_as_they_were(model: GoogLeNet, tmp_
     assert flax_googlenet.load_metadata(path) == {}
 
 
-def test_a_precision_of_jaxs_enum_comes_back_as_its_name(tmp_path: Path) -> None:
+def test_a_precision_from_jaxs_enum_comes_back_as_its_name(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     flax_googlenet.save(path, SMALL.clone(precision=jax.lax.Precision.HIGH), made(SMALL))
     assert flax_googlenet.load(path)[0].precision == "high"
@@ -95,7 +95,7 @@ def test_metadata_comes_back(tmp_path: Path) -> None:
     assert flax_googlenet.load_metadata(path) == metadata
 
 
-def test_arrays_and_tuples_in_metadata_are_stored_as_json_and_what_is_no_number_as_null(tmp_path: Path) -> None:
+def test_arrays_and_tuples_in_metadata_are_stored_as_json_and_nan_as_null(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     metadata = {
         "class_names": np.array(["cat", "dog"]),
@@ -118,7 +118,7 @@ def test_arrays_and_tuples_in_metadata_are_stored_as_json_and_what_is_no_number_
     [
         (["cat"], "class_names must have one name for each of the 2 classes, got 1"),
         (("cat", "dog", "cow"), "class_names must have one name for each of the 2 classes, got 3"),
-        (["cat", 7], "class_names must be strings, and that of class 1 is 7"),
+        (["cat", 7], "class_names must be strings, but that of class 1 is 7"),
         ("ab", "class_names must be a list of 2 strings, got a str"),
         ({0: "cat", 1: "dog"}, "class_names must be a list of 2 strings, got a dict"),
     ],
@@ -198,7 +198,7 @@ def test_any_flipped_bit_is_noticed(small: Path, tmp_path: Path) -> None:
     [b"", b"x", b"<!DOCTYPE html>", b"\xff" * 8, b"\0" * 100, b"{}" * 50],
     ids=["empty", "one byte", "HTML", "huge header", "zeros", "JSON"],
 )
-def test_a_file_of_something_else_is_refused(contents: bytes, tmp_path: Path) -> None:
+def test_a_file_of_another_kind_is_refused(contents: bytes, tmp_path: Path) -> None:
     path = tmp_path / "else.safetensors"
     path.write_bytes(contents)
     with pytest.raises(CheckpointError, match="is not a checkpoint of flax_googlenet, or is damaged"):
@@ -220,13 +220,13 @@ def test_a_truncated_file_is_refused(small: Path, tmp_path: Path) -> None:
             flax_googlenet.load(path)
 
 
-def test_a_missing_file_is_said_by_the_system(tmp_path: Path) -> None:
+def test_a_missing_file_is_an_error_of_the_system(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"none\.safetensors"):
         flax_googlenet.load(tmp_path / "none.safetensors")
 
 
 def forge(small: Path, path: Path, **changes: Any) -> None:
-    """A file with a right sha256 and other contents: anyone can compute one."""
+    """Write a file with other contents and the right sha256, which anybody can compute."""
     with safetensors.safe_open(small, "np") as file:
         content = json.loads(file.metadata()["flax_googlenet"])
     content |= {"sha256": "0" * 64, **changes}
@@ -237,20 +237,20 @@ def forge(small: Path, path: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("depth", 22, r"is of another version of flax_googlenet: its model has .*'depth'"),
+        ("depth", 22, r"is from another version of flax_googlenet: its model has .*'depth'"),
         ("dtype", "foo", "holds no model of flax_googlenet: "),
         ("param_dtype", "int32", "holds no model of flax_googlenet: "),
         ("num_classes", "x", "holds no model of flax_googlenet: num_classes cannot be 'x'"),
         ("num_classes", True, "num_classes cannot be 'True'"),
         ("num_classes", -1, "num_classes cannot be '-1'"),
-        ("num_classes", 2**40, "num_classes is 1099511627776, and params/fc/bias has not as many values"),
+        ("num_classes", 2**40, "num_classes is 1099511627776, but params/fc/bias has a different length"),
         ("aux_logits", "no", "aux_logits cannot be 'no'"),
         ("dropout", [0.5], r"dropout cannot be '\[0.5\]'"),
         ("dropout_aux", float("nan"), "dropout_aux cannot be 'nan'"),
-        ("precision", "exact", "are of a network that JAX cannot make: (.|\\n)*but got exact"),
+        ("precision", "exact", "belong to a network that JAX cannot build: (.|\\n)*but got exact"),
     ],
 )
-def test_contents_that_are_no_model_are_refused(
+def test_contents_that_are_not_a_model_are_refused(
     name: str, value: Any, message: str, small: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "forged.safetensors"
@@ -262,7 +262,7 @@ def test_contents_that_are_no_model_are_refused(
 
 
 def test_a_file_of_an_earlier_version_is_read(small: Path, tmp_path: Path) -> None:
-    """It may have fewer fields, and in its metadata names and sizes of any kind and numbers that JSON does not have."""
+    """It can have fewer fields, names and sizes of any kind in the metadata, and numbers that JSON does not have."""
     path = tmp_path / "earlier.safetensors"
     metadata = {"class_names": ["cat", "dog", 7], "loss": float("inf"), "recipe": {"image_size": 10**9}}
     forge(small, path, model={"num_classes": 2, "aux_logits": False}, metadata=metadata)
@@ -289,14 +289,14 @@ VALUES += [[[]], [2**40], [0, 2**63], [1] * 70, [1.5]]
 
 
 def places(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Every container in the value, with every key that it has."""
+    """Yield every container in the value with each of its keys."""
     for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
         yield value, key
         yield from places(value[key])
 
 
 def write_forged(path: Path, header: str, tensors: bytes) -> None:
-    """Writes a file with a right digest, if there is room for one in the header."""
+    """Write a file with the right digest, if the header has a place for it."""
     data = len(header).to_bytes(8, "little") + header.encode() + tensors
     path.write_bytes(data.replace(b"0" * 64, hashlib.sha256(data).hexdigest().encode(), 1))
 
@@ -312,12 +312,12 @@ def test_more_tensors_than_any_network_has_are_refused_before_they_are_made(tmp_
 
 
 def test_a_forged_header_is_a_checkpoint_error_or_is_read(tmp_path: Path) -> None:
-    """Of 20,000 like these and 3,000 on a whole network, all did."""
+    """20,000 headers like these and 3,000 on a complete network were tried: none did anything else."""
     path = tmp_path / "forged.safetensors"
     rng = random.Random(0)
     outcomes = []
     for _ in range(300):
-        # The number of classes is wrong already: a right one would cost the shapes of the network each time.
+        # The number of classes is always wrong: for a right one, the shapes of the network would be computed each time.
         content = {"sha256": "0" * 64, "model": {"num_classes": 3, "dropout": 0.2, "dtype": "float32"}, "metadata": {}}
         tensors: dict[str, Any] = {
             "params/fc/bias": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
@@ -329,7 +329,7 @@ def test_a_forged_header_is_a_checkpoint_error_or_is_read(tmp_path: Path) -> Non
         else:
             container[key] = rng.choice(VALUES)
         header = json.dumps({"__metadata__": {"flax_googlenet": json.dumps(content)}, **tensors})
-        if rng.random() < 0.2:  # what json.dumps does not write: any byte, or a value nested too deep
+        if rng.random() < 0.2:  # text that json.dumps does not write: any byte, or a value nested too deep
             place = rng.choice([match.end() for match in re.finditer(r"[:,] ", header)])
             inserted = rng.choice(["[" * 10**4, '{"a":' * 10**4, "9" * 5000 + ",", rng.choice('[]{}:,9e-\\"\0')])
             header = header[:place] + inserted + header[place:]
@@ -343,11 +343,11 @@ def test_a_forged_header_is_a_checkpoint_error_or_is_read(tmp_path: Path) -> Non
     assert sum(" holds no model of flax_googlenet" in outcome for outcome in outcomes) > 250
 
 
-def test_what_is_no_regular_file_or_too_large_is_not_read(tmp_path: Path) -> None:
+def test_a_file_that_is_not_regular_or_too_large_is_not_read(tmp_path: Path) -> None:
     pipe, large = tmp_path / "pipe", tmp_path / "large"
-    os.mkfifo(pipe)  # nobody writes to it: to wait for that would be for ever
+    os.mkfifo(pipe)  # nobody writes to it, so waiting for data would never end
     large.touch()
-    os.truncate(large, 60 * 10**9)  # no disk has to have as much
+    os.truncate(large, 60 * 10**9)  # a sparse file
     for path, message in (
         (pipe, "it is not a regular file"),
         (Path("/dev/zero"), "it is not a regular file"),
@@ -362,14 +362,14 @@ def test_what_is_no_regular_file_or_too_large_is_not_read(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("dtype", [jnp.int32, "float8_e4m3fn", "double precision", []])
-def test_a_dtype_that_is_none_of_the_four_is_refused(dtype: Any, small: Path, tmp_path: Path) -> None:
+def test_any_dtype_but_the_four_is_refused(dtype: Any, small: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="dtype must be float64, float32, float16 or bfloat16"):
         flax_googlenet.load(small, dtype=dtype)
     with pytest.raises(CheckpointError, match="dtype must be float64, float32, float16 or bfloat16"):
         flax_googlenet.save(tmp_path / "model.safetensors", SMALL.clone(dtype=dtype), {})
 
 
-def test_a_precision_that_has_no_name_is_refused(tmp_path: Path) -> None:
+def test_a_precision_without_a_name_is_refused(tmp_path: Path) -> None:
     model = SMALL.clone(precision=("high", "highest"))
     with pytest.raises(CheckpointError, match="cannot be stored: use None or a name such as 'highest'"):
         flax_googlenet.save(tmp_path / "model.safetensors", model, made(SMALL))
@@ -418,7 +418,7 @@ def test_writing_through_a_link_keeps_the_link_and_the_umask(tmp_path: Path) -> 
     assert target.stat().st_mode & 0o777 == 0o666 & ~umask
 
 
-def test_a_file_that_is_replaced_hands_its_permissions_on(tmp_path: Path) -> None:
+def test_a_new_file_has_the_permissions_of_the_one_that_it_replaces(tmp_path: Path) -> None:
     path = tmp_path / "file"
     for mode in (0o600, 0o664, 0o400):
         write_atomically(path, b"old")
@@ -431,24 +431,24 @@ def test_a_file_that_is_replaced_hands_its_permissions_on(tmp_path: Path) -> Non
         assert (path.stat().st_uid, path.stat().st_gid) == (1234, 5678)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="Linux's own call")
-def test_a_file_that_is_replaced_hands_its_access_control_list_on(tmp_path: Path) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="a system call of Linux")
+def test_a_new_file_has_the_access_control_list_of_the_one_that_it_replaces(tmp_path: Path) -> None:
     path = tmp_path / "file"
     write_atomically(path, b"old")
-    # acl(5): the owner may read and write, user 1234 read, the group and others nothing.
+    # acl(5): the owner may read and write, user 1234 may read, the group and others may do nothing.
     entries = [(1, 6, 2**32 - 1), (2, 4, 1234), (4, 0, 2**32 - 1), (16, 4, 2**32 - 1), (32, 0, 2**32 - 1)]
     access = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
     try:
         os.setxattr(path, "system.posix_acl_access", access)
     except OSError as error:
-        if error.errno != errno.ENOTSUP:  # a list that is refused for another reason is a defect of this test
+        if error.errno != errno.ENOTSUP:  # any other error is a defect of this test
             raise
         pytest.skip("the file system has no access control lists")
     write_atomically(path, b"new")
     assert os.getxattr(path, "system.posix_acl_access") == access
 
 
-def test_a_write_removes_what_was_killed_an_hour_ago_but_nothing_else(tmp_path: Path) -> None:
+def test_a_write_removes_the_leftovers_of_kills_an_hour_ago_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     leftover, young, written, linked, folder = (tmp_path / f".{path.name}.0123456{i}.tmp" for i in range(5))
     names = (".other.01234567.tmp", f".{path.name}.0123.tmp", f"{path.name}.01234567.tmp")
@@ -462,7 +462,7 @@ def test_a_write_removes_what_was_killed_an_hour_ago_but_nothing_else(tmp_path: 
         if file != young:
             os.utime(file, (time.time() - 3700,) * 2, follow_symlinks=False)
     with open(written, "rb") as suspended:
-        fcntl.flock(suspended, fcntl.LOCK_EX)  # as a process has that was suspended in the midst of a write
+        fcntl.flock(suspended, fcntl.LOCK_EX)  # as a process does that was suspended during a write
         write_atomically(path, b"new")
     assert {file.name for file in tmp_path.iterdir()} == kept | {path.name}
 
@@ -490,7 +490,7 @@ while True:
         kills += 1
         process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
         assert process.stdout is not None
-        for _ in range(rng.randint(1, 2)):  # versions: where saving is slow, the last one is that which is found
+        for _ in range(rng.randint(1, 2)):  # versions: where saving is slow, the last one is the one found
             process.stdout.readline()
         time.sleep(rng.uniform(0, 0.5))
         process.send_signal(signal.SIGKILL)

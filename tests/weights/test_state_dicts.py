@@ -1,4 +1,4 @@
-"""Where the weights of a GoogLeNet are in what people save, by names and nesting alone."""
+"""The weights of a GoogLeNet are found in what people save, by names and nesting only."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ def under(prefix: str, network: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def found(content: Any, network: dict[str, np.ndarray], key: str | None = None) -> list[str]:
-    """The notes; fails unless exactly the network is found."""
+    """Return the notes; fail unless exactly the network is found."""
     state_dict, notes = find_state_dict(content, key)
     assert state_dict.keys() == network.keys()
     assert all(state_dict[name] is array for name, array in network.items())
@@ -29,22 +29,24 @@ def found(content: Any, network: dict[str, np.ndarray], key: str | None = None) 
 @pytest.mark.parametrize(
     "prefix", ["", "module.", "module.module.", "_orig_mod.", "_orig_mod.module.", "model.", "net.", "backbone.body."]
 )
-def test_one_prefix_of_all_names_is_dropped_whatever_it_is(prefix: str, network: dict[str, np.ndarray]) -> None:
+def test_any_prefix_that_all_names_share_is_removed(prefix: str, network: dict[str, np.ndarray]) -> None:
     assert found(under(prefix, network), network) == []
     assert found({"epoch": 1, "state_dict": under(prefix, network), "optimizer": {"state": {}}}, network) == []
     averaged = {"n_averaged": np.array(2), **under(prefix, network)}
     assert found(averaged, network) == []
 
 
-def test_what_stands_beside_a_prefix_is_left_out_and_listed(network: dict[str, np.ndarray]) -> None:
+def test_tensors_without_the_prefix_are_left_out_and_listed(network: dict[str, np.ndarray]) -> None:
     lightning = {"state_dict": {**under("model.", network), "criterion.weight": np.ones(5), "top1.total": np.ones(1)}}
-    assert found(lightning, network) == ["left out what stands beside the network: criterion.weight, top1.total"]
+    assert found(lightning, network) == [
+        "left out entries that do not belong to the network: criterion.weight, top1.total"
+    ]
 
 
-def test_without_a_prefix_a_layer_of_another_name_stays_for_the_port_to_refuse(network: dict[str, np.ndarray]) -> None:
+def test_without_a_prefix_an_unknown_layer_is_kept_for_the_port_to_refuse(network: dict[str, np.ndarray]) -> None:
     state_dict, notes = find_state_dict({**network, "attention.weight": np.ones(5), "epoch": 3, "loss": np.array(0.4)})
     assert state_dict.keys() == {*network, "attention.weight"}
-    assert notes == ["left out what stands beside the network: epoch, loss"]
+    assert notes == ["left out entries that do not belong to the network: epoch, loss"]
 
 
 @pytest.mark.parametrize(
@@ -57,37 +59,37 @@ def test_without_a_prefix_a_layer_of_another_name_stays_for_the_port_to_refuse(n
         ("EMA", "EMA"),
     ],
 )
-def test_of_averaged_weights_a_note_tells_and_the_key_takes_them(
+def test_a_note_mentions_averaged_weights_and_the_key_takes_them(
     averaged: str, key: str, network: dict[str, np.ndarray]
 ) -> None:
     mean = {name: array.copy() for name, array in network.items()}
     for content in ({"state": network, averaged: under("module.", mean)}, {averaged: mean, "state": network}):
-        assert found(content, network) == [f"took 'state'; --key {key} takes the other weights in it"]
+        assert found(content, network) == [f"took 'state'; --key {key} takes the file's other weights"]
         assert found(content, mean, key) == []
 
 
-def test_two_networks_in_one_mapping_are_told_apart_by_their_prefixes(network: dict[str, np.ndarray]) -> None:
+def test_two_networks_in_one_mapping_are_distinguished_by_their_prefixes(network: dict[str, np.ndarray]) -> None:
     mean = {name: array.copy() for name, array in network.items()}
     content = {"state_dict": {**under("ema.module.", mean), **under("model.", network)}}
     assert found(content, network) == [
-        "took 'state_dict.model'; --key state_dict.ema.module takes the other weights in it"
+        "took 'state_dict.model'; --key state_dict.ema.module takes the file's other weights"
     ]
     assert found(content, mean, "state_dict.ema.module") == []
     assert found(content, mean, "ema") == []
 
 
 @pytest.mark.parametrize("key", [None, "state", "state.model"])
-def test_a_network_lies_as_deep_as_it_likes(key: str | None, network: dict[str, np.ndarray]) -> None:
+def test_a_network_is_found_at_any_depth(key: str | None, network: dict[str, np.ndarray]) -> None:
     assert found({"state": {"model": network}, "epoch": 3}, network, key) == []
 
 
-def test_a_mapping_that_holds_itself_is_searched_once(network: dict[str, np.ndarray]) -> None:
+def test_a_mapping_that_contains_itself_is_searched_once(network: dict[str, np.ndarray]) -> None:
     content: dict[str, Any] = {"model": network}
     content["self"] = content
     assert found(content, network) == []
 
 
-def test_without_a_googlenet_the_fullest_mapping_is_what_the_port_then_refuses() -> None:
+def test_without_a_googlenet_the_fullest_mapping_is_returned_for_the_port_to_refuse() -> None:
     resnet = {"conv1.weight": np.ones(3), "fc.weight": np.ones(3), "fc.bias": np.ones(3)}
     assert find_state_dict({"loss": np.array(0.4), "net": resnet}).state_dict == resnet
 
@@ -105,7 +107,7 @@ def test_without_a_googlenet_the_fullest_mapping_is_what_the_port_then_refuses()
         ),
     ],
 )
-def test_a_content_without_weights_is_refused_with_the_keys_found(content: Any, key: str | None, message: str) -> None:
+def test_contents_without_weights_are_refused_with_the_keys_found(content: Any, key: str | None, message: str) -> None:
     with pytest.raises(PortingError) as caught:
         find_state_dict(content, key)
     assert str(caught.value) == message

@@ -1,4 +1,4 @@
-"""The map to torchvision's state dict: an exact bijection, strict both ways, and every rule of it needed."""
+"""The map to torchvision's state dict: an exact bijection, strict in both directions, without a superfluous rule."""
 
 import subprocess
 import sys
@@ -50,7 +50,9 @@ def test_from_torchvision_is_a_bijection_with_init(state_dict: StateDict, variab
         ((), 1, 364),
     ],
 )
-def test_any_state_dict_of_torchvisions_is_taken(dropped: tuple[str, ...], num_classes: int, keys: int) -> None:
+def test_any_state_dict_of_torchvisions_network_is_accepted(
+    dropped: tuple[str, ...], num_classes: int, keys: int
+) -> None:
     tensors = reference.random_checkpoint(num_classes)
     state_dict = without({key: tensor.numpy() for key, tensor in tensors.items()}, *dropped)
     assert len(state_dict) == keys
@@ -70,7 +72,7 @@ def test_the_round_trip_is_bit_exact_and_torchvision_loads_it(state_dict: StateD
     model.load_state_dict({key: torch.from_numpy(array) for key, array in back.items()}, strict=True)
 
 
-def test_the_way_there_from_flax_is_bit_exact() -> None:
+def test_the_round_trip_from_flax_is_bit_exact() -> None:
     shapes = variable_shapes(GoogLeNet(num_classes=3))
     rng = np.random.default_rng(0)
     variables = jax.tree.map(lambda x: rng.random(x.shape, np.float32), shapes)
@@ -97,7 +99,7 @@ def test_the_port_shares_no_memory_with_the_checkpoint() -> None:
     assert jax.tree.all(jax.tree.map(np.array_equal, before, variables))
 
 
-def test_all_that_is_wrong_is_listed_in_one_error(state_dict: StateDict) -> None:
+def test_one_error_lists_everything_that_is_wrong(state_dict: StateDict) -> None:
     bad = without(state_dict, "conv2.conv.weight", "aux2.fc2.bias")
     nan, negative = bad["fc.bias"].copy(), bad["conv1.bn.running_var"].copy()
     nan[3], negative[5] = np.nan, -1e-9
@@ -153,7 +155,7 @@ def test_a_model_is_refused_with_the_way_out(torch32: TorchGoogLeNet) -> None:
 def test_a_training_checkpoint_is_refused_with_the_way_out(prefix: str, state_dict: StateDict) -> None:
     weights = {prefix + key: array for key, array in state_dict.items()}
     checkpoint = {"optimizer": {"state": {}}, "model": weights, "epoch": 3}
-    assert message(checkpoint) == "this is a checkpoint around a state dict: pass checkpoint['model']"
+    assert message(checkpoint) == "this is a checkpoint that contains a state dict: pass checkpoint['model']"
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.module.", "backbone."])
@@ -161,7 +163,7 @@ def test_names_with_a_prefix_are_refused_with_the_way_out(prefix: str, state_dic
     wrapped = {"n_averaged": np.array(2), **{prefix + key: array for key, array in state_dict.items()}}
     start, _, advice = message(wrapped).partition(": pass ")
     assert start == f"the names begin with {prefix!r}"
-    unwrapped = eval(advice, {"state_dict": wrapped})  # the advice is code, and it works
+    unwrapped = eval(advice, {"state_dict": wrapped})  # the advice is code that works
     assert jax.tree.all(jax.tree.map(np.array_equal, from_torchvision(unwrapped), from_torchvision(state_dict)))
 
 
@@ -171,7 +173,7 @@ def test_another_network_is_refused() -> None:
         from_torchvision(resnet)
 
 
-def test_to_torchvision_lists_all_that_is_wrong(variables: dict[str, Any]) -> None:
+def test_to_torchvision_lists_everything_that_is_wrong(variables: dict[str, Any]) -> None:
     flat = flatten_dict(variables)
     del flat["params", "conv2", "conv", "kernel"]
     flat["params", "conv1", "conv", "bias"] = np.zeros(64)
@@ -193,7 +195,7 @@ def test_a_folded_network_is_refused() -> None:
         to_torchvision(folded)
 
 
-# Every rule, broken: either the state dict no longer fits, or a stage differs.
+# Without any of the rules, either the state dict no longer fits, or a stage differs.
 
 BREAK_NAMES = {
     "kernel": {"kernel": "bias"},
@@ -254,7 +256,7 @@ def exchanged(one: str, other: str) -> Callable[[str], str]:
     [("aux1.fc2", "aux2.fc2"), ("inception4b.branch2.1.bn.weight", "inception4b.branch2.1.bn.running_var")],
 )
 def test_swapping_tensors_of_one_shape_is_noticed(one: str, other: str, state_dict: StateDict) -> None:
-    """Shapes do not tell the two auxiliary heads apart, nor a scale from a variance: only the stages do."""
+    """Two auxiliary heads, or a scale and a variance, have the same shapes: only the stages show the difference."""
     rename = exchanged(one, other)
     variables = from_torchvision({rename(key): array for key, array in state_dict.items()})
     images = proof.proof_images()[1].astype(np.float64)
@@ -284,7 +286,9 @@ def test_the_library_imports_no_torch() -> None:
 def test_the_public_names_are_those_of_the_contract() -> None:
     assert set(flax_googlenet.__all__) == {
         "CheckpointError",
+        "ExportError",
         "GoogLeNet",
+        "GoogLeNetError",
         "GoogLeNetOutput",
         "ImageError",
         "PortingError",
@@ -312,7 +316,7 @@ def test_every_public_name_is_there_and_no_other() -> None:
         _ = flax_googlenet.preproces
 
 
-def test_no_classes_are_a_wrong_shape(state_dict: StateDict) -> None:
+def test_a_network_without_classes_has_a_wrong_shape(state_dict: StateDict) -> None:
     bad = {**state_dict, "fc.bias": np.zeros(0, np.float32), "fc.weight": np.zeros((0, 1024), np.float32)}
     with pytest.raises(PortingError, match=r"fc\.bias \(0,\), expected \(1000,\)"):
         from_torchvision(bad)
@@ -320,7 +324,7 @@ def test_no_classes_are_a_wrong_shape(state_dict: StateDict) -> None:
 
 def test_a_nan_on_one_of_the_images_is_not_proven(state_dict: StateDict, monkeypatch: pytest.MonkeyPatch) -> None:
     images = [image[:1, :32, :32] for image in proof.proof_images()]
-    images[1] = np.full_like(images[1], 3e38)  # overflows in both, and there is nothing left to compare
+    images[1] = np.full_like(images[1], 3e38)  # overflows in both networks, so there is nothing to compare
     monkeypatch.setattr(proof, "proof_images", lambda: images)
     result = proof.prove(state_dict, GoogLeNet(), from_torchvision(state_dict))
     assert not result.ok
