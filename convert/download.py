@@ -1,4 +1,4 @@
-"""Downloads one file: resumed, checked against its hash, and in its place only when it is whole."""
+"""Downloads a file: resumes a broken transfer, checks the hash, and puts the file in place only once it is complete."""
 
 import base64
 import errno
@@ -17,33 +17,33 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import unquote, urlsplit
 from urllib.request import FTPHandler, Request, build_opener
 
-from flax_googlenet.errors import printable, url_without_secrets
+from flax_googlenet.errors import GoogLeNetError, printable, url_without_secrets
 from flax_googlenet.files import keep_permissions, lock, replace_synced
 
 _CHUNK = 1 << 20  # bytes
 
 
-class DownloadError(Exception):
-    """A download that failed; the message is one line that names the URL, without secrets, and what went wrong."""
+class DownloadError(GoogLeNetError):
+    """A failed download; the message is one line that names the URL, without secrets, and what went wrong."""
 
 
 class WrongFileError(DownloadError):
-    """A download that came to its end, but its hash is not the expected one."""
+    """A complete download whose hash is not the expected one."""
 
 
 def name_in_url(url: str) -> str:
-    """Returns the last part of a URL's path, which may be empty."""
+    """Return the last part of a URL's path, which may be empty."""
     return re.split("[?#]", url.partition("://")[2])[0].partition("/")[2].rpartition("/")[2]
 
 
 def hash_in_name(url_or_path: str) -> str | None:
-    """Returns the start of the sha256 in a file's name, as PyTorch's hub has it, or None.
+    """Return the first digits of the sha256 that a file name contains, as in PyTorch's hub, or None.
 
-    ``googlenet-1378be20.pth`` -> ``1378be20``: a dash, eight or more digits of a hash, a dot. Decimal digits alone are
-    taken for a date, a time or a count of steps: ``model-20240131.pth``. One in 43 real hashes of eight digits looks
-    like that, too; such a file is not checked, like any other without a hash in its name. The last group of a UUID is
-    no hash either. torch.hub compares a hash only if it is asked to (``check_hash``). Here a hash in the name is always
-    compared, because the older of PyTorch's formats has no checksum.
+    ``googlenet-1378be20.pth`` contains ``1378be20``: a dash, eight or more hexadecimal digits, a dot. Decimal digits
+    alone count as a date, a time or a number of steps, as in ``model-20240131.pth``. One in 43 real hashes of eight
+    digits looks like that; such a file is not checked, like one without a hash. The last group of a UUID is not a hash
+    either. torch.hub checks a hash only on request (``check_hash``). Here it is always checked, because PyTorch's older
+    format has no checksum.
     """
     name = re.split("[?#]", url_or_path)[0].rpartition("/")[2]
     if re.search(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\.", name):
@@ -61,25 +61,26 @@ def fetch(
     on_progress: Callable[[int, int | None], None] = lambda done, total: None,
     warn: Callable[[str], object] = warnings.warn,
 ) -> None:
-    """Downloads a file, unless it is there and has the right hash.
+    """Download a file, unless it already exists with the right hash.
 
-    The data goes to ``<name>.partial`` beside the file, which is synced and renamed once it is whole and verified: a
-    kill at any moment leaves the old file or the new one. If the hash is known, the next call resumes what is left of
-    a broken download; without a hash nothing would tell that the file on the server has changed, so it starts anew.
+    The data goes to ``<name>.partial`` beside the file, which is synced and renamed once it is complete and verified: a
+    kill at any moment leaves the old file or the new one. If the hash is known, the next call resumes a broken
+    download. Without a hash it starts again, because the file on the server may have changed.
 
     Args:
-        url: http or https; a user and a password in front of the host are sent to this host alone.
-        path: the file to write, in a directory that exists.
-        sha256: the first hex digits of the file's digest, in lower case; None if unknown.
-        max_bytes: the largest file to accept.
-        timeout: seconds without any data after which the download fails.
-        on_progress: called at the start of a transfer and whenever data has come, with the bytes that are there and
-            the bytes in all, None if the server does not say.
-        warn: takes the warning that the file system has no locks: a second download to the same place would spoil both.
+        url: URL with http or https. A user and a password in front of the host are sent to this host only.
+        path: File to write, in a directory that exists.
+        sha256: First hexadecimal digits of the file's SHA-256 digest, in lower case; None if unknown.
+        max_bytes: Size of the largest file to accept.
+        timeout: Seconds without any data after which the download fails.
+        on_progress: Called at the start of a transfer and after each block of data with the number of bytes received
+            and the total, which is None if the server does not send it.
+        warn: Called with a message if the file system has no locks, where nothing prevents a second download to
+            ``path``.
 
     Raises:
-        DownloadError: if the file cannot be had, is too large or has the wrong hash; ``path`` is as before then.
-        OSError: if the file cannot be written here.
+        DownloadError: If the download fails, or the file is too large or has the wrong hash; ``path`` is unchanged.
+        OSError: If the file cannot be written.
     """
     if not url.lower().startswith(("http://", "https://")):
         raise DownloadError(f"{url_without_secrets(url)}: only http and https URLs can be downloaded")
@@ -115,10 +116,10 @@ def _sha256(file: BufferedIOBase) -> str:
 
 
 def _lock(file: BufferedRandom, path: Path, warn: Callable[[str], object] = warnings.warn) -> None:
-    """Lock a partial file: two processes that append to it would make a mixture of both."""
+    """Lock a partial file, because two processes that append to it would corrupt it."""
     try:
         lock(file, warn)
-        is_ours = os.path.samestat(os.fstat(file.fileno()), path.stat())  # or another process has renamed it
+        is_ours = os.path.samestat(os.fstat(file.fileno()), path.stat())  # False if another process has renamed it
     except (BlockingIOError, FileNotFoundError):
         is_ours = False
     if not is_ours:
@@ -126,13 +127,13 @@ def _lock(file: BufferedRandom, path: Path, warn: Callable[[str], object] = warn
 
 
 def _fill(file: BufferedIOBase, sha256: str, transfer: Callable[[], bool]) -> None:
-    """Makes the file whole and verified; ``sha256`` is empty if it is not known."""
+    """Complete and verify the file; ``sha256`` is empty if it is unknown."""
     if not sha256:
         file.truncate(0)
-    elif _sha256(file).startswith(sha256):  # the last run ended just before the rename
+    elif _sha256(file).startswith(sha256):  # the previous process ended just before the rename
         return
     is_resumed = transfer()
-    if is_resumed and not _sha256(file).startswith(sha256):  # the part that was there is another file's
+    if is_resumed and not _sha256(file).startswith(sha256):  # the part that existed belongs to another file
         file.truncate(0)
         transfer()
     found = _sha256(file)
@@ -144,7 +145,7 @@ def _fill(file: BufferedIOBase, sha256: str, transfer: Callable[[], bool]) -> No
 def _transfer(
     file: BufferedIOBase, url: str, max_bytes: int, timeout: float, on_progress: Callable[[int, int | None], None]
 ) -> bool:
-    """Appends what the file lacks, or writes all of it; returns whether it was the former."""
+    """Append the missing part to the file, or write all of it; return whether a part was appended."""
     response, start = _open(url, file.seek(0, os.SEEK_END), timeout)
     with response:
         file.truncate(start)
@@ -156,7 +157,7 @@ def _transfer(
                 raise DownloadError(f"too large: {total or f'over {done}'} bytes, and at most {max_bytes} are accepted")
             so_far = f"{done} of {total or 'an unknown number of'} bytes"
             try:
-                chunk = response.read1(_CHUNK)  # unlike read, it does not wait for a whole chunk: a stall loses nothing
+                chunk = response.read1(_CHUNK)  # unlike read, it returns what has arrived, so a stall loses nothing
             except (OSError, HTTPException) as error:
                 problem = _stalled(timeout) if isinstance(error, TimeoutError) else "cut off"
                 raise DownloadError(f"{problem} after {so_far}") from error
@@ -176,7 +177,7 @@ class _NoFTP(FTPHandler):
 
 
 def _open(url: str, start: int, timeout: float) -> tuple[HTTPResponse, int]:
-    """The response, and the offset at which its body starts: ``start``, or 0 if the server cannot start there."""
+    """Return the response and the offset of its body: ``start``, or 0 if the server cannot start there."""
     try:
         response = build_opener(_NoFTP).open(_request(url, start), timeout=timeout)
         if response.status == HTTPStatus.OK:
@@ -209,25 +210,25 @@ def _request(url: str, start: int) -> Request:
 
 
 def _http_status(code: int) -> str:
-    """Return the status in Python's words: the server's may quote the URL, with a signature or a password in it."""
+    """Return a status in Python's words, because the server's may quote a URL with a signature or a password."""
     try:
         words = HTTPStatus(code).phrase
     except ValueError:
         return f"HTTP {code}"
-    leads_nowhere = ", which leads in a circle or neither to http nor to https" if 300 <= code < 400 else ""
+    leads_nowhere = ", which leads in a circle or to a URL without http or https" if 300 <= code < 400 else ""
     return f"HTTP {code} {words}{leads_nowhere}"
 
 
 def _reason(error: BaseException | str) -> str:
-    """Return the reason in our words or the system's: urllib may quote a URL, even a proxy's with its password."""
+    """Return the reason in words of this module or the system: urllib may quote a URL, or a proxy's password."""
     if isinstance(error, RemoteDisconnected):
-        return "closed without an answer"
+        return "the server closed it without an answer"
     if isinstance(error, OSError):
         proxy = re.match("Tunnel connection failed: ([0-9]{3})", str(error))
         return f"the proxy answers {_http_status(int(proxy[1]))}" if proxy else error.strerror or type(error).__name__
     if isinstance(error, HTTPException) and not isinstance(error, InvalidURL):
-        return "what answers is not HTTP"
-    return "the URL, one that it redirects to or that of the proxy is not valid"
+        return "the answer is not HTTP"
+    return "the URL, a URL that it redirects to or the URL of the proxy is not valid"
 
 
 def _stalled(timeout: float) -> str:

@@ -1,38 +1,39 @@
-"""Turns a torchvision GoogLeNet checkpoint into Flax variables, and proves that they are the same network."""
+"""Ports a torchvision GoogLeNet checkpoint to Flax, and proves that both compute the same."""
 
 import argparse
 import json
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from types import ModuleType
 
-from exit_status import PortFailureError, Status
-from interrupt import ends_the_process
+from process import STATUSES, InputError, Result, Status, ends_on_ctrl_c
 
-from flax_googlenet.commands.status import describe_crash
-from flax_googlenet.commands.terminal import draws_progress, message_console, prepare_process
+from flax_googlenet.commands.status import CommandError, describe_crash
+from flax_googlenet.commands.terminal import Messages, draws_progress, prepare_process, write_output
+from flax_googlenet.errors import GoogLeNetError, printable
 
 DESCRIPTION = """\
-Turn a torchvision GoogLeNet checkpoint into Flax variables, and prove it:
-torchvision's network and ours run on the same photographs and random images, in
-float64 and float32, and every stage is compared. Nothing is written unless all
-of them agree.
+Port a torchvision GoogLeNet checkpoint to Flax, and prove that the port is
+right: torchvision's network and the Flax network run on the same photographs
+and random images, in float64 and in float32, and every stage is compared. The
+port is written only if all stages agree.
 """
 
 EPILOG = """\
 CHECKPOINT is one of
-  imagenet          torchvision's IMAGENET1K_V1, downloaded into PyTorch's cache
-                    (the default)
-  random            a torchvision GoogLeNet with seeded random weights; needs no
-                    network
-  FILE.pth          a state dict, or a training checkpoint with one in it, as
-                    those of torchvision's script and of Lightning; a prefix of
-                    all names of the network, such as model., is dropped
+  imagenet          torchvision's IMAGENET1K_V1 weights, downloaded into
+                    PyTorch's cache; the default
+  random            torchvision's GoogLeNet with random weights from a fixed
+                    seed; needs no network
+  FILE.pth          a state dict, or a training checkpoint that contains one,
+                    such as those of torchvision's training script and of
+                    Lightning; a prefix of all names, such as "model.", is
+                    removed
   FILE.safetensors  the same in PyTorch's layout; with --to-torchvision, a file
-                    that this command wrote
-  http(s)://...     a file to download; a name like googlenet-1378be20.pth is
-                    checked against its hash
+                    from this command, flax-googlenet train or
+                    flax_googlenet.save
+  http(s)://...     a file to download; if its name contains a hash, as in
+                    googlenet-1378be20.pth, the file is checked against it
 
 examples
   python convert/port_weights.py random
@@ -45,64 +46,60 @@ examples
 exit status
   0    proven and written; with --diagnose, the port agrees
   2    the command line is wrong
-  3    the checkpoint or the class names cannot be had: no such file, no network
-       or a wrong hash; or a package such as PyTorch is not installed; or
-       JAX_PLATFORMS names no device of this machine
-  4    the checkpoint is refused: it is damaged, unsafe or not torchvision's
-       GoogLeNet; or the class names are not one for each class
-  5    not proven: a stage differs, and nothing is written
-  6    the output cannot be written
+  3    an input is not available: a file that does not exist, a download that
+       fails or has the wrong hash, a package such as PyTorch that is not
+       installed, or a device in JAX_PLATFORMS that this machine does not have
+  4    an input is refused: the checkpoint is damaged, unsafe or not a GoogLeNet
+       of torchvision's, or the class names are not one for each class
+  5    not proven: a stage differs, and no port is written
+  6    an output cannot be written
   70   an unexpected error; its traceback is in the file that the message names
-  130  interrupted; no output is half-written, and a broken download goes on the
-       next time
+  130  interrupted; no output is half-written, and a download with a hash in its
+       name continues where it stopped when the command runs again
 """
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The command line; exits with status 2 and the usage if it is wrong."""
+    """Return the arguments of the command line; exit with status 2 and the usage if they are wrong."""
     parser = argparse.ArgumentParser(
         "port_weights.py", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", nargs="?", default="imagenet", help="see below")
     parser.add_argument(
-        "--output", metavar="FILE.safetensors", type=Path, help="where to write; named after CHECKPOINT if not given"
+        "--output", metavar="FILE.safetensors", type=Path, help="the file to write; by default named after CHECKPOINT"
     )
     parser.add_argument(
-        "--to-torchvision", metavar="FILE.pth", type=Path, help="go back: write a state dict that torchvision loads"
+        "--to-torchvision", metavar="FILE.pth", type=Path, help="port back: write a state dict that torchvision loads"
     )
-    parser.add_argument(
-        "--transform-input",
-        action=argparse.BooleanOptionalAction,
-        help="whether the network maps ImageNet-normalised images to [-1, 1] first (on for imagenet, else off)",
+    transform_help = (
+        "whether the network first maps ImageNet-normalised images to [-1, 1]; by default only imagenet does"
     )
-    parser.add_argument("--key", help="which state dict of a training checkpoint to take, such as model_ema")
+    parser.add_argument("--transform-input", action=argparse.BooleanOptionalAction, help=transform_help)
+    parser.add_argument("--key", help="the state dict to take from a training checkpoint, such as model_ema")
     parser.add_argument(
         "--without-aux", action="store_true", help="leave out the auxiliary heads, which only training uses"
     )
-    parser.add_argument(
-        "--class-names",
-        metavar="FILE",
-        type=Path,
-        help="the names of the classes, one a line or a JSON list, in the order of the logits; classify prints them",
-    )
-    parser.add_argument("--report", metavar="FILE.html", type=Path, help="write the proof as a page to look at, too")
+    names_help = "the class names in the order of the logits, one a line or as a JSON list; classify prints them"
+    parser.add_argument("--class-names", metavar="FILE", type=Path, help=names_help)
+    parser.add_argument("--report", metavar="FILE.html", type=Path, help="also write the proof as an HTML page")
     parser.add_argument(
         "--diagnose",
         action="store_true",
-        help="write nothing; name the first stage that diverges and the likely cause, in the port at --output; if "
-        "that is not given, in the port that this command wrote here before, or else in a fresh one",
+        help="write nothing; name the first stage that differs and the likely cause, in the port at --output or, "
+        "without --output, in the port that this command wrote here before or else in a new one",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object for machines on standard output")
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object on standard output")
     args = parser.parse_args(argv)
-    if args.to_torchvision and (
-        args.diagnose
-        or args.output
-        or args.key
-        or args.without_aux
-        or args.class_names
-        or args.transform_input is not None
-    ):
-        parser.error("--to-torchvision goes with CHECKPOINT, --report and --json alone")
+    others = (
+        args.diagnose,
+        args.output,
+        args.key,
+        args.without_aux,
+        args.class_names,
+        args.transform_input is not None,
+    )
+    if args.to_torchvision and any(others):
+        parser.error("--to-torchvision can be combined with --report and --json only")
     if args.to_torchvision and (args.checkpoint in ("imagenet", "random") or "://" in args.checkpoint):
         parser.error("--to-torchvision needs a CHECKPOINT that this command wrote, a FILE.safetensors")
     if args.diagnose and (args.report or args.class_names):
@@ -111,44 +108,51 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command and returns its exit status; ``argv`` defaults to the process's own."""
+    """Run the command and return its exit status; ``argv`` defaults to the arguments of the process."""
     args = parse(argv)
-    with ends_the_process(as_json=args.json):
-        from rich.console import Console  # here, where Ctrl-C is already seen to
-        from rich.markup import escape
-
+    with ends_on_ctrl_c(as_json=args.json):
         prepare_process()
-        progress = message_console()
+        messages = Messages()
         try:
-            with progress.status("starting PyTorch and JAX") if draws_progress(progress) else nullcontext():
-                command = _import_command()
-            run = command.diagnose_port if args.diagnose else command.port_back if args.to_torchvision else command.port
-            status, facts = run(args, Console(quiet=args.json, highlight=False, emoji=False), progress)
-        except PortFailureError as failure:
-            status, facts = failure.status, {**failure.facts, "error": str(failure)}
-        except Exception as error:  # last: what no code expected
+            with (
+                messages.console.status("starting PyTorch and JAX")
+                if draws_progress(messages.console)
+                else nullcontext()
+            ):
+                _import_engines()
+            status, facts = _run(args, messages)
+        except GoogLeNetError as error:
+            names = (base.__name__ for base in type(error).__mro__)
+            status = next(STATUSES[name] for name in names if name in STATUSES)
+            facts = {"error": str(error)}
+        except Exception as error:  # a defect
             status, facts = Status.CRASHED, {"error": describe_crash(error)}
         if "error" in facts:
-            progress.print(f"[bold red]error:[/] {escape(facts['error'])}")
+            facts["error"] = printable(facts["error"])
+            messages.fail(facts["error"])
         if args.json:
-            sys.stdout.write(json.dumps({"status": status, **facts}) + "\n")
+            try:
+                write_output(json.dumps({"status": status, **facts}) + "\n")
+            except BrokenPipeError:  # nobody reads it, but the work is done
+                pass
+            except CommandError as error:
+                status = Status.NOT_WRITTEN
+                messages.fail(str(error))
     return status
 
 
-def _import_command() -> ModuleType:
-    """Import what needs PyTorch and JAX, late, so that --help and a wrong option need not wait for them.
+def _import_engines() -> None:
+    """Import PyTorch and JAX, which would delay --help and the message about a wrong option.
 
     Raises:
-        PortFailureError: UNAVAILABLE if a package is not installed, or JAX has no device.
+        BackendError: If JAX has no device.
+        InputError: If a package is not installed.
     """
     try:
-        from flax_googlenet.inference.compiling import BackendError, require_backend
+        from flax_googlenet.inference.compiling import require_backend
 
-        try:
-            require_backend()
-        except BackendError as error:
-            raise PortFailureError(Status.UNAVAILABLE, str(error)) from error
-        import command
+        require_backend()
+        import diagnose  # noqa: F401  # and everything that it imports
     except ModuleNotFoundError as error:
         advice = 'pip install -e ".[convert]" in the folder of this project'
         if error.name in ("torch", "torchvision"):
@@ -156,8 +160,22 @@ def _import_command() -> ModuleType:
                 "the proof runs torchvision's network; install PyTorch's CPU build, torch and torchvision, as "
                 f"pytorch.org/get-started says (the CUDA build takes 4 GB more), then {advice}"
             )
-        raise PortFailureError(Status.UNAVAILABLE, f"{error.name} is not installed: {advice}") from error
-    return command
+        raise InputError(f"{error.name} is not installed: {advice}") from error
+
+
+def _run(args: argparse.Namespace, messages: Messages) -> Result:
+    from diagnose import diagnose_port
+    from inputs import Request
+    from porting import port, port_back
+    from rich.console import Console
+
+    screen = Console(quiet=args.json, highlight=False, emoji=False)
+    if args.to_torchvision:
+        return port_back(Path(args.checkpoint), args.to_torchvision, args.report, screen, messages)
+    request = Request(args.checkpoint, args.key, args.without_aux, args.transform_input)
+    if args.diagnose:
+        return diagnose_port(request, args.output, screen, messages)
+    return port(request, args.output, args.report, args.class_names, screen, messages)
 
 
 if __name__ == "__main__":

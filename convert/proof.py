@@ -1,4 +1,4 @@
-"""The proof of a port: torchvision's network and ours on the same images, stage by stage, in float64 and float32."""
+"""Proves a port: compares torchvision's network with Flax's on the same images, stage by stage, in two precisions."""
 
 import functools
 import math
@@ -15,36 +15,37 @@ from jax import numpy as jnp
 from flax_googlenet import GoogLeNet, endpoints
 from flax_googlenet.model import InceptionAux, Variables
 
-FLOAT64_LIMIT = 1e-12  # relative; float64 rounds at 1e-16, and 2e-14 is the most that was measured
-# Measured on 14,400 random, trained, one-signed and cancelling heads of 1, 2, 3 and 5 classes, on the features of a
-# random network and of two that were trained for 1 and 8 epochs on 3 classes: Flax had at most 1.6 times the error
-# that is granted to PyTorch, and TF32 (10 bits of mantissa) in the last layer alone at least 32 times. Without the
-# wider heads and with a floor of one rounding, up to 39 % of a kind were above 4. In whole networks of 1, 2 and 3
-# classes Flax's worst stage had 1.5 times; with TF32 in all layers the best stage had 110 times, and with bfloat16
-# 740 times.
+FLOAT64_LIMIT = 1e-12
+"""Largest relative error in float64, which rounds at 1e-16; the largest error measured is 2e-14."""
+# Measured on 14,400 heads of 1, 2, 3 and 5 classes (random, trained, of one sign, and cancelling), which read the
+# features of a random network and of two networks trained on 3 classes for 1 and 8 epochs: the error of Flax was at
+# most 1.6 times the error granted to PyTorch, and with TF32 (10 bits of mantissa) in the last layer alone at least 32
+# times. Without widened heads and with a floor of one rounding, up to 39 % of the heads of one kind exceeded 4. In
+# complete networks of 1, 2 and 3 classes, the worst stage of Flax had 1.5 times that error; the best stage had 110
+# times with TF32 in all layers, and 740 times with bfloat16.
 FLOAT32_LIMIT = 4.0
-"""The largest error that Flax may have in float32, as a multiple of PyTorch's own."""
+"""Largest error of Flax in float32, as a multiple of PyTorch's own error."""
 FLOAT32_FLOOR = 8 * float(np.finfo(np.float32).eps)
-"""The error that PyTorch is taken to have at least, relative to the largest value: it can be exact by luck."""
+"""Smallest relative error granted to PyTorch in float32, which can be exact by chance."""
 HEAD_CLASSES = 256
-"""The number of classes that the proof gives to heads of fewer; see ``widen_heads``."""
+"""Number of classes to which the proof widens smaller heads; see ``widen_heads``."""
 HEADS = {"fc": ("fc",), "aux1": ("aux1", "fc2"), "aux2": ("aux2", "fc2")}
 """Stage -> path of its last layer."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """The largest errors of one stage over all images, relative to the largest value of the stage."""
+    """Largest errors of a stage over all images, relative to the largest value of the stage."""
 
     name: str
     shape: tuple[int, ...]
-    """NHWC, for the images of 224x224."""
+    """Shape in NHWC order for images of 224x224."""
     float64: float
-    """Flax against PyTorch, both in float64."""
+    """Error of Flax in float64; the truth is always PyTorch in float64."""
     pytorch32: float
-    """PyTorch in float32 against PyTorch in float64, the truth."""
+    """Error of PyTorch in float32."""
     flax32: float
-    """Flax in float32 against the truth."""
+    """Error of Flax in float32."""
 
     @property
     def ok(self) -> bool:
@@ -52,18 +53,20 @@ class Stage:
 
 
 def float32_limit(pytorch32: float) -> float:
-    """Return the largest error that Flax in float32 may have where PyTorch in float32 has the error ``pytorch32``."""
+    """Return the largest error that Flax may have in float32 where PyTorch's error is ``pytorch32``."""
     return FLOAT32_LIMIT * max(pytorch32, FLOAT32_FLOOR)
 
 
 @dataclass(frozen=True)
 class Proof:
+    """Comparison of a port with torchvision's network."""
+
     stages: tuple[Stage, ...]
-    """In the order of computation, the auxiliary heads last."""
+    """Stages in the order of computation, the auxiliary heads last."""
     pytorch_logits: np.ndarray
-    """float32 [2, num_classes], of the two photographs."""
+    """float32 [2, num_classes], for the two photographs."""
     flax_logits: np.ndarray
-    """float32 [2, num_classes], of the two photographs."""
+    """float32 [2, num_classes], for the two photographs."""
 
     @property
     def ok(self) -> bool:
@@ -71,7 +74,7 @@ class Proof:
 
 
 def proof_images() -> list[np.ndarray]:
-    """What a port is proven on, float32 NHWC: the photographs with two random images, then one of an odd size."""
+    """Return two batches, float32 NHWC: both photographs and two random images; one image of an odd size."""
     rng = np.random.default_rng(0)
     photographs = [reference.preset(photograph) for photograph in reference.photographs()]
     square = np.concatenate([photographs, rng.standard_normal((2, 224, 224, 3))])
@@ -84,13 +87,13 @@ def prove(
     variables: Variables,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Proof:
-    """Holds ``model`` and ``variables`` against torchvision's network with ``state_dict``; JAX needs 64 bits enabled.
+    """Compare a port with torchvision's network. JAX must have 64 bits enabled.
 
     Args:
-        state_dict: the reference's, checked.
-        model: the port; its ``transform_input`` goes for the reference, too, and its dtypes do not matter.
-        variables: the port's.
-        on_progress: called with the number of finished and of all network runs.
+        state_dict: State dict of the reference, already checked.
+        model: Port. The reference gets its ``transform_input``; its dtypes do not matter.
+        variables: Variables of the port.
+        on_progress: Called with the number of finished runs of a network and the total.
     """
     num_classes = model.num_classes
     state_dict, model, variables = widen_heads(state_dict, model, variables)
@@ -131,20 +134,20 @@ def prove(
 def widen_heads(
     state_dict: Mapping[str, np.ndarray], model: GoogLeNet, variables: Variables
 ) -> tuple[dict[str, np.ndarray], GoogLeNet, Variables]:
-    """Give heads of few classes ``HEAD_CLASSES``, in the reference and in the port alike.
+    """Widen heads of few classes to ``HEAD_CLASSES``, in the reference and in the port alike.
 
     The proof compares the largest error of PyTorch with the largest error of Flax. For a head of one class, each is the
-    largest of five numbers, and their quotient is a matter of luck; the largest of many numbers hardly is. So classes
-    are added: copies of the head's own, each weight with its sign flipped at random, whose errors have the same spread.
-    The head's own classes come first, unchanged.
+    largest of five numbers, so their ratio is a matter of chance; the largest of many numbers varies little. The added
+    classes are copies of the head's own with random signs of the weights, whose errors have the same spread. The
+    head's own classes come first, unchanged.
 
     Args:
-        state_dict: the reference's, checked.
-        model: the port.
-        variables: the port's.
+        state_dict: State dict of the reference, already checked.
+        model: Port.
+        variables: Variables of the port.
 
     Returns:
-        The same three, with at least ``HEAD_CLASSES`` classes.
+        The same three with at least ``HEAD_CLASSES`` classes.
     """
     num_classes = model.num_classes
     if num_classes >= HEAD_CLASSES:
@@ -168,14 +171,14 @@ def widen_heads(
 
 
 def flax_stages(model: GoogLeNet, variables: Variables, images: np.ndarray) -> dict[str, np.ndarray]:
-    """``endpoints`` and the auxiliary heads at inference, as ``reference.stages``, computed in the images' dtype."""
+    """Return the same stages as ``reference.stages``, computed by Flax in the dtype of the images."""
     dtype = images.dtype.type
     model = model.clone(dtype=dtype, param_dtype=dtype, precision="highest")
     variables = jax.tree.map(lambda x: jnp.asarray(x, dtype), variables)
     return {name: np.asarray(x) for name, x in _stages(model, variables, images).items()}
 
 
-@functools.partial(jax.jit, static_argnums=0)  # here, and not anew in each call: a model is traced once for a shape
+@functools.partial(jax.jit, static_argnums=0)  # at the top level, so that a model is traced once for each shape
 def _stages(model: GoogLeNet, variables: Variables, images: jax.Array) -> dict[str, jax.Array]:
     outputs = endpoints(model, variables, images)
     head = InceptionAux(model.num_classes, batch_norm=model.batch_norm, dtype=model.dtype, precision=model.precision)
@@ -185,8 +188,12 @@ def _stages(model: GoogLeNet, variables: Variables, images: jax.Array) -> dict[s
     return outputs
 
 
-def relative_error(actual: np.ndarray, truth: np.ndarray) -> float:
-    """The largest difference over the largest value; infinite if the shapes differ, NaN if a value is not finite."""
+def relative_error(actual: np.ndarray | jax.Array, truth: np.ndarray | jax.Array) -> float:
+    """Return the largest difference divided by the largest true value.
+
+    The error is infinite if the shapes differ, and NaN if a value is not finite.
+    """
+    actual, truth = np.asarray(actual, np.float64), np.asarray(truth, np.float64)
     if actual.shape != truth.shape:
         return math.inf
     if not (np.isfinite(actual).all() and np.isfinite(truth).all()):
@@ -194,23 +201,12 @@ def relative_error(actual: np.ndarray, truth: np.ndarray) -> float:
     return float(np.abs(actual - truth).max() / (np.abs(truth).max() or 1.0))
 
 
-def top5(logits: np.ndarray) -> list[tuple[int, float]]:
-    """(class, probability) of the five likeliest classes, the likeliest first; ``logits`` is [num_classes]."""
-    exponentials = np.exp(logits.astype(np.float64) - logits.max())
-    probabilities = exponentials / exponentials.sum()
-    return [(int(i), float(probabilities[i])) for i in np.argsort(-logits, kind="stable")[:5]]
-
-
 def summary(proof: Proof) -> dict[str, dict[str, float | None]]:
-    """Stage -> its errors by name, for JSON, which has no infinity (another shape) and no NaN: None stands for both."""
+    """Return the errors of each stage for JSON, which has neither infinity nor NaN: None stands for both."""
     return {
         stage.name: {
-            name: error if math.isfinite(error) else None
-            for name, error in (
-                ("float64", stage.float64),
-                ("pytorch32", stage.pytorch32),
-                ("flax32", stage.flax32),
-            )
+            name: error if math.isfinite(error := getattr(stage, name)) else None
+            for name in ("float64", "pytorch32", "flax32")
         }
         for stage in proof.stages
     }

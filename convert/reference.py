@@ -1,4 +1,4 @@
-"""torchvision's GoogLeNet: the reference that a port is held against."""
+"""torchvision's GoogLeNet, the reference for ports and for training."""
 
 from collections.abc import Mapping
 
@@ -9,15 +9,15 @@ from torchvision.models import GoogLeNet, GoogLeNet_Weights
 
 IMAGENET = GoogLeNet_Weights.IMAGENET1K_V1
 AUX_INPUTS = {"aux1": "inception4a", "aux2": "inception4d"}
-"""Auxiliary head -> the stage that it reads."""
+"""Auxiliary head -> stage that it reads."""
 
 
 def random_checkpoint(num_classes: int = 1000, seed: int = 0) -> dict[str, torch.Tensor]:
-    """A state dict of torchvision's GoogLeNet with seeded random weights and BatchNorm statistics.
+    """Return a state dict of torchvision's GoogLeNet with seeded random weights and BatchNorm statistics.
 
-    Kernels are normal with He's deviation and no mean, so that the signal neither dies nor explodes on its way, images
-    stay apart, and an error in the first layer shows in the last. No BatchNorm statistic is 0 or 1, where a swap could
-    hide.
+    Kernels are normal with He's standard deviation and zero mean. So the signal neither vanishes nor explodes, images
+    stay distinct, and an error in the first layer shows in the last. No BatchNorm statistic is 0 or 1, where a swap
+    could go unnoticed.
     """
     generator = torch.Generator().manual_seed(seed)
     state_dict = GoogLeNet(num_classes=num_classes, init_weights=False).state_dict()
@@ -36,18 +36,18 @@ def random_checkpoint(num_classes: int = 1000, seed: int = 0) -> dict[str, torch
 
 
 def build(state_dict: Mapping[str, np.ndarray], *, transform_input: bool, dtype: torch.dtype) -> GoogLeNet:
-    """torchvision's GoogLeNet in evaluation mode with the weights of a checked state dict, in ``dtype``."""
+    """Return torchvision's GoogLeNet in evaluation mode, in ``dtype``, with the weights of a checked state dict."""
     model = GoogLeNet(
         num_classes=len(state_dict["fc.bias"]),
         aux_logits="aux1.fc1.bias" in state_dict,
         transform_input=transform_input,
         init_weights=False,
     )
-    # float64 holds every floating dtype exactly, bfloat16 included, of which torch.from_numpy knows nothing.
+    # float64 holds every floating dtype exactly, even bfloat16, which torch.from_numpy does not accept.
     tensors = {
         key: torch.from_numpy(array.astype(np.float64)).to(dtype)
         for key, array in state_dict.items()
-        if not key.endswith("num_batches_tracked")  # PyTorch fills it in, and no result depends on it
+        if not key.endswith("num_batches_tracked")  # PyTorch supplies it, and no result depends on it
     }
     model = model.to(dtype)
     model.load_state_dict(tensors, strict=True)
@@ -55,11 +55,11 @@ def build(state_dict: Mapping[str, np.ndarray], *, transform_input: bool, dtype:
 
 
 def stages(model: GoogLeNet, images: np.ndarray) -> dict[str, np.ndarray]:
-    """Every stage at inference, in the order of computation, and the auxiliary heads last.
+    """Return every stage at inference in the order of computation, the auxiliary heads last.
 
     Args:
-        model: as from ``build``.
-        images: [N, H, W, 3] of the model's dtype.
+        model: Network from ``build``.
+        images: [N, H, W, 3] in the model's dtype.
 
     Returns:
         torchvision's module names -> NHWC arrays; ``fc``, ``aux1`` and ``aux2`` are [N, num_classes].
@@ -83,9 +83,9 @@ def stages(model: GoogLeNet, images: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def build_for_training(state_dict: Mapping[str, np.ndarray], dtype: torch.dtype = torch.float64) -> GoogLeNet:
-    """torchvision's GoogLeNet with the weights of a checked state dict, in training mode but for dropout, which is off.
+    """Return torchvision's GoogLeNet in training mode with the weights of a checked state dict.
 
-    So another library can train in step with it.
+    Dropout is off, so that another library can take the same steps.
     """
     model = build(state_dict, transform_input=False, dtype=dtype).train()
     for module in model.modules():
@@ -103,15 +103,15 @@ def train_step(
     label_smoothing: float = 0.0,
     class_weights: np.ndarray | None = None,
 ) -> float:
-    """One step of training on the loss of the paper: the main head, and 0.3 of each auxiliary one.
+    """Take one training step on the paper's loss: that of the main head plus 0.3 of each auxiliary head's.
 
     Args:
-        model: in training mode.
-        optimizer: of its parameters.
-        images: [N, H, W, 3] of the model's dtype.
+        model: Network in training mode.
+        optimizer: Optimizer of its parameters.
+        images: [N, H, W, 3] in the model's dtype.
         labels: int64 [N].
-        label_smoothing: as in ``torch.nn.CrossEntropyLoss``.
-        class_weights: ``weight`` of ``torch.nn.CrossEntropyLoss``, of the model's dtype.
+        label_smoothing: ``label_smoothing`` of ``torch.nn.CrossEntropyLoss``.
+        class_weights: ``weight`` of ``torch.nn.CrossEntropyLoss``, in the model's dtype.
 
     Returns:
         The loss before the step.
@@ -128,11 +128,11 @@ def train_step(
 
 
 def photographs() -> list[np.ndarray]:
-    """scikit-learn's two sample photographs, a temple and a flower: uint8 [427, 640, 3]."""
+    """Return scikit-learn's two sample photographs, a temple and a flower, each uint8 [427, 640, 3]."""
     return load_sample_images().images
 
 
 def preset(photograph: np.ndarray) -> np.ndarray:
-    """A photograph as torchvision prepares it for the ImageNet checkpoint: float32 [224, 224, 3]."""
+    """Prepare a photograph as torchvision does for its ImageNet checkpoint; return float32 [224, 224, 3]."""
     chw = torch.tensor(photograph).permute(2, 0, 1)
     return IMAGENET.transforms()(chw).permute(1, 2, 0).contiguous().numpy()

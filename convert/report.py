@@ -1,4 +1,4 @@
-"""The proof of a port as one HTML page to look at: it needs no network, no other file and no script."""
+"""Renders the proof of a port as one HTML page, without scripts, other files or the network."""
 
 import base64
 import io
@@ -11,22 +11,24 @@ import numpy as np
 import reference
 from matplotlib.figure import Figure  # not pyplot, which would choose a backend and keep figures alive
 from PIL import Image
-from proof import FLOAT32_LIMIT, FLOAT64_LIMIT, HEAD_CLASSES, Proof, Stage, float32_limit, top5
+from proof import FLOAT32_LIMIT, FLOAT64_LIMIT, HEAD_CLASSES, Proof, Stage, float32_limit
+from scipy.special import softmax
 
 from flax_googlenet.errors import printable
 
-# Colours of the plot that are others in the dark.
+# Colours of the plot -> what replaces them, because they differ in dark mode.
 PAGE_COLORS = {"#000000": "currentColor", "#c5221f": "var(--red)", "#0072b2": "var(--blue)"}
 BLACK, RED, BLUE = PAGE_COLORS
-PLOT_RANGE = (1e-17, 1.0)  # at the edges: an error of 0; one of 1 and more, another shape, NaN
+PLOT_RANGE = (1e-17, 1.0)  # the left edge also shows 0, and the right edge larger errors, other shapes and NaN
 TABLE_HEADER = """<th>stage<th>shape<th>Flax<br>float64<br>error<th>PyTorch<br>float32<br>error
 <th>Flax<br>float32<br>error<th>ratio of<br>float32<br>errors<th>verdict"""
-HOW_TO_READ = f"""Every error is the largest difference from PyTorch in float64, relative to the stage's largest value:
-{FLOAT64_LIMIT:.0e} means that {-math.log10(FLOAT64_LIMIT):.0f} digits agree, and Flax in float64 must come that close;
-in float32 Flax may err at most {FLOAT32_LIMIT:g} times as much as PyTorch in float32, or by {float32_limit(0):.0e}.
-Heads of few classes are compared on {HEAD_CLASSES}: copies of their own with random signs of the weights."""
+HOW_TO_READ = f"""An error is the largest difference from PyTorch in float64, divided by the largest value of the stage.
+In float64, the error of Flax may be at most {FLOAT64_LIMIT:.0e}: {-math.log10(FLOAT64_LIMIT):.0f} digits agree.
+In float32, it may be at most {FLOAT32_LIMIT:g} times the error of PyTorch in float32, or {float32_limit(0):.0e} if that
+is more. Heads with fewer than {HEAD_CLASSES} classes are widened to {HEAD_CLASSES} by copies of their classes with
+random signs of the weights."""
 
-# The policy holds the page to what is promised: the browser itself refuses scripts and whatever is not in the file.
+# With this policy the browser refuses scripts and everything that is not in the file.
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
@@ -48,7 +50,7 @@ p, h3, thead, .facts th { color: var(--soft) }
 .verdict { max-width: none; padding: .8rem 1rem; border-left: .35rem solid; background: var(--card);
   font-size: 1.2rem; font-weight: 600 }
 .ok { color: var(--green) }
-.off { color: var(--red); font-weight: 600 }
+.differs { color: var(--red); font-weight: 600 }
 .columns, .photographs, .pair { display: grid; gap: 1.5rem 2rem }
 .photographs { grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)) }
 .pair { grid-template-columns: 1fr 1fr; gap: 1.25rem }
@@ -71,43 +73,47 @@ i { grid-column: 1 / -1; height: .3rem;
 @media (max-width: 30rem) { .facts :is(th, td) { display: block } .facts th { border: 0; padding-bottom: 0 } }
 @media (min-width: 65rem) { .columns { grid-template-columns: 2fr 3fr } }
 </style>
-<h1>GoogLeNet in Flax, held against torchvision&rsquo;s</h1>
+<h1>GoogLeNet in Flax compared with torchvision&rsquo;s</h1>
 """
 
 
 def render(proof: Proof, facts: Mapping[str, str], class_names: Sequence[str] | None) -> str:
-    """The page: verdict, errors by stage as plot and table, both photographs with the likeliest classes, facts.
+    """Return the page: verdict, errors by stage as a plot and a table, predictions for the photographs, and details.
 
     Args:
-        proof: what came out; any error may be infinite (another shape) or NaN.
-        facts: name -> value, such as the source, checksums and versions, in the order to show them.
-        class_names: of the logits; "class 17" stands where there is none.
+        proof: Proof to show; an error can be infinite (for a different shape) or NaN.
+        facts: Details in the order to show them, such as the source, checksums and versions: name -> value.
+        class_names: Class names in the order of the logits. A class without a name is shown as "class 17".
     """
-    off = [stage.name for stage in proof.stages if not stage.ok]
-    verdict = f"Not proven: first stage that is off is {_html(off[0])}" if off else "Proven: every stage agrees"
-    return f"""{PAGE}<p class="verdict {"off" if off else "ok"}">{verdict}</p>
-<p>Both networks ran on the same photographs and random images:
-{len(proof.stages) - len(off)} of {len(proof.stages)} stages agree.</p>
+    different = [stage.name for stage in proof.stages if not stage.ok]
+    verdict = (
+        f"Not proven: {_html(different[0])} is the first stage that differs"
+        if different
+        else "Proven: all stages agree"
+    )
+    return f"""{PAGE}<p class="verdict {"differs" if different else "ok"}">{verdict}</p>
+<p>Both networks ran on the same two photographs and three random images:
+{len(proof.stages) - len(different)} of {len(proof.stages)} stages agree.</p>
 <h2>Errors by stage</h2>
 <p>{HOW_TO_READ}</p>
 <div class="columns">{_plot(proof.stages)}
 <div class="scroll" tabindex="0" role="region" aria-label="Errors by stage"><table class="stages">
 <thead><tr>{TABLE_HEADER}<tbody>{"".join(map(_stage_row, proof.stages))}</table></div></div>
-<h2>What both see</h2>
+<h2>The five most likely classes</h2>
 <div class="photographs">{"".join(_photographs(proof, class_names))}</div>
-<h2>Facts</h2>
+<h2>Details</h2>
 <table class="facts">{"".join(f"<tr><th>{_html(key)}<td>{_html(fact)}" for key, fact in facts.items())}</table>
 """
 
 
 def _html(text: str) -> str:
-    """Escapes text of a file: neither its tags nor characters that turn text around become part of the page."""
+    """Escape text from a file, so that neither tags nor control characters in it affect the page."""
     return escape(printable(text))
 
 
 def _plot(stages: Sequence[Stage]) -> str:
-    """Inline SVG; the stages go from top to bottom, so that their names fit a narrow screen, too."""
-    series = (  # Okabe and Ito's colours, which the colour-blind tell apart, and a marker for each
+    """Return the plot as inline SVG; stages run from top to bottom, so that their names fit a narrow screen."""
+    series = (  # Okabe and Ito's colours, which colour-blind people can distinguish, and different markers
         ("Flax float64", BLUE, "o", 5, "full", [stage.float64 for stage in stages]),
         ("PyTorch float32", "#d55e00", "s", 8, "none", [stage.pytorch32 for stage in stages]),
         ("Flax float32", "#009e73", "D", 4, "full", [stage.flax32 for stage in stages]),
@@ -128,12 +134,12 @@ def _plot(stages: Sequence[Stage]) -> str:
         axes.spines[["top", "right"]].set_visible(False)
         figure.legend(loc="outside upper center", ncols=2, frameon=False)
         buffer = io.StringIO()
-        metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # None leaves it out: same proof, same bytes
+        metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # left out: the same proof gives the same bytes
         figure.savefig(buffer, format="svg", transparent=True, metadata=metadata)
     svg = buffer.getvalue()
     for color, page_color in PAGE_COLORS.items():
         svg = svg.replace(color, page_color)
-    label = "The errors of each stage on a logarithmic axis; the table has the same numbers"
+    label = "Errors of each stage on a logarithmic axis; the table has the same numbers"
     return svg[svg.index("<svg") :].replace("<svg", f'<svg class="plot" role="img" aria-label="{label}"', 1)
 
 
@@ -144,7 +150,7 @@ def _stage_row(stage: Stage) -> str:
         *map(_error, (stage.float64, stage.pytorch32, stage.flax32)),
         (f"{ratio:.2f}" if ratio < 1000 else f"{ratio:.0e}") if math.isfinite(ratio) else "&ndash;",
     )
-    verdict = "ok" if stage.ok else "off"
+    verdict = "ok" if stage.ok else "differs"
     return f'<tr><th>{_html(stage.name)}<td>{"<td>".join(cells)}<td class="{verdict}">{verdict}'
 
 
@@ -167,10 +173,10 @@ def _photographs(proof: Proof, class_names: Sequence[str] | None) -> Iterator[st
 
 def _top5(logits: np.ndarray, class_names: Sequence[str] | None) -> str:
     items = []
-    with np.errstate(invalid="ignore"):  # infinite logits make every probability NaN, and the page says so
-        likeliest = top5(logits)
-    for i, probability in likeliest:
+    with np.errstate(invalid="ignore"):  # infinite logits make every probability NaN, which the page shows
+        probabilities = softmax(logits.astype(np.float64))
+    for i in np.argsort(-logits, kind="stable")[:5]:
         name = _html(class_names[i]) if class_names and i < len(class_names) else f"class {i}"
-        percent = "NaN" if math.isnan(probability) else f"{probability:.1%}"  # as a share, NaN draws no bar
+        percent = "NaN" if math.isnan(probabilities[i]) else f"{probabilities[i]:.1%}"  # NaN draws no bar
         items.append(f'<li><span>{name}</span><b>{percent}</b><i style="--share: {percent}"></i>')
     return "".join(items)

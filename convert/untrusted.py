@@ -1,7 +1,7 @@
-"""Reading checkpoints that nobody vouches for: a file is refused in one line, or its tensors are what it says.
+"""Reads checkpoints from untrusted files: a file is refused with one line, or gives exactly the tensors it stores.
 
-Nothing in a file is ever run. PyTorch's zip reader ignores checksums, so zips are read and checked here first, and
-PyTorch gets a clean copy in memory. Its older format has no checksum: there only a hash of the whole file could tell.
+Nothing in a file is ever run. PyTorch's zip reader ignores checksums, so zips are checked here first, and PyTorch gets
+a clean copy in memory. Its older format has no checksum: only a hash of the whole file could show a damaged weight.
 """
 
 import hashlib
@@ -11,43 +11,45 @@ import re
 import warnings
 import zipfile
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 import safetensors.torch
 import torch
 
+from flax_googlenet.errors import GoogLeNetError
 from flax_googlenet.weights.state_dicts import find_state_dict
 from flax_googlenet.weights.torchvision import PortingError
 
-MAX_BYTES = 2**30  # a training checkpoint of GoogLeNet in float64 with averaged weights and momentum has 420 MB
-MAX_PICKLE_BYTES = 2**22  # its pickle has 150 kB; unpickling can take 60 times the space
+MAX_BYTES = 2**30  # a training checkpoint in float64 with averaged weights and momentum has 420 MB
+MAX_PICKLE_BYTES = 2**22  # its pickle has 150 kB; unpickling can take 60 times the memory
 
+_HUGE_PICKLE = f"its pickle has more than {MAX_PICKLE_BYTES:,} bytes, too many for a list of tensors"
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save's magic number, pickled
 
 
-class UntrustedFileError(Exception):
-    """One line: the file, and what is wrong with it."""
+class UntrustedFileError(GoogLeNetError):
+    """A file that is damaged, unsafe or not a checkpoint; the message is one line that names the file."""
 
 
-@dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(NamedTuple):
+    """A state dict and the file that it comes from."""
+
     state_dict: dict[str, np.ndarray]
-    """torchvision's names, without prefixes -> arrays; bfloat16 as ml_dtypes has it."""
+    """torchvision's names, without prefixes -> arrays; bfloat16 is ``ml_dtypes.bfloat16``."""
     sha256: str
     """SHA-256 digest of the file, in hexadecimal digits."""
     notes: list[str]
-    """What a person should know about how the state dict was found, one line each."""
+    """Notes on how the state dict was found, one line each."""
 
 
 class Placeholder:
-    """Stands for an object of a class that is never imported; it takes whatever a pickle gives to such an object."""
+    """An object of a class that is never imported. It accepts whatever a pickle passes to such an object."""
 
     wanted = ""
-    """The full name of the class or function."""
+    """Full name of the class or function."""
 
     def __new__(cls, *_: Any) -> "Placeholder":
         return super().__new__(cls)
@@ -60,18 +62,23 @@ class Placeholder:
 
 
 def read(path: Path, key: str | None = None) -> Checkpoint:
-    """Reads the state dict in a ``.pth`` (zip or legacy format) or a ``.safetensors`` in PyTorch's layout.
+    """Read the state dict in a ``.pth`` (zip or legacy format) or a ``.safetensors`` in PyTorch's layout.
 
     Args:
-        path: the file.
-        key: which of several networks in the file to take, as for ``find_state_dict``.
+        path: File to read.
+        key: Which of several networks in the file to take, as for ``find_state_dict``.
 
     Raises:
-        UntrustedFileError: for anything but a whole checkpoint of plain tensors.
-        OSError: if there is no such file.
+        UntrustedFileError: If the file is anything but an undamaged checkpoint of plain tensors.
+        OSError: If the file cannot be read.
     """
     try:
-        data = _read_capped(path)
+        size = path.stat().st_size
+        if size == 0:
+            raise UntrustedFileError("the file is empty")
+        if size > MAX_BYTES:
+            raise UntrustedFileError(f"the file has {size:,} bytes, and no GoogLeNet has more than {MAX_BYTES:,}")
+        data = path.read_bytes()
         content = _load(path, data)
         try:
             found = find_state_dict(content, key)
@@ -81,15 +88,6 @@ def read(path: Path, key: str | None = None) -> Checkpoint:
         return Checkpoint(_to_numpy(found.state_dict, len(data)), hashlib.sha256(data).hexdigest(), found.notes)
     except UntrustedFileError as error:
         raise UntrustedFileError(f"{path}: {error}") from error
-
-
-def _read_capped(path: Path) -> bytes:
-    size = path.stat().st_size
-    if size == 0:
-        raise UntrustedFileError("the file is empty")
-    if size > MAX_BYTES:
-        raise UntrustedFileError(f"the file has {size:,} bytes, and no GoogLeNet has more than {MAX_BYTES:,}")
-    return path.read_bytes()
 
 
 def _load(path: Path, data: bytes) -> Any:
@@ -109,10 +107,12 @@ def _load(path: Path, data: bytes) -> Any:
         raise UntrustedFileError("this is a tar archive: unpack it first, with tar xf")
     if data.startswith(b"\x80"):
         raise UntrustedFileError(
-            "this is a pickle, neither a file of torch.save nor a .safetensors; if it is the data.pkl of an unpacked "
-            ".pth, give the .pth itself, or pack its folder again: zip -0 -r FILE.pth FOLDER"
+            "this is a pickle, not a file from torch.save; if it is the data.pkl of an unpacked .pth, "
+            "give the .pth itself, or pack its folder again: zip -0 -r FILE.pth FOLDER"
         )
-    raise UntrustedFileError("this is neither a file of torch.save nor a .safetensors, or its first bytes are damaged")
+    raise UntrustedFileError(
+        "this is neither a file from torch.save nor a .safetensors, or its first bytes are damaged"
+    )
 
 
 def _load_safetensors(data: bytes) -> dict[str, torch.Tensor]:
@@ -121,15 +121,15 @@ def _load_safetensors(data: bytes) -> dict[str, torch.Tensor]:
     except Exception as error:  # a KeyError for an unknown dtype, too
         raise UntrustedFileError(f"the file is damaged or cut off ({_first_line(error)})") from error
     if any(name.startswith("params/") for name in tensors):
-        raise UntrustedFileError("this is a port already: --to-torchvision FILE.pth turns it back")
+        raise UntrustedFileError("this is already a port: --to-torchvision FILE.pth converts it back")
     return tensors
 
 
 def _checked_zip(data: bytes) -> tuple[io.BytesIO, set[str]]:
-    """Copy a zip and check it: entries stored, not compressed, of a sane size, and of the right CRC.
+    """Check that the entries of a zip are uncompressed, of a plausible size and of the right CRC.
 
     Returns:
-        The copy, and the names of the classes and functions in its pickle.
+        A copy of the zip, and the names of the classes and functions in its pickle.
     """
     clean, wanted = io.BytesIO(), set()
     try:
@@ -139,11 +139,11 @@ def _checked_zip(data: bytes) -> tuple[io.BytesIO, set[str]]:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
                 raise UntrustedFileError("the zip has compressed entries, which torch.save never writes: a zip bomb?")
             if sum(entry.file_size for entry in entries) > len(data):
-                raise UntrustedFileError("the zip claims more contents than it has bytes: a zip bomb?")
+                raise UntrustedFileError("the entries of the zip claim more bytes than the file has: a zip bomb?")
             if len({entry.filename for entry in entries}) < len(entries):
-                raise UntrustedFileError("the zip has two entries of one name")
+                raise UntrustedFileError("the zip has two entries with the same name")
             if any(e.filename.endswith("data.pkl") and e.file_size > MAX_PICKLE_BYTES for e in entries):
-                raise UntrustedFileError(f"its pickle has more than {MAX_PICKLE_BYTES:,} bytes: no list of tensors has")
+                raise UntrustedFileError(_HUGE_PICKLE)
             for entry in entries:
                 content = source.read(entry)  # checks the CRC
                 target.writestr(entry.filename, content)
@@ -151,23 +151,21 @@ def _checked_zip(data: bytes) -> tuple[io.BytesIO, set[str]]:
                     wanted |= _wanted(io.BytesIO(content))
     except UntrustedFileError:
         raise
-    except (
-        Exception
-    ) as error:  # zipfile raises a dozen kinds on damage: BadZipFile, struct.error, NotImplementedError...
+    except Exception as error:  # zipfile raises a dozen kinds for damage: BadZipFile, struct.error, ...
         raise UntrustedFileError(f"the zip is damaged or cut off ({_first_line(error)})") from error
     clean.seek(0)
     return clean, wanted
 
 
 def _refuse_other_zips(names: list[str]) -> None:
-    """Raise UntrustedFileError for zips of other formats, which may be compressed, and say what to do with them."""
+    """Raise UntrustedFileError for a zip of another format, which may be compressed, with advice on what to do."""
     if any("/code/" in name for name in names):
         raise UntrustedFileError("this is a TorchScript program, not a state dict: save model.state_dict() instead")
     if any(name.endswith(("archive_format", "serialized_exported_program.json")) for name in names):
         raise UntrustedFileError("this is a program of torch.export, not a state dict: save model.state_dict() instead")
     if any(name.endswith(".npy") for name in names):
         raise UntrustedFileError(
-            "these are arrays of NumPy, a .npz: write them with safetensors.numpy.save_file(dict(numpy.load(FILE)), "
+            "this is a .npz of NumPy arrays: write them with safetensors.numpy.save_file(dict(numpy.load(FILE)), "
             '"FILE.safetensors") and give that file'
         )
     if inner := [name for name in names if name.endswith((".pth", ".pt", ".bin", ".ckpt", ".tar", ".safetensors"))]:
@@ -175,62 +173,50 @@ def _refuse_other_zips(names: list[str]) -> None:
 
 
 def _check_legacy_pickles(data: bytes) -> set[str]:
-    """Read the pickles of PyTorch's older format, and return the names of the classes and functions in them."""
-    # magic number, protocol, system, the object, its storages' names; then raw bytes
+    """Return the names of the classes and functions in the pickles of a file in PyTorch's older format."""
+    # Five pickles: magic number, protocol, system, the object, the names of its storages. Raw bytes follow.
     stream = io.BytesIO(data[: MAX_PICKLE_BYTES + 1])
     try:
         return set().union(*(_wanted(stream) for _ in range(5)))
     except Exception as error:  # pickletools raises several kinds
         if len(data) > MAX_PICKLE_BYTES and stream.tell() > MAX_PICKLE_BYTES:
-            raise UntrustedFileError(
-                f"its pickle has more than {MAX_PICKLE_BYTES:,} bytes: no list of tensors has"
-            ) from error
+            raise UntrustedFileError(_HUGE_PICKLE) from error
         raise UntrustedFileError(f"the file is damaged or cut off ({_first_line(error)})") from error
 
 
 def _load_pickled(file: io.BytesIO, wanted: Collection[str]) -> Any:
     """Load a file of ``torch.save``; ``wanted`` names all classes and functions in its pickles."""
-    # Beside the weights people keep NumPy's numbers, paths, dates and their configuration. PyTorch's loader refuses a
-    # file with a class that it does not know. It takes a placeholder instead: the class is not imported, and nothing is
-    # run. Its own classes, those of tensors, come first, and it refuses os and sys whatever is put in their place.
-    # PyTorch's loader calls bytearray itself: a number of 5 bytes in the pickle would become gigabytes.
+    # People save NumPy numbers, paths, dates and their configuration beside the weights, and PyTorch's loader refuses a
+    # file with a class that it does not know. Given placeholders for such classes it reads the file: nothing is
+    # imported or run. The loader looks for its own tensor classes first, and refuses os and sys in any case.
+    # It calls bytearray itself, so that a number of 5 bytes in the pickle could become gigabytes.
     if "builtins.bytearray" in wanted:
         raise UntrustedFileError(_asks_for("builtins.bytearray"))
     try:
-        # The loader's errors name the placeholders, as built-in types without a module.
+        # As built-in types, the placeholders appear under the plain names of their classes in the loader's errors.
         stubs: dict[str, Any] = {
             name: type(name, (Placeholder,), {"wanted": name, "__module__": "builtins"}) for name in wanted
         }
-        stubs |= {"collections.defaultdict": _plain_dict, "collections.deque": _plain_list}
+        # The loader fills only plain dicts and lists.
+        stubs |= {"collections.defaultdict": lambda *_: {}, "collections.deque": lambda *_: []}
         with (
             torch.serialization.safe_globals([(stub, name) for name, stub in stubs.items()]),
             warnings.catch_warnings(action="ignore"),
         ):
             return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a hostile or damaged pickle sets off
+    except Exception as error:  # a hostile or damaged pickle can cause any exception
         if refused := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise UntrustedFileError(_asks_for(refused[1])) from error
-        # The loader puts elements into plain lists and dicts alone, not into a configuration that is a dict of a class
-        # of its own.
+        # A configuration, for example, can be an instance of a subclass of dict.
         if (refused := re.search(r"got <class '([^']+)'>", str(error))) and refused[1] in wanted:
             raise UntrustedFileError(_asks_for(refused[1])) from error
         raise UntrustedFileError(f"the file is damaged or cut off ({_first_line(error)})") from error
 
 
-def _plain_dict(*_: Any) -> dict[Any, Any]:
-    """Stand in for collections.defaultdict: the loader puts elements into nothing but plain dicts."""
-    return {}
-
-
-def _plain_list(*_: Any) -> list[Any]:
-    """Stand in for collections.deque in the same way."""
-    return []
-
-
 def _wanted(pickle: io.BytesIO) -> set[str]:
-    """Return the full names of the classes and functions in one pickle, which is read to its end."""
+    """Read one pickle to its end, and return the full names of the classes and functions in it."""
     names = {str(argument) for opcode, argument, _ in pickletools.genops(pickle) if opcode.name == "GLOBAL"}
-    # torch.save pickles for Python 2, too, where these two modules had other names.
+    # torch.save pickles in a way that Python 2 can read, and these two modules had other names there.
     return {
         re.sub(r"^__builtin__ ", "builtins ", re.sub(r"^copy_reg ", "copyreg ", name)).replace(" ", ".")
         for name in names
@@ -242,7 +228,7 @@ def _complaint(value: Any) -> str | None:
 
 
 def _asks_for(name: str) -> str:
-    return f"it asks for {name}, and only plain tensors are loaded: save model.state_dict() instead"
+    return f"it needs {name}, and only plain tensors are loaded: save model.state_dict() instead"
 
 
 def _to_numpy(tensors: Mapping[str, Any], file_size: int) -> dict[str, np.ndarray]:
@@ -254,7 +240,7 @@ def _to_numpy(tensors: Mapping[str, Any], file_size: int) -> dict[str, np.ndarra
             raise UntrustedFileError(f"{name} is not a plain tensor")
         storage = tensor.untyped_storage()
         storages[storage.data_ptr()] = storage.nbytes()
-        # Stated sizes cost nothing; the first copy of a view that repeats its storage would fill the memory.
+        # A view that repeats its storage can claim any size, and its first copy would fill the memory.
         if tensor.numel() * tensor.itemsize > storage.nbytes() or sum(storages.values()) > file_size:
             raise UntrustedFileError(f"{name} claims {tuple(tensor.shape)}, more than the bytes stored for it")
         try:
@@ -268,5 +254,5 @@ def _to_numpy(tensors: Mapping[str, Any], file_size: int) -> dict[str, np.ndarra
 
 
 def _first_line(error: Exception) -> str:
-    text = str(error).rpartition("WeightsUnpickler error:")[2]  # PyTorch puts its advice in front of what is wrong
+    text = str(error).rpartition("WeightsUnpickler error:")[2]  # PyTorch's long advice stands before it
     return (text.strip() or type(error).__name__).splitlines()[0].rstrip(".")[:200]

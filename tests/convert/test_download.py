@@ -1,4 +1,4 @@
-"""The download, against a real server on this computer that misbehaves in every way that servers do."""
+"""The download, from a real local server that misbehaves in all the ways that servers do."""
 
 import base64
 import fcntl
@@ -40,7 +40,7 @@ def whole(handler: BaseHTTPRequestHandler) -> None:
 
 
 def rest(handler: BaseHTTPRequestHandler) -> None:
-    """What a good server does with a range."""
+    """Answer a request for a range as a good server does."""
     match = re.fullmatch(r"bytes=(\d+)-", handler.headers.get("Range", ""))
     if match is None:
         whole(handler)
@@ -61,9 +61,9 @@ def unsized(handler: BaseHTTPRequestHandler) -> None:
 
 
 class Server(ThreadingHTTPServer):
-    """Answers as it is told, and remembers the Range header of every request."""
+    """A server that sends a chosen answer, and records the Range header of every request."""
 
-    daemon_threads = False  # closing waits for them, so that no socket is left open
+    daemon_threads = False  # so that closing waits for them and leaves no socket open
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -77,7 +77,7 @@ class Server(ThreadingHTTPServer):
         self.is_over.wait()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        if not isinstance(sys.exception(), ConnectionError):  # the client has had enough
+        if not isinstance(sys.exception(), ConnectionError):  # the client has closed the connection
             super().handle_error(request, client_address)
 
 
@@ -129,7 +129,7 @@ def get(url: str, path: Path, sha256: str | None = SHA256, max_bytes: int = 10**
 
 
 def failure(url: str, path: Path, *args: Any, shown: str | None = None, **options: Any) -> str:
-    """The message, less the URL it starts with, of which ``shown`` is what may be seen."""
+    """Return the message without the URL at its start, which is shown as ``shown``."""
     with pytest.raises(DownloadError) as caught:
         get(url, path, *args, **options)
     message = str(caught.value)
@@ -182,12 +182,12 @@ def test_a_cut_off_download_is_resumed(server: Server, path: Path, partial: Path
     assert not partial.exists()
 
 
-def test_a_cut_off_download_whose_hash_is_not_known_starts_anew(server: Server, path: Path, partial: Path) -> None:
+def test_a_cut_off_download_without_a_known_hash_starts_again(server: Server, path: Path, partial: Path) -> None:
     server.answer = half
     failure(server.url, path, None)
     assert not partial.exists()
 
-    partial.write_bytes(OTHER)  # of a run that was killed
+    partial.write_bytes(OTHER)  # left by a killed process
     server.answer = rest
     get(server.url, path, None)
     assert server.ranges == [None, None]
@@ -202,7 +202,7 @@ def test_a_chunked_download_that_is_cut_off_is_noticed(server: Server, path: Pat
 
 def test_a_connection_that_is_closed_without_an_answer_is_an_error(server: Server, path: Path) -> None:
     server.answer = lambda handler: None
-    assert failure(server.url, path) == "no connection: closed without an answer"
+    assert failure(server.url, path) == "no connection: the server closed it without an answer"
 
 
 def test_a_stalled_download_ends_and_is_resumed(server: Server, path: Path) -> None:
@@ -252,7 +252,7 @@ fetch({server.url!r}, Path({str(path)!r}), sha256={SHA256!r}, max_bytes=10**7, o
         assert f"{HALF}\n" in iter(process.stdout.readline, "")
         process.send_signal(signal.SIGKILL)
     assert path.read_bytes() == OTHER
-    # The last bytes may not have left the process.
+    # The last bytes may still have been in the buffer of the process.
     assert partial.stat().st_size > 0
     assert CONTENT.startswith(partial.read_bytes())
 
@@ -280,7 +280,7 @@ def test_a_stale_partial_file_is_noticed_by_the_hash(server: Server, path: Path,
     assert not partial.exists()
 
 
-def test_a_partial_file_longer_than_the_file_starts_anew(server: Server, path: Path, partial: Path) -> None:
+def test_a_partial_file_longer_than_the_file_starts_again(server: Server, path: Path, partial: Path) -> None:
     partial.write_bytes(CONTENT + b"more")
     get(server.url, path)
     assert server.ranges == [f"bytes={len(CONTENT) + 4}-", None]  # the server answers 416 first
@@ -288,7 +288,9 @@ def test_a_partial_file_longer_than_the_file_starts_anew(server: Server, path: P
 
 
 @pytest.mark.parametrize("left", [CONTENT[:HALF], OTHER, CONTENT + b"more"], ids=["start", "other", "longer"])
-def test_a_server_that_ignores_the_range_sends_all(server: Server, path: Path, partial: Path, left: bytes) -> None:
+def test_from_a_server_that_ignores_the_range_all_is_taken(
+    server: Server, path: Path, partial: Path, left: bytes
+) -> None:
     partial.write_bytes(left)
     server.answer = whole
     get(server.url, path)
@@ -309,7 +311,7 @@ def test_a_range_that_starts_elsewhere_is_not_taken(server: Server, path: Path, 
     server.answer = elsewhere
     calls: list[int] = []
     get(server.url, path, on_progress=lambda done, _: calls.append(done))
-    assert calls[0] == 0  # it did not take the range to find a wrong hash in the end
+    assert calls[0] == 0  # it did not accept the wrong range, only to find a wrong hash in the end
     assert server.ranges == [f"bytes={HALF}-", None]
     assert path.read_bytes() == CONTENT
 
@@ -327,7 +329,7 @@ def test_a_wrong_hash_is_an_error_and_nothing_is_kept(
     assert list(path.parent.iterdir()) == []
 
 
-def test_a_part_that_was_not_asked_for_is_refused(server: Server, path: Path) -> None:
+def test_a_range_without_a_request_for_it_is_refused(server: Server, path: Path) -> None:
     server.answer = lambda handler: send(handler, 206, b"hello", {"Content-Range": f"bytes 0-4/{len(CONTENT)}"})
     assert failure(server.url, path, None) == "HTTP 206 Partial Content"
     assert list(path.parent.iterdir()) == []
@@ -341,7 +343,7 @@ def test_a_part_that_was_not_asked_for_is_refused(server: Server, path: Path) ->
         (204, "HTTP 204 No Content"),
         (206, "HTTP 206 Partial Content"),
         (416, "HTTP 416 Requested Range Not Satisfiable"),
-        (599, "HTTP 599"),  # has no name
+        (599, "HTTP 599"),  # a status without a name
     ],
 )
 def test_an_http_status_is_an_error(server: Server, path: Path, status: int, message: str) -> None:
@@ -354,15 +356,15 @@ def test_an_http_status_is_an_error(server: Server, path: Path, status: int, mes
     ("answer", "message"),
     [
         (b"HTTP/1.0 404 \x1b[2JGone, /model.pth?key=secret\r\n\r\n", "HTTP 404 Not Found"),
-        (b"hello\x1b[2J, /model.pth?key=secret\r\n", "no connection: what answers is not HTTP"),
+        (b"hello\x1b[2J, /model.pth?key=secret\r\n", "no connection: the answer is not HTTP"),
     ],
 )
-def test_a_message_holds_no_word_of_the_server(server: Server, path: Path, answer: bytes, message: str) -> None:
+def test_a_message_quotes_nothing_from_the_server(server: Server, path: Path, answer: bytes, message: str) -> None:
     server.answer = lambda handler: handler.wfile.write(answer)
     assert failure(server.url, path) == message
 
 
-NOWHERE = "HTTP 302 Found, which leads in a circle or neither to http nor to https"
+NOWHERE = "HTTP 302 Found, which leads in a circle or to a URL without http or https"
 
 
 def test_a_redirect_to_itself_is_an_error(server: Server, path: Path) -> None:
@@ -398,9 +400,9 @@ def test_a_redirect_is_followed_and_the_range_with_it(server: Server, path: Path
         ("ftp://user:secret@127.0.0.1/a", "no connection: redirected to ftp"),
         (
             "http://user:secret@127.0.0.1/a",
-            "no connection: the URL, one that it redirects to or that of the proxy is not",
+            "no connection: the URL, a URL that it redirects to or the URL of the proxy is",
         ),
-        ("http://127.0.0.1:secret/a", "no connection: the URL, one that it redirects to or that of the proxy is not"),
+        ("http://127.0.0.1:secret/a", "no connection: the URL, a URL that it redirects to or the URL of the proxy is"),
     ],
 )
 def test_a_redirect_leads_to_http_only(server: Server, path: Path, target: str, message: str) -> None:
@@ -434,9 +436,9 @@ def test_a_password_is_sent_to_its_host_alone_and_never_shown(server: Server, pa
         ("http://user:secret@127.0.0.1:9", "no connection: Connection refused"),
         (
             "http://user:secret@127.0.0.1:secret",
-            "no connection: the URL, one that it redirects to or that of the proxy is",
+            "no connection: the URL, a URL that it redirects to or the URL of the proxy is",
         ),
-        ("http:secret", "no connection: the URL, one that it redirects to or that of the proxy is"),
+        ("http:secret", "no connection: the URL, a URL that it redirects to or the URL of the proxy is"),
     ],
 )
 def test_the_password_of_a_proxy_is_never_shown(
@@ -448,7 +450,7 @@ def test_the_password_of_a_proxy_is_never_shown(
     assert failure("http://127.0.0.2/model.pth", path).startswith(message)
 
 
-def test_a_proxy_that_refuses_is_told_with_its_status(
+def test_a_proxy_that_refuses_is_reported_with_its_status(
     server: Server, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server.answer = lambda handler: handler.wfile.write(b"HTTP/1.0 407 who are you, secret?\r\n\r\n")
@@ -457,13 +459,13 @@ def test_a_proxy_that_refuses_is_told_with_its_status(
     assert message == "no connection: the proxy answers HTTP 407 Proxy Authentication Required"
 
 
-def test_a_file_that_is_there_and_right_needs_no_request(server: Server, path: Path) -> None:
+def test_a_file_that_exists_with_the_right_hash_needs_no_request(server: Server, path: Path) -> None:
     path.write_bytes(CONTENT)
     get(server.url, path, SHA256[:8])
     assert server.ranges == []
 
 
-def test_a_file_that_is_there_but_damaged_is_downloaded_anew(server: Server, path: Path) -> None:
+def test_a_damaged_file_is_downloaded_again(server: Server, path: Path) -> None:
     path.write_bytes(b"\0" + CONTENT[1:])
     path.chmod(0o600)
     get(server.url, path)
@@ -472,7 +474,7 @@ def test_a_file_that_is_there_but_damaged_is_downloaded_anew(server: Server, pat
     assert path.stat().st_mode & 0o777 == 0o600
 
 
-def test_a_file_whose_hash_is_not_known_is_downloaded_anew(server: Server, path: Path) -> None:
+def test_a_file_without_a_known_hash_is_downloaded_again(server: Server, path: Path) -> None:
     path.write_bytes(OTHER)
     get(server.url, path, None)
     assert server.ranges == [None]
@@ -488,7 +490,7 @@ def test_a_damaged_file_is_kept_and_named_if_the_server_is_down(closed_url: str,
 
 
 @pytest.mark.parametrize("sha256", [SHA256, None], ids=["hash", "unknown"])
-def test_a_file_that_is_said_to_be_too_large_is_refused(server: Server, path: Path, sha256: str | None) -> None:
+def test_a_file_whose_announced_size_is_too_large_is_refused(server: Server, path: Path, sha256: str | None) -> None:
     seen: list[int] = []
     message = failure(server.url, path, sha256, max_bytes=1000, on_progress=lambda done, _: seen.append(done))
     assert message == f"too large: {len(CONTENT)} bytes, and at most 1000 are accepted"
@@ -539,7 +541,7 @@ def test_only_http_and_https_are_taken(url: str, path: Path) -> None:
         ("http://user:1?secret@127.0.0.1/a", "http://..."),
     ],
 )
-def test_a_url_that_is_none_is_an_error(url: str, shown: str, path: Path) -> None:
+def test_an_invalid_url_is_an_error(url: str, shown: str, path: Path) -> None:
     assert failure(url, path, shown=shown).startswith("no connection: ")
 
 
@@ -573,7 +575,7 @@ def test_a_folder_that_cannot_be_written_is_an_os_error(server: Server, path: Pa
         ("https://localhost/googlenet-1378be20.pth?download=1", "1378be20"),
         (f"model-{SHA256}.safetensors", SHA256),
         ("model-20240131-1378be20.pth", "1378be20"),
-        ("model-20240131.pth", None),  # a date, a time, seconds since 1970, steps
+        ("model-20240131.pth", None),  # a date, a time, seconds since 1970, a number of steps
         ("model-20240131.of-1378be20.pth", "1378be20"),
         ("model-20240131123456.pth", None),
         ("model-1706659200.pth", None),

@@ -1,4 +1,4 @@
-"""The command as a person runs it: ports, ways back, refusals and diagnoses, with the real parts of each."""
+"""The command as a person runs it: ports in both directions, refusals and diagnoses, with real files and processes."""
 
 import hashlib
 import io
@@ -19,14 +19,14 @@ import pytest
 import reference
 import torch
 import torchvision
-from class_names import read_class_names
-from exit_status import PortFailureError
 from flax import linen as nn
+from inputs import read_class_names
 from jax import numpy as jnp
+from process import InputError
 
 import flax_googlenet
 import flax_googlenet.model
-from flax_googlenet import GoogLeNet
+from flax_googlenet import CheckpointError, GoogLeNet, GoogLeNetError
 
 SCRIPT = Path(port_weights.__file__)
 
@@ -39,7 +39,7 @@ def command(*arguments: str | Path, cwd: Path, **environment: str) -> subprocess
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working folder, and a cache of PyTorch's that is empty, too."""
+    """An empty working directory, with an empty PyTorch cache."""
     folder = tmp_path / "here"
     folder.mkdir()
     monkeypatch.chdir(folder)
@@ -74,7 +74,7 @@ def test_random_is_ported_proven_and_written(ported: tuple[Path, subprocess.Comp
     assert all(errors["float64"] < 1e-12 for errors in metadata["parity"].values())
 
 
-def test_the_report_tells_of_the_same_run(ported: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+def test_the_report_shows_the_same_run(ported: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     folder, _ = ported
     page = (folder / "report.html").read_text()
     assert hashlib.sha256((folder / "googlenet-random.safetensors").read_bytes()).hexdigest() in page
@@ -91,7 +91,7 @@ def test_the_way_back_gives_a_checkpoint_that_torchvision_loads(
     assert port_weights.main([str(folder / "googlenet-random.safetensors"), "--to-torchvision", "zurück.pth"]) == 0
     shown = screen.getvalue()
     assert rb"load_state_dict(torch.load('zur\xfcck.pth'))" in shown
-    assert rb"zur\xfcck.pth holds names and tensors alone. It lacks:" in shown
+    assert rb"zur\xfcck.pth holds names and tensors only. It lacks:" in shown
     for name in (b"class names", b"image size", b"transform_input", b"dropout", b"computation", b"other metadata"):
         assert b" " + name + b" " in shown
     state_dict = torch.load(here / "zurück.pth")
@@ -102,7 +102,7 @@ def test_the_way_back_gives_a_checkpoint_that_torchvision_loads(
     torchvision.models.googlenet(weights=None, init_weights=False).load_state_dict(state_dict, strict=True)
 
 
-def test_a_training_checkpoint_is_ported_with_its_key_and_told_for_machines(
+def test_a_training_checkpoint_is_ported_with_its_key_and_the_result_printed_as_json(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tensors = reference.random_checkpoint(num_classes=4, seed=1)
@@ -115,7 +115,7 @@ def test_a_training_checkpoint_is_ported_with_its_key_and_told_for_machines(
     assert refused(["checkpoint.pth", "--key", "model_ema"], capsys) == (
         4,
         "checkpoint.pth: not the weights of a GoogLeNet: 1 wrong shape (aux1.fc2.bias (1000,), expected (4,)); "
-        "only the auxiliary heads are: --without-aux leaves them out",
+        "only the auxiliary heads are wrong: --without-aux leaves them out",
     )
     options += ["--without-aux", "--class-names", "names.txt"]
     assert port_weights.main(options) == 0
@@ -148,29 +148,30 @@ def test_class_names_are_read_from_lines_or_a_json_list(content: str, names: lis
 
 
 @pytest.mark.parametrize(
-    ("content", "status", "message"),
+    ("content", "kind", "message"),
     [
-        (b"daisy\n", 4, "names: class_names must have one name for each of the 2 classes, got 1"),
-        (b"daisy\n\nrose\n", 4, "names: class_names must have one name for each of the 2 classes, got 3"),
-        (b"\nrose\n", 4, "names: the name of class 0 is empty"),
-        (b'["daisy", 3]', 4, "names: class_names must be strings, and that of class 1 is 3"),
-        (b'{"0": "daisy", "1": "rose"}', 4, "names: class_names must be a list of 2 strings, got a dict"),
-        (b'["daisy", "rose"', 4, "names: Expecting ',' delimiter"),
-        (b"[" + b"9" * 5000 + b"]", 4, "names: Exceeds the limit (4300 digits)"),
-        (b"caf\xe9\nrose\n", 4, "names is not UTF-8: save it as UTF-8"),
-        (None, 3, "cannot read names: No such file or directory"),
+        (b"daisy\n", CheckpointError, "names: class_names must have one name for each of the 2 classes, got 1"),
+        (b"daisy\n\nrose\n", CheckpointError, "names: class_names must have one name for each of the 2 classes, got 3"),
+        (b"\nrose\n", CheckpointError, "names: the name of class 0 is empty"),
+        (b'["daisy", 3]', CheckpointError, "names: class_names must be strings, but that of class 1 is 3"),
+        (b'{"0": "daisy", "1": "rose"}', CheckpointError, "names: class_names must be a list of 2 strings, got a dict"),
+        (b'["daisy", "rose"', CheckpointError, "names: Expecting ',' delimiter"),
+        (b"[" + b"9" * 5000 + b"]", CheckpointError, "names: Exceeds the limit (4300 digits)"),
+        (b"caf\xe9\nrose\n", CheckpointError, "names is not UTF-8: save it as UTF-8"),
+        (None, InputError, "cannot read names: No such file or directory"),
     ],
 )
-def test_class_names_that_do_not_fit_are_refused(content: bytes | None, status: int, message: str, here: Path) -> None:
+def test_class_names_that_do_not_fit_are_refused(
+    content: bytes | None, kind: type[GoogLeNetError], message: str, here: Path
+) -> None:
     if content is not None:
         Path("names").write_bytes(content)
-    with pytest.raises(PortFailureError) as caught:
+    with pytest.raises(kind) as caught:
         read_class_names(Path("names"), 2)
-    assert caught.value.status == status
     assert str(caught.value).startswith(message)
 
 
-def test_without_pytorch_one_line_tells_what_to_install(here: Path) -> None:
+def test_without_pytorch_one_line_says_what_to_install(here: Path) -> None:
     code = "import sys; sys.modules['torch'] = None; import port_weights; sys.exit(port_weights.main(['random']))"
     environment = {**os.environ, "PYTHONPATH": f"{SCRIPT.parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     process = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
@@ -179,7 +180,7 @@ def test_without_pytorch_one_line_tells_what_to_install(here: Path) -> None:
     assert "PyTorch's CPU build" in process.stderr
 
 
-# What cannot be had or is refused: a status, one line that names the file, and nothing written.
+# Inputs that are not available or are refused: a status, one line that names the file, and nothing is written.
 
 
 def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
@@ -224,12 +225,26 @@ def test_a_bad_file_ends_a_real_process_without_a_traceback(here: Path) -> None:
     torch.save(torch.nn.Linear(2, 2), "model.pth")
     process = command("model.pth", "--json", cwd=here)
     message = (
-        "model.pth: it asks for torch.nn.modules.linear.Linear, and only plain tensors are loaded: "
+        "model.pth: it needs torch.nn.modules.linear.Linear, and only plain tensors are loaded: "
         "save model.state_dict() instead"
     )
     assert process.returncode == 4
     assert process.stderr == f"error: {message}\n"
     assert json.loads(process.stdout) == {"status": 4, "error": message}
+
+
+def test_json_that_nobody_reads_keeps_the_status_and_json_that_cannot_be_written_changes_it(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reader, closed_pipe = os.pipe()
+    os.close(reader)
+    for target, status in ((closed_pipe, 3), (Path("/dev/full"), 6)):
+        with open(target, "w") as stdout:
+            monkeypatch.setattr(sys, "stdout", stdout)
+            assert port_weights.main(["none.pth", "--json"]) == status
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["error"] * 3
+    assert "cannot write standard output" in lines[-1]
 
 
 @pytest.mark.parametrize(
@@ -240,14 +255,14 @@ def test_a_bad_file_ends_a_real_process_without_a_traceback(here: Path) -> None:
         (["hf"], 3, "cannot read hf: Is a directory: give the file in it: hf/pytorch_model.bin"),
         (["none.safetensors", "--to-torchvision", "out.pth"], 3, "cannot read none.safetensors: No such file"),
         (["random", "--output", "none/out.safetensors"], 6, "cannot write none/out.safetensors: there is no folder"),
-        (["random", "--output", "/dev/null"], 6, "cannot write /dev/null: it is there and not a regular file"),
-        (["random", "--output", "."], 6, "cannot write .: it is there and not a regular file"),
+        (["random", "--output", "/dev/null"], 6, "cannot write /dev/null: it exists and is not a regular file"),
+        (["random", "--output", "."], 6, "cannot write .: it exists and is not a regular file"),
         (["random", "--report", "none/report.html"], 6, "cannot write none/report.html: there is no folder"),
         (["random", "--output", "none.safetensors", "--diagnose"], 3, "cannot read none.safetensors: No such file"),
         (["ftp://127.0.0.1/googlenet.pth"], 3, "ftp://127.0.0.1/googlenet.pth: only http and https"),
     ],
 )
-def test_what_cannot_be_had_is_said(
+def test_a_file_that_cannot_be_read_or_written_is_named(
     arguments: list[str], status: int, message: str, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("hf").mkdir()
@@ -267,13 +282,13 @@ def test_a_report_never_lands_on_the_port(here: Path, capsys: pytest.CaptureFixt
     assert (status, error) == (2, "one is named twice: the report needs a file of its own")
 
 
-def test_a_name_that_is_too_long_is_said(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_name_that_is_too_long_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, error = refused(["x" * 300], capsys)
     assert status == 3
     assert "File name too long" in error
 
 
-def test_a_checkpoint_of_pytorchs_has_no_way_back_and_the_command_is_told(
+def test_a_checkpoint_of_pytorchs_cannot_be_ported_back_and_the_message_names_the_right_command(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.save(reference.random_checkpoint(num_classes=2), "model.pth")
@@ -283,14 +298,16 @@ def test_a_checkpoint_of_pytorchs_has_no_way_back_and_the_command_is_told(
     assert error.endswith("python convert/port_weights.py model.pth")
 
 
-def test_names_in_a_file_do_not_reach_the_terminal_as_they_are(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_control_characters_in_the_names_of_a_file_do_not_reach_the_terminal(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     torch.save({"a\nb\x1b[31mred": torch.zeros(1)}, "model.pth")
     status, error = refused(["model.pth"], capsys)
     assert status == 4
     assert r"a\x0ab\x1b[31mred" in error
 
 
-def test_help_teaches_the_statuses_without_starting_pytorch(here: Path) -> None:
+def test_help_lists_the_statuses_without_starting_pytorch(here: Path) -> None:
     code = """
 import sys, port_weights
 try:
@@ -305,19 +322,19 @@ finally:
     for status in (
         "0    proven",
         "2    the command",
-        "3    the checkpoint",
-        "4    ",
+        "3    an input",
+        "4    an input",
         "5    not proven",
-        "6    ",
+        "6    an output",
         "130  ",
     ):
         assert f"\n  {status}" in process.stdout
 
 
-def test_options_that_do_not_go_together_are_a_wrong_command_line(here: Path) -> None:
+def test_options_that_contradict_each_other_are_a_usage_error(here: Path) -> None:
     process = command("model.safetensors", "--to-torchvision", "model.pth", "--diagnose", cwd=here)
     assert process.returncode == 2
-    assert "--to-torchvision goes with" in process.stderr
+    assert "--to-torchvision can be combined with" in process.stderr
 
 
 # The network.
@@ -330,13 +347,13 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_network")
-def test_without_the_network_imagenet_says_how_to_go_on(
+def test_without_a_network_imagenet_says_how_to_go_on(
     here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     status, error = refused([], capsys)
     assert status == 3
     cached = tmp_path / "torch" / "hub" / "checkpoints" / "googlenet-1378be20.pth"
-    assert f"put googlenet-1378be20.pth at {cached} and run this again, or try the port with: random" in error
+    assert f"put googlenet-1378be20.pth at {cached} and run this again" in error
     assert list(here.iterdir()) == []
 
 
@@ -352,7 +369,7 @@ def test_a_damaged_file_in_the_cache_is_not_used(
     assert f"the file at {cached} is damaged: its sha256 is" in error
 
 
-def test_a_damaged_imagenet_file_by_hand_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_imagenet_file_given_by_its_path_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save(reference.random_checkpoint(), "googlenet-1378be20.pth")
     status, error = refused(["googlenet-1378be20.pth"], capsys)
     assert status == 4
@@ -385,7 +402,7 @@ def test_a_url_with_a_hash_is_downloaded_checked_cached_and_ported(
 
     assert port_weights.main([f"{url}/{name}.pth"]) == 0
     assert capsys.readouterr().err == (
-        "note: transform_input is taken as off: add --transform-input if the network was made with it on, "
+        "note: transform_input is assumed to be off: add --transform-input if the network was built with it, "
         "as fine-tuned ImageNet weights are\n"
     )
     assert flax_googlenet.load_metadata(f"{name}.safetensors")["source_sha256"] == digest
@@ -395,9 +412,7 @@ def test_a_url_with_a_hash_is_downloaded_checked_cached_and_ported(
     (folder / f"{name}.pth").rename(folder / "googlenet-0000000f.pth")
     status, error = refused([f"{url}/googlenet-0000000f.pth"], capsys)
     assert status == 3
-    assert (
-        f"wrong file: its sha256 is {digest}, and it should start with 0000000f; if 0000000f in its name is no" in error
-    )
+    assert f"its sha256 is {digest}, and it should start with 0000000f; if 0000000f in its name is not a hash" in error
     secret = f"{url.replace('//', '//user:secret@')}/none.pth?key=secret#secret"
     assert refused([secret], capsys) == (3, f"{url}/none.pth: HTTP 404 Not Found")
     assert refused(["http://[::1/none.pth"], capsys)[0] == 3
@@ -412,20 +427,21 @@ def floor_max_pool(x: jax.Array, window: int, stride: int, padding: int = 0) -> 
 
 @pytest.fixture
 def changed_code(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """For other code of the network: JAX forgets what it has traced before and meanwhile."""
+    """For tests that change the code of the network: JAX's caches are cleared before and afterwards."""
     jax.clear_caches()
     yield monkeypatch
     jax.clear_caches()
 
 
-def test_a_port_that_is_off_is_not_written(
+def test_a_port_that_differs_is_not_written(
     here: Path, capsys: pytest.CaptureFixture[str], changed_code: pytest.MonkeyPatch
 ) -> None:
     changed_code.setattr(flax_googlenet.model, "max_pool", floor_max_pool)
     assert port_weights.main(["random", "--report", "report.html"]) == 5
     out, err = capsys.readouterr()
-    assert err == "error: random: not proven: maxpool1 is off, and nothing was written; --diagnose tells more\n"
-    assert " off " in out
+    assert err.startswith("error: random: not proven: maxpool1 differs, ")
+    assert err.count("\n") == 1
+    assert " differs " in out
     assert [path.name for path in here.iterdir()] == ["report.html"]
     assert "maxpool1" in Path("report.html").read_text()
 
@@ -471,10 +487,10 @@ def change_a_weight(variables: Any) -> None:
     ("edit", "stage", "cause", "explanation"),
     [
         (swap_statistics, "inception3b", "statistics", "mean and var are swapped"),
-        (forget_statistics, "conv3", "statistics", "still at the initial 0 and 1: batch_stats/conv3/bn/mean"),
+        (forget_statistics, "conv3", "statistics", "still at their initial 0 and 1: batch_stats/conv3/bn/mean"),
         (swap_scale_and_bias, "conv2", "statistics", "params/conv2/bn/scale"),
         (flatten_as_hwc, "aux2", "flatten order", "params/aux2/fc1/kernel are in HWC order"),
-        (round_to_bfloat16, "conv1", "precision", "rounded on their way"),
+        (round_to_bfloat16, "conv1", "precision", "rounded to a smaller dtype"),
         (change_a_weight, "inception5a", "weights", "params/inception5a/branch1/conv/kernel"),
     ],
 )
@@ -502,7 +518,7 @@ def test_diagnose_names_a_low_precision(here: Path, variables: Any, capsys: pyte
     flax_googlenet.save("wrong.safetensors", GoogLeNet(dtype=jnp.bfloat16), variables)
     found = diagnosis(["random", "--output", "wrong.safetensors"], capsys)
     assert (found["stage"], found["cause"]) == ("conv1", "precision")
-    assert "off as dtype bfloat16" in found["explanation"]
+    assert "dtype bfloat16" in found["explanation"]
 
 
 def test_diagnose_names_floor_mode_pooling(
@@ -529,7 +545,7 @@ def test_diagnose_names_same_padding(
     assert '"SAME"' in found["explanation"]
 
 
-def test_diagnose_says_in_words_how_far_a_stage_is_off(
+def test_diagnose_describes_in_words_how_a_stage_differs(
     here: Path, variables: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wrong = jax.tree.map(np.copy, variables)
@@ -537,7 +553,7 @@ def test_diagnose_says_in_words_how_far_a_stage_is_off(
     flax_googlenet.save("wrong.safetensors", GoogLeNet(), wrong)
     assert port_weights.main(["random", "--output", "wrong.safetensors", "--diagnose"]) == 5
     out = capsys.readouterr().out
-    assert "Diverges at inception3b: wrong.safetensors, it has values that are not finite." in out
+    assert "First difference at inception3b: in wrong.safetensors, some values are not finite." in out
     assert "Likely cause: statistics. mean and var are swapped" in out
 
 
@@ -555,4 +571,4 @@ def test_diagnose_refuses_the_port_of_another_network(here: Path, capsys: pytest
     flax_googlenet.save("other.safetensors", model, zeros)
     status, error = refused(["random", "--output", "other.safetensors", "--diagnose"], capsys)
     assert status == 4
-    assert error.startswith("other.safetensors is no port of random: ")
+    assert error.startswith("other.safetensors is not a port of random: ")

@@ -1,4 +1,4 @@
-"""The float32 limit refuses no right port by chance, however few its classes, and passes no coarser rounding."""
+"""The float32 limit refuses no correct port by chance, however few its classes, and accepts no coarser rounding."""
 
 import warnings
 
@@ -15,14 +15,14 @@ TF32, BFLOAT16 = 10, 7  # bits of the mantissa
 
 
 def rounded(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """float32 rounded to nearest, ties to even, to so many bits of the mantissa."""
+    """Round float32 to the nearest number with this many bits in the mantissa, ties to even."""
     step = 2 ** (23 - bits)
     integers = x.contiguous().view(torch.int32)
     return ((integers + step // 2 - 1 + (integers // step & 1)) & -step).view(torch.float32)
 
 
 def multiply_coarsely(model: TorchGoogLeNet, bits: int) -> None:
-    """Round the operands of all convolutions and matrix products, as tensor cores do; sums stay in float32."""
+    """Round the operands of all convolutions and matrix products, as tensor cores do; sums are in float32."""
     for module in model.modules():
         if isinstance(module, torch.nn.Conv2d | torch.nn.Linear):
             module.weight.data = rounded(module.weight.data, bits)
@@ -34,7 +34,7 @@ def images() -> np.ndarray:
     return np.random.default_rng(0).standard_normal((4, 48, 48, 3)).astype(np.float32)
 
 
-def test_a_network_that_multiplies_coarsely_is_off_in_every_stage(images: np.ndarray) -> None:
+def test_a_network_that_multiplies_coarsely_differs_in_every_stage(images: np.ndarray) -> None:
     checkpoint = reference.random_checkpoint(num_classes=3)
     narrow = {key: tensor.numpy() for key, tensor in checkpoint.items() if not key.startswith("aux")}
     port = flax_googlenet.GoogLeNet(3, aux_logits=False)
@@ -55,19 +55,22 @@ def test_a_network_that_multiplies_coarsely_is_off_in_every_stage(images: np.nda
 
 @pytest.fixture(scope="module")
 def features(images: np.ndarray, state_dict: dict[str, np.ndarray]) -> list[torch.Tensor]:
-    """What the last layer reads, in float64, in float32, and in float32 with convolutions that add in another order."""
+    """Inputs of the last layer: in float64, in float32, and in float32 by convolutions with another order of sums."""
     headless = {key: array for key, array in state_dict.items() if not key.startswith("aux")}
     outputs = []
     for dtype, mkldnn in ((torch.float64, True), (torch.float32, True), (torch.float32, False)):
         model = reference.build(headless, transform_input=False, dtype=dtype)
-        with warnings.catch_warnings(action="ignore"), torch.backends.mkldnn.flags(enabled=mkldnn):  # of Intel's GPUs
+        with (
+            warnings.catch_warnings(action="ignore"),
+            torch.backends.mkldnn.flags(enabled=mkldnn),
+        ):  # warns about Intel's GPUs
             x = reference.stages(model, images.astype(str(dtype).removeprefix("torch.")))["avgpool"]
         outputs.append(torch.from_numpy(x.reshape(len(images), -1)))
     return outputs
 
 
 @pytest.mark.parametrize("num_classes", [1, 2, 3, 5])
-def test_a_head_of_few_classes_is_neither_refused_by_chance_nor_passed_by_it(
+def test_a_head_of_few_classes_is_neither_refused_nor_accepted_by_chance(
     num_classes: int, features: list[torch.Tensor]
 ) -> None:
     model = flax_googlenet.GoogLeNet(num_classes, aux_logits=False)
@@ -89,6 +92,6 @@ def test_a_head_of_few_classes_is_neither_refused_by_chance_nor_passed_by_it(
             return Stage("fc", tuple(truth.shape), 0.0, *errors)
 
         assert stage(port).ok, stage(port)
-        for bits in (TF32, BFLOAT16):  # in this layer alone
+        for bits in (TF32, BFLOAT16):  # in this layer only
             coarse = stage(rounded(features[2], bits) @ rounded(weight32, bits).T + bias32)
             assert not coarse.ok, coarse

@@ -1,4 +1,4 @@
-"""The report in a real browser: what a person sees of a proof, and that the page needs nothing but itself."""
+"""The report in a real browser: it shows the proof, and needs no other file."""
 
 import dataclasses
 import itertools
@@ -33,7 +33,7 @@ NAMES = [
     *("inception5a", "inception5b", "avgpool", "fc", "aux1", "aux2"),
 ]
 LOGITS = np.zeros((2, 1000), np.float32)
-LOGITS[0, 17], LOGITS[1, 985] = 8, 9  # a jay and a daisy
+LOGITS[0, 17], LOGITS[1, 985] = 8, 9  # jay and daisy
 
 FACTS = {
     "source": "<script>document.title = 'run'</script><img src='https://example.com/none.png'>.pth",
@@ -44,14 +44,14 @@ CLASS_NAMES = ["<b>tench</b>", *reference.IMAGENET.meta["categories"][1:]]
 
 
 def proof(**errors: tuple[float, float, float]) -> Proof:
-    """One where all is well but the ``errors`` (float64, pytorch32, flax32) of the stages named."""
+    """Return a proof with small errors except for ``errors``: stage -> (float64, pytorch32, flax32)."""
     stages = (Stage(name, (4, 112, 112, 64), *errors.get(name, (5e-15, 2e-6, 3e-6))) for name in NAMES)
     return Proof(tuple(stages), LOGITS, LOGITS)
 
 
 PROVEN = proof()
-OFF = proof(
-    conv1=(0.0, 0.0, 0.0),  # exact, and so it has no ratio
+DIFFERENT = proof(
+    conv1=(0.0, 0.0, 0.0),  # exact, so there is no ratio
     maxpool2=(0.03, 2e-6, 0.03),
     inception3a=(np.inf, 2e-6, np.inf),
     fc=(np.nan, 2e-6, np.nan),
@@ -73,7 +73,7 @@ class Show(Protocol):
 def browser() -> Iterator[Browser]:
     executable = next(filter(None, map(shutil.which, BROWSERS)), None)
     if executable is None:
-        reason = f"no browser to look with, none of {', '.join(BROWSERS)}: install the package chromium"
+        reason = f"there is no browser, none of {', '.join(BROWSERS)}: install the package chromium"
         pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=executable, args=BROWSER_ARGS)
@@ -83,7 +83,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(params=[400, 1200], ids="{}px".format)
 def show(request: pytest.FixtureRequest, browser: Browser, tmp_path: Path) -> Iterator[Show]:
-    """Renders and opens: the page in a window of this width, with its requests and the browser's complaints."""
+    """Renders a page and opens it in a window of this width; records its requests and the browser's complaints."""
     context = browser.new_context(viewport={"width": request.param, "height": 900}, color_scheme="light")
 
     def open_page(result: Proof, class_names: Sequence[str] | None = None) -> Shown:
@@ -100,8 +100,8 @@ def show(request: pytest.FixtureRequest, browser: Browser, tmp_path: Path) -> It
     context.close()
 
 
-both = pytest.mark.parametrize("result", [PROVEN, OFF], ids=["proven", "off"])
-wide = pytest.mark.parametrize("show", [1200], indirect=True)  # what is the same at every width
+both = pytest.mark.parametrize("result", [PROVEN, DIFFERENT], ids=["proven", "different"])
+wide = pytest.mark.parametrize("show", [1200], indirect=True)  # for tests that do not depend on the width
 
 
 @both
@@ -112,10 +112,10 @@ def test_the_page_asks_for_nothing_but_itself(show: Show, result: Proof) -> None
 
 
 @both
-def test_no_part_of_the_page_lies_elsewhere(result: Proof) -> None:
+def test_the_page_refers_to_no_other_file(result: Proof) -> None:
     page = render(result, FACTS, CLASS_NAMES)
     references = re.findall(r"(?:<[^>]*?(?:src|href)\s*=\s*|url\()[\"']?([^\"'\s>)]*)", page)
-    assert len(references) > 2  # the photographs, and the letters of the plot
+    assert len(references) > 2  # the photographs, and the glyphs of the plot
     assert all(target.startswith(("data:image/jpeg;", "#")) for target in references)
 
 
@@ -126,7 +126,7 @@ def test_the_page_does_not_scroll_sideways(show: Show, result: Proof) -> None:
 
 
 def test_the_photographs_and_the_plot_are_drawn(show: Show) -> None:
-    page = show(OFF).page
+    page = show(DIFFERENT).page
     for name in ("temple", "flower"):
         photograph = page.get_by_alt_text(name, exact=True)
         expect(photograph).to_be_visible()
@@ -138,13 +138,13 @@ def test_the_photographs_and_the_plot_are_drawn(show: Show) -> None:
     for color in ("var(--blue)", "#d55e00", "#009e73"):
         markers = plot.locator(f'use[style*="{color}"]')
         sizes = markers.evaluate_all("uses => uses.map(use => use.getBoundingClientRect().width)")
-        assert len(sizes) == len(NAMES) + 1  # and one in the legend
+        assert len(sizes) == len(NAMES) + 1  # one of them in the legend
         assert min(sizes) > 2
-    expect(plot.locator("path[style*=dasharray]")).to_have_count(2)  # the limit, and in the legend
+    expect(plot.locator("path[style*=dasharray]")).to_have_count(2)  # the limit and its entry in the legend
 
 
-def test_the_stage_names_in_the_plot_are_apart(show: Show) -> None:
-    labels = show(OFF).page.locator(".plot [id^=ytick] [id^=text]")
+def test_the_stage_names_in_the_plot_do_not_overlap(show: Show) -> None:
+    labels = show(DIFFERENT).page.locator(".plot [id^=ytick] [id^=text]")
     boxes = labels.evaluate_all("labels => labels.map(label => label.getBoundingClientRect().toJSON())")
     assert len(boxes) == len(NAMES)
     assert all(above["bottom"] < below["top"] for above, below in itertools.pairwise(boxes))
@@ -155,8 +155,8 @@ def test_every_stage_has_a_row_with_its_verdict(show: Show, result: Proof) -> No
     rows = show(result).page.locator(".stages tbody tr")
     expect(rows.locator("th")).to_have_text(NAMES)
     expect(rows.locator("td").first).to_have_text("\N{MULTIPLICATION SIGN}".join(("112", "112", "64")))
-    expect(rows.locator("td:last-child")).to_have_text(["ok" if stage.ok else "off" for stage in result.stages])
-    # On a narrow screen the numbers scroll, and the verdicts stay.
+    expect(rows.locator("td:last-child")).to_have_text(["ok" if stage.ok else "differs" for stage in result.stages])
+    # On a narrow screen the numbers scroll, but the verdicts stay visible.
     edges = rows.locator("td:last-child").evaluate_all("cells => cells.map(x => x.getBoundingClientRect().right)")
     assert max(edges) <= rows.page.evaluate("innerWidth")
 
@@ -164,34 +164,38 @@ def test_every_stage_has_a_row_with_its_verdict(show: Show, result: Proof) -> No
 @pytest.mark.parametrize(
     ("result", "verdict", "color"),
     [
-        (PROVEN, "Proven: every stage agrees", "rgb(26, 127, 55)"),
-        (OFF, "Not proven: first stage that is off is maxpool2", "rgb(197, 34, 31)"),
-        (proof(conv1=(np.nan, np.nan, np.nan)), "Not proven: first stage that is off is conv1", "rgb(197, 34, 31)"),
+        (PROVEN, "Proven: all stages agree", "rgb(26, 127, 55)"),
+        (DIFFERENT, "Not proven: maxpool2 is the first stage that differs", "rgb(197, 34, 31)"),
+        (
+            proof(conv1=(np.nan, np.nan, np.nan)),
+            "Not proven: conv1 is the first stage that differs",
+            "rgb(197, 34, 31)",
+        ),
     ],
 )
-def test_the_verdict_names_the_first_stage_that_is_off(show: Show, result: Proof, verdict: str, color: str) -> None:
+def test_the_verdict_names_the_first_stage_that_differs(show: Show, result: Proof, verdict: str, color: str) -> None:
     shown = show(result).page.get_by_text(verdict, exact=True)
     expect(shown).to_be_in_viewport()
     expect(shown).to_have_css("color", color)
 
 
 @wide
-def test_errors_that_are_no_numbers_are_told_in_words(show: Show) -> None:
-    rows = show(OFF).page.locator(".stages tbody tr")
+def test_errors_that_are_not_finite_are_described_in_words(show: Show) -> None:
+    rows = show(DIFFERENT).page.locator(".stages tbody tr")
 
     def cells(name: str) -> list[str]:
         return rows.nth(NAMES.index(name)).locator("td").all_inner_texts()[1:]
 
     assert cells("conv1") == ["0.0e+00", "0.0e+00", "0.0e+00", "\N{EN DASH}", "ok"]
     assert cells("conv2") == ["5.0e-15", "2.0e-06", "3.0e-06", "1.50", "ok"]
-    assert cells("maxpool2") == ["3.0e-02", "2.0e-06", "3.0e-02", "2e+04", "off"]
-    assert cells("inception3a") == ["shape differs", "2.0e-06", "shape differs", "\N{EN DASH}", "off"]
-    assert cells("fc") == ["not a number", "2.0e-06", "not a number", "\N{EN DASH}", "off"]
-    assert cells("aux1") == ["5.0e-15", "2.0e-06", "9.0e-06", "4.50", "off"]
+    assert cells("maxpool2") == ["3.0e-02", "2.0e-06", "3.0e-02", "2e+04", "differs"]
+    assert cells("inception3a") == ["shape differs", "2.0e-06", "shape differs", "\N{EN DASH}", "differs"]
+    assert cells("fc") == ["not a number", "2.0e-06", "not a number", "\N{EN DASH}", "differs"]
+    assert cells("aux1") == ["5.0e-15", "2.0e-06", "9.0e-06", "4.50", "differs"]
 
 
 @wide
-def test_facts_are_text(show: Show) -> None:
+def test_markup_in_the_facts_is_shown_as_text(show: Show) -> None:
     page = show(PROVEN).page
     expect(page.locator(".facts th")).to_have_text(list(FACTS))
     expect(page.locator(".facts td")).to_have_text(list(FACTS.values()))
@@ -209,7 +213,7 @@ def test_facts_are_text(show: Show) -> None:
     ids=["named", "named in part", "nameless"],
 )
 @wide
-def test_both_networks_show_their_five_likeliest_classes(
+def test_the_five_most_likely_classes_of_both_networks_are_shown(
     show: Show, class_names: list[str] | None, first: str, last: str
 ) -> None:
     page = show(dataclasses.replace(PROVEN, flax_logits=np.full_like(LOGITS, np.inf)), class_names).page
@@ -223,14 +227,14 @@ def test_both_networks_show_their_five_likeliest_classes(
 
 
 def test_the_same_proof_gives_the_same_page() -> None:
-    assert render(OFF, FACTS, CLASS_NAMES) == render(OFF, FACTS, CLASS_NAMES)
+    assert render(DIFFERENT, FACTS, CLASS_NAMES) == render(DIFFERENT, FACTS, CLASS_NAMES)
 
 
 def test_a_file_name_that_is_not_unicode_can_be_written() -> None:
     assert rb"caf\xe9.pth" in render(PROVEN, {"source": "caf\udce9.pth"}, None).encode()
 
 
-def test_characters_that_turn_text_around_are_escaped() -> None:
+def test_characters_that_reverse_text_are_escaped() -> None:
     page = render(PROVEN, {"\u2066<source>": "gpj\u202e.pth\x1b"}, ["\u200fcat"] * 1000)
     assert r"<tr><th>\u2066&lt;source&gt;<td>gpj\u202e.pth\x1b" in page
     assert r"<span>\u200fcat</span>" in page

@@ -1,4 +1,4 @@
-"""Files that nobody vouches for: each is refused in one line that names it, or read bit for bit."""
+"""Untrusted files: each is refused with one line that names it, or read bit for bit."""
 
 import argparse
 import collections
@@ -45,7 +45,7 @@ def same(state_dict: dict[str, np.ndarray], tensors: Tensors) -> bool:
 
 
 def refusal(path: Path, key: str | None = None) -> str:
-    """The message without the file's name, with which it must begin."""
+    """Return the message without the name of the file, with which it must begin."""
     with pytest.raises(untrusted.UntrustedFileError) as caught:
         untrusted.read(path, key)
     message = str(caught.value)
@@ -83,7 +83,7 @@ def test_bfloat16_is_read_bit_for_bit(suffix: str, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def training_checkpoint(tensors: Tensors, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As torchvision's reference script saves it."""
+    """A checkpoint like those of torchvision's training script."""
     path = tmp_path_factory.mktemp("training") / "checkpoint.pth"
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -101,12 +101,12 @@ def training_checkpoint(tensors: Tensors, tmp_path_factory: pytest.TempPathFacto
     return path
 
 
-def test_a_training_checkpoint_gives_its_model_and_tells_of_the_other(
+def test_a_training_checkpoint_gives_its_model_and_a_note_on_the_other(
     tensors: Tensors, training_checkpoint: Path
 ) -> None:
     checkpoint = untrusted.read(training_checkpoint)
     assert same(checkpoint.state_dict, tensors)
-    assert checkpoint.notes == ["took 'model'; --key model_ema takes the other weights in it"]
+    assert checkpoint.notes == ["took 'model'; --key model_ema takes the file's other weights"]
 
 
 def test_key_chooses_the_averaged_model(training_checkpoint: Path) -> None:
@@ -125,7 +125,7 @@ def test_a_key_that_is_not_there_is_refused_with_the_keys_found(training_checkpo
 
 
 def beside(tensors: Tensors) -> dict[str, Any]:
-    """What people keep beside the weights: none of it is a plain tensor of the network."""
+    """What people save beside the weights: none of it is a tensor of the network."""
     return {
         "model_state_dict": tensors,
         "loss": torch.tensor(0.4),
@@ -140,7 +140,7 @@ def beside(tensors: Tensors) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("is_zip", [True, False])
-def test_what_people_keep_beside_the_weights_is_passed_over(is_zip: bool, tensors: Tensors, tmp_path: Path) -> None:
+def test_what_people_save_beside_the_weights_is_ignored(is_zip: bool, tensors: Tensors, tmp_path: Path) -> None:
     path = tmp_path / "model.pth"
     torch.save(beside(tensors), path, _use_new_zipfile_serialization=is_zip)
     checkpoint = untrusted.read(path)
@@ -148,7 +148,7 @@ def test_what_people_keep_beside_the_weights_is_passed_over(is_zip: bool, tensor
     assert checkpoint.notes == []
 
 
-# What is not a checkpoint, or is a hostile one.
+# Files that are not checkpoints, and hostile ones.
 
 
 class Gadget:
@@ -165,9 +165,7 @@ class Gadget:
 def test_a_pickle_gadget_is_not_run(is_zip: bool, tensors: Tensors, tmp_path: Path) -> None:
     path, trap = tmp_path / "gadget.pth", tmp_path / "trap"
     torch.save({**tensors, "fc.bias": Gadget(trap)}, path, _use_new_zipfile_serialization=is_zip)
-    assert refusal(path) == (
-        "it asks for posix.mkdir, and only plain tensors are loaded: save model.state_dict() instead"
-    )
+    assert refusal(path) == ("it needs posix.mkdir, and only plain tensors are loaded: save model.state_dict() instead")
     assert not trap.exists()
     torch.load(path, weights_only=False)  # the gadget works
     assert trap.exists()
@@ -180,7 +178,7 @@ def test_a_number_in_a_pickle_fills_no_memory(tmp_path: Path) -> None:
 
     torch.save({"fc.bias": Zeros()}, path := tmp_path / "zeros.pth")
     assert refusal(path) == (
-        "it asks for builtins.bytearray, and only plain tensors are loaded: save model.state_dict() instead"
+        "it needs builtins.bytearray, and only plain tensors are loaded: save model.state_dict() instead"
     )
 
 
@@ -193,7 +191,7 @@ def test_a_class_whose_name_no_class_can_have_is_refused(tmp_path: Path) -> None
 def test_a_plain_pickle_is_not_even_opened(tmp_path: Path) -> None:
     path, trap = tmp_path / "gadget.pth", tmp_path / "trap"
     path.write_bytes(pickle.dumps(Gadget(trap)))
-    assert "neither a file of torch.save nor a .safetensors" in refusal(path)
+    assert refusal(path).startswith("this is a pickle, not a file from torch.save")
     assert not trap.exists()
 
 
@@ -201,13 +199,13 @@ def test_a_whole_pickled_model_is_refused_with_the_way_out(tmp_path: Path) -> No
     path = tmp_path / "model.pth"
     torch.save(torchvision.models.googlenet(weights=None, init_weights=False), path)
     assert refusal(path) == (
-        "it asks for torchvision.models.googlenet.GoogLeNet, and only plain tensors are loaded: "
+        "it needs torchvision.models.googlenet.GoogLeNet, and only plain tensors are loaded: "
         "save model.state_dict() instead"
     )
 
 
 def memory_growth(path: Path) -> int:
-    """Bytes by which the peak memory of a new process grows while it reads one file, which is refused."""
+    """Return by how many bytes the peak memory of a new process grows while it reads a file that is refused."""
     code = """
 import pathlib, re, sys, untrusted
 def peak():
@@ -236,13 +234,13 @@ def test_a_zip_bomb_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
 
 
 def test_a_zip_of_overlapping_entries_is_refused(tmp_path: Path) -> None:
-    """A bomb without compression: many entries of the directory share one place in the file."""
+    """A zip bomb without compression: many entries of the directory share one place in the file."""
     path = tmp_path / "bomb.pth"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("archive/data.pkl", bytes(2**22))
         first = archive.infolist()[0]
         archive.filelist += [first] * 1000
-    assert "claims more contents than it has bytes: a zip bomb?" in refusal(path)
+    assert "claim more bytes than the file has: a zip bomb?" in refusal(path)
     assert memory_growth(path) < 100e6
 
 
@@ -263,7 +261,7 @@ def test_a_stride_of_0_fills_no_memory(tmp_path: Path) -> None:
 
 
 class Storage:
-    """Stands for a tensor's bytes while pickling, and claims to have ``numel`` of them."""
+    """Stands for the storage of a tensor in a pickle, and claims to hold ``numel`` numbers."""
 
     def __init__(self, numel: int) -> None:
         self.numel = numel
@@ -311,10 +309,10 @@ def test_a_legacy_file_whose_tensors_are_larger_than_its_bytes_is_refused(
     path = tmp_path / "forged.pth"
     head = pickle.dumps(1001, 2) + pickle.dumps({"little_endian": True}, 2)
     forged = forged_pickle(View(Storage(numel), size, (1,)))
-    # With the storage left out of the list of those that follow, nothing would ever fill it.
+    # The list of storages that follow is empty, so nothing would ever fill this one.
     path.write_bytes(untrusted.LEGACY_MAGIC + head + forged + pickle.dumps([], 2) + bytes(64))
     refusal(path)
-    if numel * 4 == 4e9:  # the one that PyTorch would make room for
+    if numel * 4 == 4e9:  # the one that PyTorch would allocate
         assert memory_growth(path) < 100e6
 
 
@@ -327,11 +325,11 @@ def test_a_pickle_out_of_all_proportion_is_refused(legacy: bool, tmp_path: Path)
     else:
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("archive/data.pkl", lists)
-    assert refusal(path) == "its pickle has more than 4,194,304 bytes: no list of tensors has"
+    assert refusal(path) == "its pickle has more than 4,194,304 bytes, too many for a list of tensors"
 
 
 class Config(dict[str, float]):
-    """A configuration, which people keep beside the weights."""
+    """A configuration, as people save it beside the weights."""
 
 
 def sparse(tensors: Tensors) -> Any:
@@ -350,7 +348,7 @@ def sparse(tensors: Tensors) -> Any:
         ),
         (
             lambda t: {**t, "args": Config(lr=0.1)},
-            f"it asks for {Config.__module__}.Config, and only plain tensors are",
+            f"it needs {Config.__module__}.Config, and only plain tensors are",
         ),
         (lambda t: list(t.values()), "it holds a list, not a state dict"),
         (lambda t: t["fc.bias"], "it holds a Tensor, not a state dict"),
@@ -381,19 +379,19 @@ def test_other_contents_are_refused(
             b"version https://git-lfs.github.com/spec/v1\n",
             "this is a Git LFS pointer, not the checkpoint",
         ),
-        ("noise.pth", b"\x93NUMPY" * 20, "this is neither a file of torch.save nor a .safetensors"),
+        ("noise.pth", b"\x93NUMPY" * 20, "this is neither a file from torch.save nor a .safetensors"),
         ("noise.safetensors", b"\x93NUMPY" * 20, "the file is damaged or cut off"),
         ("short.safetensors", b"\0", "the file is damaged or cut off"),
         ("torchscript.pth", "model/code/__torch__.py", "this is a TorchScript program, not a state dict"),
         ("exported.pt2", "model/archive_format", "this is a program of torch.export, not a state dict"),
-        ("weights.npz", "fc.bias.npy", "these are arrays of NumPy, a .npz: write them with"),
+        ("weights.npz", "fc.bias.npy", "this is a .npz of NumPy arrays: write them with"),
         ("weights.zip", "plain.pth", "this is an archive that holds plain.pth: unpack it first"),
         ("plain.tar.gz", b"\x1f\x8b\x08", "this is compressed by gzip: unpack it first"),
         ("plain.tar", bytes(257) + b"ustar", "this is a tar archive: unpack it first"),
         (
             "data.pkl",
             b"\x80\x02}",
-            "this is a pickle, neither a file of torch.save nor a .safetensors; if it is the data",
+            "this is a pickle, not a file from torch.save; if it is the data.pkl",
         ),
     ],
 )
@@ -410,7 +408,7 @@ def test_other_files_are_refused(name: str, contents: bytes | str, message: str,
 def test_a_port_is_not_taken_for_a_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "port.safetensors"
     safetensors.torch.save_file({"params/fc/bias": torch.zeros(3)}, path)
-    assert refusal(path) == "this is a port already: --to-torchvision FILE.pth turns it back"
+    assert refusal(path) == "this is already a port: --to-torchvision FILE.pth converts it back"
 
 
 def test_a_file_above_the_cap_is_not_read(tmp_path: Path) -> None:
@@ -437,7 +435,7 @@ def test_200_flipped_bits_in_a_zip_are_refused_or_change_nothing(
     data = zipped.read_bytes()
     path = tmp_path / "flipped.pth"
     rng = random.Random(0)
-    # Half of them where the structure is: at the beginning, with the pickle, and in the directory at the end.
+    # Half of them in the structure: the beginning with the pickle, and the directory at the end.
     structure = [*range(70_000), *range(len(data) - 40_000, len(data))]
     positions = [rng.randrange(len(data)) for _ in range(100)] + rng.choices(structure, k=100)
     refused = 0
@@ -456,7 +454,7 @@ def test_200_flipped_bits_in_a_zip_are_refused_or_change_nothing(
 def test_flipped_bits_in_a_legacy_file_never_end_in_anything_but_tensors_or_a_refusal(
     tensors: Tensors, tmp_path: Path
 ) -> None:
-    """This format has no checksum: a flipped weight cannot be noticed, but nothing worse may happen."""
+    """This format has no checksum, so a flipped weight goes unnoticed, but nothing worse may happen."""
     path = tmp_path / "legacy.pth"
     torch.save(tensors, path, _use_new_zipfile_serialization=False)
     data = path.read_bytes()

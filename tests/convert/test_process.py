@@ -1,4 +1,4 @@
-"""Ctrl-C, as real signals to real processes: it is never lost, never loud, and leaves nothing half-written."""
+"""Ctrl-C, as real signals to real processes: it always ends them, quietly, and leaves nothing half-written."""
 
 import json
 import os
@@ -9,7 +9,6 @@ import sys
 import time
 from pathlib import Path
 
-import interrupt
 import numpy as np
 import port_weights
 import pytest
@@ -19,13 +18,13 @@ SCRIPT = port_weights.__file__
 
 
 def run(code: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    folders = (str(Path(interrupt.__file__).parent), os.environ.get("PYTHONPATH", ""))
+    folders = (str(Path(SCRIPT).parent), os.environ.get("PYTHONPATH", ""))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
     return subprocess.run([sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True)
 
 
 def on_a_terminal(*arguments: str, moment: float, cwd: Path) -> tuple[int, str]:
-    """The status and the screen of a command that is interrupted ``moment`` seconds after its first word."""
+    """Return the status and the screen of a command that is interrupted ``moment`` seconds after its first word."""
     ours, theirs = os.openpty()
     with subprocess.Popen([sys.executable, SCRIPT, *arguments], cwd=cwd, stdout=theirs, stderr=theirs) as process:
         os.close(theirs)
@@ -37,7 +36,7 @@ def on_a_terminal(*arguments: str, moment: float, cwd: Path) -> tuple[int, str]:
         try:
             while data := os.read(ours, 1000):
                 screen += data
-        except OSError:  # how Linux says that the other side is closed
+        except OSError:  # what Linux raises when the other side is closed
             pass
     os.close(ours)
     return process.returncode, screen.decode().replace("\r\n", "\n")
@@ -47,18 +46,18 @@ def on_a_terminal(*arguments: str, moment: float, cwd: Path) -> tuple[int, str]:
 def test_ctrl_c_ends_the_command_at_any_moment(moment: float, tmp_path: Path) -> None:
     status, screen = on_a_terminal("random", moment=moment, cwd=tmp_path)
     assert status == 130
-    assert screen.endswith("\x1b[?25h" + MESSAGE)  # with the cursor back that the spinner hid
+    assert screen.endswith("\x1b[?25h" + MESSAGE)  # the spinner hides the cursor, and this shows it again
     assert "Traceback" not in screen
-    assert "None" not in screen  # as the number of runs, before it is known
+    assert "None" not in screen  # in place of an unknown number of runs
     assert list(tmp_path.iterdir()) == []
 
 
 def test_ctrl_c_in_a_callback_of_the_garbage_collector_is_not_lost(tmp_path: Path) -> None:
     code = """
 import gc, signal
-from interrupt import ends_the_process
+from process import ends_on_ctrl_c
 gc.callbacks.append(lambda *_: signal.raise_signal(signal.SIGINT))
-with ends_the_process(as_json=False):
+with ends_on_ctrl_c(as_json=False):
     gc.collect()
 """
     process = run(code, tmp_path)
@@ -68,10 +67,10 @@ with ends_the_process(as_json=False):
 def test_where_ctrl_c_raises_no_callback_of_the_garbage_collector_runs(tmp_path: Path) -> None:
     code = """
 import gc
-from interrupt import cleans_up, ends_the_process
+from process import cleans_up, ends_on_ctrl_c
 gc.callbacks.append(lambda *_: print("collected"))
-with ends_the_process(as_json=False), cleans_up():
-    lists = [[] for _ in range(100_000)]  # far more than set off a collection
+with ends_on_ctrl_c(as_json=False), cleans_up():
+    lists = [[] for _ in range(100_000)]  # far more than cause a collection
     gc.callbacks.pop()
 assert gc.isenabled()
 """
@@ -82,12 +81,10 @@ assert gc.isenabled()
 def test_ctrl_c_while_the_output_is_written_leaves_nothing_beside_it(tmp_path: Path) -> None:
     code = """
 import os, signal
-from pathlib import Path
 from flax_googlenet.files import write_atomically
-from interrupt import ends_the_process
-from output_files import writing
-os.fsync = lambda fd: signal.raise_signal(signal.SIGINT)  # when the bytes are there and the name is not
-with ends_the_process(as_json=True), writing(Path("new")):
+from process import cleans_up, ends_on_ctrl_c
+os.fsync = lambda fd: signal.raise_signal(signal.SIGINT)  # when the data is written but not yet renamed
+with ends_on_ctrl_c(as_json=True), cleans_up():
     write_atomically("new", b"contents")
 """
     process = run(code, tmp_path)
@@ -117,8 +114,8 @@ def test_ctrl_c_in_a_download_without_a_hash_leaves_nothing(tmp_path: Path) -> N
 
 
 PORTING = """
-from interrupt import cleans_up, ends_the_process
-with ends_the_process(as_json=False):
+from process import cleans_up, ends_on_ctrl_c
+with ends_on_ctrl_c(as_json=False):
     signal.raise_signal(signal.SIGINT)
     with cleans_up():
         signal.raise_signal(signal.SIGINT)
@@ -138,7 +135,7 @@ assert signals.received is None
 
 @pytest.mark.parametrize("code", [PORTING, TRAINING])
 def test_a_job_that_is_to_ignore_ctrl_c_goes_on_ignoring_it(code: str, tmp_path: Path) -> None:
-    # As a shell script starts its jobs in the background.
+    # A shell script starts its background jobs in this way.
     ignoring = "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
     process = run(f"{ignoring}{code}print('done')", tmp_path)
     assert (process.returncode, process.stderr) == (0, "")
