@@ -54,6 +54,7 @@ class RunLog:
             be recorded before the checkpoint of its step, and an evaluation after it.
         report: Called with messages.
         progress: Called after each step. Without it, the progress is reported in messages, one in ten seconds.
+        num_classes: Number of classes. With five or fewer, top-5 is always right, and messages leave it out.
 
     Raises:
         OSError: On entering, if the files cannot be opened.
@@ -67,10 +68,12 @@ class RunLog:
         *,
         report: Callable[[str], None],
         progress: Progress | None = None,
+        num_classes: int = 1000,
     ) -> None:
         self._workdir, self._start_step, self._total_steps = workdir, start_step, total_steps
         self._report = report
         self._progress = progress or self._report_progress
+        self._shown = {name: text for name, text in _SHOWN.items() if name != "top5" or num_classes > 5}
         self._exit = ExitStack()
         self._disk_failed = False
         self._next_message = 0.0
@@ -99,12 +102,12 @@ class RunLog:
     def train(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record the metrics of a step, which its batch gave with the parameters before the step."""
         self._record(TRAIN, step, metrics)
-        self._progress(step, self._total_steps, _text(metrics))
+        self._progress(step, self._total_steps, self._text(metrics))
 
     def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record the metrics that the held-out images gave with the parameters after a step."""
         self._record(HELD_OUT, step, metrics)
-        self._report(f"step {step}: held out: {_text(metrics)}")
+        self._report(f"step {step}: held out: {self._text(metrics)}")
 
     def sync(self) -> None:
         """Wait until all records are on the disk. A run calls it before a checkpoint, as it will not repeat them."""
@@ -122,6 +125,9 @@ class RunLog:
                 seconds = round((now - start) / (step - first_step) * (total - step))
                 text += f", {timedelta(seconds=seconds)} left"
             self._report(f"step {step}/{total}: {text}")
+
+    def _text(self, metrics: Mapping[str, float]) -> str:
+        return ", ".join(text.format(metrics[name]) for name, text in self._shown.items() if name in metrics)
 
     def _record(self, split: str, step: int, metrics: Mapping[str, float]) -> None:
         values = {name: float(value) for name, value in metrics.items()}
@@ -230,10 +236,6 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     last = np.minimum(np.arange(len(values)) + half + 1, len(values))
     count = counts[last] - counts[first]
     return np.where(count > 0, (ends[last] - ends[first]) / np.maximum(count, 1), np.nan)
-
-
-def _text(metrics: Mapping[str, float]) -> str:
-    return ", ".join(text.format(metrics[name]) for name, text in _SHOWN.items() if name in metrics)
 
 
 def _records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:

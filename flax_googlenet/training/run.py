@@ -135,7 +135,14 @@ def _begin(
         for name in (LAST_WEIGHTS, BEST_WEIGHTS):
             require_replaceable(workdir / name)  # before the work, not after it
         write_atomically(workdir / RECIPE, recipe.to_json().encode())
-        log = RunLog(workdir, plan.total_steps, counts.step, report=report, progress=progress)
+        log = RunLog(
+            workdir,
+            plan.total_steps,
+            counts.step,
+            report=report,
+            progress=progress,
+            num_classes=len(plan.train_data.class_names),
+        )
         stack.enter_context(log)
     if counts.step:
         report_first(f"continuing from the checkpoint of step {counts.step}")

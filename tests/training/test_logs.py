@@ -75,6 +75,16 @@ def test_a_record_is_in_the_file_when_the_method_returns(tmp_path: Path) -> None
         }
 
 
+@pytest.mark.parametrize("num_classes", [5, 6])
+def test_messages_have_top5_if_it_can_be_wrong_and_the_files_always(tmp_path: Path, num_classes: int) -> None:
+    messages: list[str] = []
+    with RunLog(tmp_path, 1, report=messages.append, num_classes=num_classes) as log:
+        log.train(1, {"accuracy": 0.5, "top5": 1.0})
+        log.evaluated(1, {"accuracy": 0.5, "top5": 1.0})
+    assert ["top-5" in message for message in messages] == [num_classes > 5] * 2
+    assert [record["top5"] for record in records(tmp_path)] == [1, 1]
+
+
 def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
     with RunLog(tmp_path, 2, report=print) as log:
         log.train(1, {"loss": float("nan"), "grad_norm": float("inf"), "finite": False})
