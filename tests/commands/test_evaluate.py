@@ -285,9 +285,9 @@ def test_a_name_that_two_classes_share_stands_for_both() -> None:
     assert match.labels.tolist() == [0, 1, 0, -1]
     assert match.notes == ("weights has 2 classes named 'crane': each of them counts as correct",)
     assert not match.is_one_to_one
-    tally = Score(match.labels, 2)
-    tally.add(np.array([0, 0, 0, 1]), np.eye(4)[[0, 2, 3, 2]])
-    assert tally.matrix.tolist() == [[2, 0, 1], [1, 0, 0]]
+    score = Score(match.labels, 2)
+    score.add(np.array([0, 0, 0, 1]), np.eye(4)[[0, 2, 3, 2]])
+    assert score.matrix.tolist() == [[2, 0, 1], [1, 0, 0]]
 
 
 @pytest.mark.parametrize(

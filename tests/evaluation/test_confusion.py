@@ -18,14 +18,14 @@ from flax_googlenet.evaluation.confusion import Score, draw_confusion
 
 def test_top5_and_the_confusion_matrix_are_counted_by_hand() -> None:
     wanted = np.array([-1, -1, 1, -1, -1, -1, 0, -1])  # the data has two of the network's eight classes
-    tally = Score(wanted, num_classes=2)
+    score = Score(wanted, num_classes=2)
     #                 0    1    2    3    4    5    6    7
     likely_2 = [0.0, 0.0, 0.6, 0.0, 0.0, 0.1, 0.3, 0.0]
     likely_1 = [0.1, 0.3, 0.0, 0.1, 0.1, 0.1, 0.1, 0.2]  # class 6 is the sixth: of equals the first ones come first
-    tally.add(np.array([0, 1]), np.array([likely_2, likely_2]))
-    tally.add(np.array([0]), np.array([likely_1]))
-    assert tally.matrix.tolist() == [[0, 1, 1], [0, 1, 0]]  # the last column is for the network's other classes
-    assert (tally.count, tally.top1, tally.top5) == (3, 1 / 3, 2 / 3)
+    score.add(np.array([0, 1]), np.array([likely_2, likely_2]))
+    score.add(np.array([0]), np.array([likely_1]))
+    assert score.matrix.tolist() == [[0, 1, 1], [0, 1, 0]]  # the last column is for the network's other classes
+    assert (score.count, score.top1, score.top5) == (3, 1 / 3, 2 / 3)
 
 
 def test_the_figures_are_those_of_scikit_learn() -> None:
@@ -33,19 +33,19 @@ def test_the_figures_are_those_of_scikit_learn() -> None:
     wanted = np.array([3, -1, 0, 2, 4, 1, -1, -1])  # the data has five of the network's eight classes
     labels = rng.choice(4, size=300, p=[0.7, 0.2, 0.07, 0.03])  # its last one has no image
     probabilities = rng.dirichlet(np.ones(8), size=300)
-    tally = Score(wanted, num_classes=5)
+    score = Score(wanted, num_classes=5)
     for batch in np.split(np.arange(300), [7, 100]):
-        tally.add(labels[batch], probabilities[batch])
+        score.add(labels[batch], probabilities[batch])
     right, answers = np.argsort(wanted)[3:][labels], probabilities.argmax(1)  # classes of the network
     columns = [*np.argsort(wanted)[3:], 1, 6, 7]
     matrix = metrics.confusion_matrix(right, answers, labels=columns)[:5]
-    np.testing.assert_array_equal(tally.matrix, np.c_[matrix[:, :5], matrix[:, 5:].sum(1)])
-    assert tally.top1 == pytest.approx(metrics.accuracy_score(right, answers), rel=1e-15)
+    np.testing.assert_array_equal(score.matrix, np.c_[matrix[:, :5], matrix[:, 5:].sum(1)])
+    assert score.top1 == pytest.approx(metrics.accuracy_score(right, answers), rel=1e-15)
     top5 = metrics.top_k_accuracy_score(right, probabilities, k=5, labels=range(8))
-    assert tally.top5 == pytest.approx(top5, rel=1e-15)
+    assert score.top5 == pytest.approx(top5, rel=1e-15)
     with warnings.catch_warnings(action="ignore"):  # answers that are no class of the data
         recall = metrics.balanced_accuracy_score(right, answers)
-    assert tally.balanced_accuracy == pytest.approx(recall, rel=1e-15)
+    assert score.balanced_accuracy == pytest.approx(recall, rel=1e-15)
 
 
 @pytest.mark.parametrize("classes", [2, 10, 50, 1000])

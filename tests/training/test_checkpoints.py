@@ -1,4 +1,4 @@
-"""A run's checkpoints: the same bits again, from whatever devices; and no damage, kill or full disk goes unnoticed."""
+"""The checkpoints of a run: they restore the same bits, and no damage, kill or full disk goes unnoticed."""
 
 import os
 import random
@@ -134,9 +134,7 @@ def test_a_folder_without_checkpoints_has_none(tmp_path: Path) -> None:
     ("kind", "reason"),
     [("file", "Not a directory"), ("dangling link", "No such file"), ("somebody else's", "Permission denied")],
 )
-def test_what_is_no_folder_that_can_be_read_is_an_error_not_a_fresh_start(
-    kind: str, reason: str, tmp_path: Path
-) -> None:
+def test_a_folder_that_cannot_be_read_is_an_error_not_a_fresh_start(kind: str, reason: str, tmp_path: Path) -> None:
     folder, user = tmp_path / "checkpoints", os.geteuid()
     if kind == "file":
         folder.write_text("a file where the folder was")
@@ -152,20 +150,20 @@ def test_what_is_no_folder_that_can_be_read_is_an_error_not_a_fresh_start(
         os.seteuid(user)
 
 
-def test_the_newest_counts_and_its_manifest_is_one_of_sha256sum(two: Path) -> None:
+def test_the_newest_counts_and_sha256sum_accepts_its_manifest(two: Path) -> None:
     assert restored(two, make_state()).step == 2
     subprocess.run(
         ["sha256sum", "--check", "--strict", "--quiet", "manifest.sha256"], cwd=two / "step_00000002", check=True
     )
 
 
-def test_the_step_orders_not_the_name(tmp_path: Path) -> None:
+def test_checkpoints_are_ordered_by_step_not_by_name(tmp_path: Path) -> None:
     for step in (99_999_999, 100_000_000):
         save_checkpoint(tmp_path, step, {"x": jnp.float32(step)}, {})
     assert restored(tmp_path, {"x": jnp.float32(0)}).step == 100_000_000
 
 
-def test_a_damaged_one_is_told_and_the_one_before_is_used(copy: Path) -> None:
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(copy: Path) -> None:
     (copy / "step_00000002" / "state" / "d" / "another").touch()
     (copy / "step_00000002" / os.fsdecode(b"\xff")).touch()
     messages: list[str] = []
@@ -235,7 +233,7 @@ def test_a_replaced_one_counts_until_the_new_one_is_there(copy: Path) -> None:
     assert sorted(path.name for path in copy.iterdir()) == [f"step_0000000{step}" for step in (1, 2, 3)]
 
 
-def test_what_was_passed_over_is_gone_after_the_next_save(copy: Path) -> None:
+def test_a_damaged_checkpoint_of_a_later_step_is_removed_by_the_next_save(copy: Path) -> None:
     save_checkpoint(copy, 7, make_state(7), {})
     cut(copy / "step_00000007" / "extra.json")
     messages: list[str] = []
@@ -286,15 +284,15 @@ def sealed(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("name", [name for name in FILES if name != "state/empty"])
 def test_a_flipped_bit_anywhere_is_noticed(sealed: Path, name: str) -> None:
     rng, path = random.Random(name), sealed / name
-    whole = path.read_bytes()
-    for place in range(len(whole)):
-        data = bytearray(whole)
+    original = path.read_bytes()
+    for place in range(len(original)):
+        data = bytearray(original)
         data[place] ^= 1 << rng.randrange(8)
         path.write_bytes(data)
         found = find_damage(sealed)
         assert found is not None, place
         assert name == "manifest.sha256" or name in found
-    path.write_bytes(whole)
+    path.write_bytes(original)
     assert find_damage(sealed) is None
 
 
@@ -311,10 +309,10 @@ def test_a_file_cut_emptied_lengthened_or_missing_is_noticed(sealed: Path, chang
     for name in FILES:
         if name == "state/empty" and change in (cut, empty):
             continue
-        whole = (sealed / name).read_bytes()
+        original = (sealed / name).read_bytes()
         change(sealed / name)
         assert name in (find_damage(sealed) or "")
-        (sealed / name).write_bytes(whole)
+        (sealed / name).write_bytes(original)
     assert find_damage(sealed) is None
 
 
@@ -345,7 +343,7 @@ def start(code: str, *arguments: Any) -> subprocess.Popen[str]:
 
 
 def finish(*processes: subprocess.Popen[str]) -> list[tuple[str, str]]:
-    """What each wrote to stdout and stderr; they must end, and end well."""
+    """Return what each wrote to stdout and stderr, once all have ended with status 0."""
     try:
         outputs = [process.communicate(timeout=60) for process in processes]
     finally:
@@ -373,7 +371,7 @@ for like in (state, {"split": jax.device_put(values["split"], whole), "whole": j
     assert finish(start(code, tmp_path)) == [("", "")]
 
 
-def test_a_full_disk_is_said_and_nothing_of_that_save_stays(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_and_nothing_of_that_save_stays(tmp_path: Path) -> None:
     """The limit on the size of a file stands in for the disk: it needs no root."""
     code = """
 small, large = {"x": jnp.arange(8, dtype=jnp.float32)}, {"x": jnp.zeros(300_000, jnp.float32)}
@@ -416,7 +414,7 @@ print(sorted(os.listdir(folder)))
 KILLS = 5
 
 
-def test_after_a_kill_at_any_moment_of_a_save_a_whole_checkpoint_is_there(tmp_path: Path) -> None:
+def test_after_a_kill_at_any_moment_of_a_save_an_undamaged_checkpoint_is_there(tmp_path: Path) -> None:
     code = """
 step = int(sys.argv[2])
 while True:
@@ -437,9 +435,9 @@ while True:
         output, errors = process.communicate(timeout=60)
         assert errors == ""
         leftovers += any(path.name.startswith(".") for path in tmp_path.iterdir())
-        said = int(output.splitlines()[-1]) if output else last + 1
+        printed = int(output.splitlines()[-1]) if output else last + 1
         found = restored(tmp_path, like)
-        assert found.step >= said
+        assert found.step >= printed
         assert_same_bits(found.state, {"x": jnp.full((64, 64), found.step, jnp.float32)})
         last = found.step
     assert leftovers > 0  # or no kill came during a save
@@ -513,7 +511,7 @@ except CheckpointError as error:
     assert_same_bits(found.state, {"split": split, "whole": whole})
 
 
-def test_where_one_process_cannot_write_all_raise_and_none_waits(tmp_path: Path, address: str) -> None:
+def test_if_one_process_cannot_write_all_raise_and_none_waits(tmp_path: Path, address: str) -> None:
     code = """
 try:
     save_checkpoint(folder, 1, state, {})

@@ -1,4 +1,4 @@
-"""The log of a run: what is in its files, at any moment and after a resume, and what a person sees."""
+"""The log of a run: what its files hold at any moment and after a resume, and what a person sees."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def records(workdir: Path) -> list[dict[str, Any]]:
 
 
 def run(workdir: Path, start: int, stop: int, total: int = 10) -> None:
-    """Steps ``start`` + 1 to ``stop``, with an evaluation after every second one, and after ``start`` if it is such."""
+    """Record the steps from ``start`` + 1 to ``stop``, and an evaluation of each even step, ``start`` included."""
     with RunLog(workdir, total, start, report=print) as log:
         for step in range(start, stop + 1):
             if step > start:
@@ -38,7 +38,7 @@ def run(workdir: Path, start: int, stop: int, total: int = 10) -> None:
 
 
 def events(path: Path) -> Iterator[Event]:
-    """The events of a file, as TensorBoard's own reader takes them; both checksums of each are checked."""
+    """Read the events of a file as TensorBoard does, and check both checksums of each."""
     data = path.read_bytes()
     while data:
         length = struct.unpack("<Q", data[:8])[0]
@@ -127,7 +127,7 @@ def test_tensorboard_gets_every_record_and_forgets_those_that_a_resume_repeats(t
 
 @contextmanager
 def full_disk(size: int) -> Iterator[None]:
-    """No file may grow beyond ``size`` bytes: as on a full disk, a write stops in the middle and the next one fails."""
+    """Let no file grow beyond ``size`` bytes: as on a full disk, a write stops halfway and the next one fails."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -136,7 +136,7 @@ def full_disk(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_full_disk_is_said_once_stops_nothing_and_leaves_whole_lines(
+def test_a_full_disk_gives_one_warning_stops_nothing_and_leaves_complete_lines(
     tmp_path: Path,
 ) -> None:
     messages: list[str] = []
@@ -250,7 +250,7 @@ def test_curves_of_a_run_without_evaluations_or_finite_losses_are_drawn_too(tmp_
 # The speed.
 
 
-def test_the_first_step_counts_in_no_speed() -> None:
+def test_the_first_step_does_not_count_for_the_speed() -> None:
     speed = Speed(batch_size=8)
     assert speed.add(seconds=30.0, waited=True) == {}
     for waited in (False, True, True, False):

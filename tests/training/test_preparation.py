@@ -70,7 +70,7 @@ WORDNET[0], WORDNET[1], WORDNET[6], WORDNET[999] = "n01440764", "n01443537", "n0
         ),
     ],
 )
-def test_the_head_of_the_weights_is_kept_for_the_same_classes_in_any_order_and_the_reason_is_said(
+def test_the_head_of_the_weights_is_kept_for_the_same_classes_in_any_order_and_the_reason_is_given(
     weights: Weights, class_names: tuple[str, ...], order: list[int] | None, reason: str
 ) -> None:
     head = find_head(tuple(class_names), "DATA", weights, "W")
@@ -90,7 +90,7 @@ def test_a_head_that_is_kept_gets_the_order_of_the_data() -> None:
     jax.tree.map(np.testing.assert_array_equal, reorder_head(variables, np.array([1, 2, 0])), expected)
 
 
-def test_the_classes_are_said_with_their_images_and_a_warning_where_these_are_very_unequal() -> None:
+def test_the_classes_are_listed_with_their_images_and_a_warning_if_these_are_very_unequal() -> None:
     def described(*counts: int, balanced: bool = False) -> list[str]:
         names = tuple(f"class{i}" for i in range(len(counts)))
         return describe_classes(
@@ -122,7 +122,7 @@ def test_the_recipe_says_whether_classes_are_weighted(class_weights: Any, shape:
     assert getattr(shapes.class_weights, "shape", None) == shape
 
 
-def test_a_run_that_goes_on_with_other_data_weighs_the_classes_by_these() -> None:
+def test_a_run_that_is_continued_with_other_data_gets_the_class_weights_of_these() -> None:
     plan = make_plan(Dataset(("a", "b"), np.array([0, 0, 0, 1], np.int32), tuple("0123")), class_weights="balanced")
     shapes, _ = initial_state(plan, None, None, Devices())
     resumed = shapes.replace(class_weights=np.array([1, 1], np.float32))

@@ -36,7 +36,7 @@ with claim(sys.argv[1]):
 
 
 def hold(folder: Path) -> subprocess.Popen[str]:
-    """A process that has the folder."""
+    """Start a process that claims the folder, and wait until it has."""
     process = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "claimed\n"
@@ -58,7 +58,7 @@ def test_a_second_run_is_refused_with_the_process_of_the_first_until_that_is_kil
 
 
 @pytest.mark.parametrize("reason", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
-def test_a_file_system_without_locks_stops_nothing_and_is_said_once(
+def test_a_file_system_without_locks_stops_nothing_and_gives_one_warning_for_each_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: int
 ) -> None:
     def refuse(*_: object) -> None:
@@ -66,11 +66,11 @@ def test_a_file_system_without_locks_stops_nothing_and_is_said_once(
 
     monkeypatch.setattr(fcntl, "flock", refuse)  # as on NFS or Lustre; no such file system can be made for a test
     row = {"image": "a.jpg", "predictions": [{"index": 1, "label": None, "probability": 0.5}]}
-    said: list[str] = []
-    with claim(tmp_path / "run", said.append):
+    warnings: list[str] = []
+    with claim(tmp_path / "run", warnings.append):
         pass
     for name in ("answers.csv", "answers.parquet"):
-        with open_results(tmp_path / name, "w", 1, said.append) as results:
+        with open_results(tmp_path / name, "w", 1, warnings.append) as results:
             results.append([row])
         assert (tmp_path / name).stat().st_size > 0
     (tmp_path / "old.bin.partial").write_bytes(b"whole")
@@ -79,11 +79,11 @@ def test_a_file_system_without_locks_stops_nothing_and_is_said_once(
         tmp_path / "old.bin",
         sha256=hashlib.sha256(b"whole").hexdigest(),
         max_bytes=9,
-        warn=said.append,
+        warn=warnings.append,
     )
     assert (tmp_path / "old.bin").read_bytes() == b"whole"
     files = ("run/.lock", "answers.csv", "answers.parquet.part", "old.bin.partial")
-    assert said == [
+    assert warnings == [
         f"{tmp_path / name} is on a file system without locks: start no second run that writes there" for name in files
     ]
 
@@ -121,7 +121,7 @@ with claim(sys.argv[1]):
         os.kill(worker, signal.SIGTERM)  # it was still there
 
 
-# Where a run goes on, and what must stay the same.
+# What must stay the same when a run is continued.
 
 STATE: Any = {"weights": np.arange(6, dtype=np.float32)}  # any tree will do
 COUNTS = RunCounts(step=7, unreadable=["a.jpg"], not_finite=2, not_finite_in_a_row=1, best_step=4, best_accuracy=0.1)
@@ -168,9 +168,9 @@ def test_a_checkpoint_of_a_version_that_did_not_know_the_best_evaluation_is_cont
     assert found[0] == dataclasses.replace(COUNTS, best_step=0, best_accuracy=0.0)
 
 
-def test_another_recipe_or_other_data_are_refused_unless_told(workdir: Path) -> None:
-    said = refusal(workdir, identity(label_smoothing=0.2, keep=7))
-    assert "holds a run with label_smoothing 0.1, now 0.2: choose another folder, or add --override" in said
+def test_another_recipe_or_other_data_are_refused_without_override(workdir: Path) -> None:
+    message = refusal(workdir, identity(label_smoothing=0.2, keep=7))
+    assert "holds a run with label_smoothing 0.1, now 0.2: choose another folder, or add --override" in message
     assert "holds a run with other data: choose another folder" in refusal(workdir, identity("photos"))
     assert resume_run(workdir, STATE, identity(keep=7), False, pytest.fail) is not None  # which changes no bit
     messages: list[str] = []
@@ -182,7 +182,7 @@ def test_another_recipe_or_other_data_are_refused_unless_told(workdir: Path) -> 
     assert warning.startswith("warning: the run was trained on other data before")
 
 
-def test_a_run_of_an_earlier_version_goes_on_with_the_defaults_of_the_fields_that_came_later(tmp_path: Path) -> None:
+def test_a_run_of_an_earlier_version_is_continued_with_the_defaults_of_newer_fields(tmp_path: Path) -> None:
     earlier = identity(epochs=3)
     del earlier["recipe"]["nesterov"]
     (tmp_path / "recipe.json").write_text(json.dumps(earlier["recipe"]))
@@ -191,7 +191,7 @@ def test_a_run_of_an_earlier_version_goes_on_with_the_defaults_of_the_fields_tha
     assert "a run with nesterov True, now False" in refusal(tmp_path, identity(epochs=3, nesterov=False))
 
 
-def test_a_recipe_that_makes_another_state_is_refused_even_when_told(workdir: Path) -> None:
+def test_a_recipe_that_makes_another_state_is_refused_even_with_override(workdir: Path) -> None:
     state = {**STATE, "average": STATE["weights"]}
     with pytest.raises(WorkdirError) as caught:
         resume_run(workdir, state, identity(average_decay=0.9), True, pytest.fail)
@@ -229,7 +229,7 @@ def test_checkpoints_of_a_later_version_are_refused(workdir: Path) -> None:
         resume_run(workdir, STATE, identity(), False, pytest.fail)
 
 
-def test_where_no_checkpoint_is_whole_each_damage_is_told(workdir: Path) -> None:
+def test_if_all_checkpoints_are_damaged_each_is_reported(workdir: Path) -> None:
     (workdir / "checkpoints" / "step_00000007" / "extra.json").unlink()
     messages: list[str] = []
     with pytest.raises(CheckpointError, match="all are damaged"):

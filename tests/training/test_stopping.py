@@ -38,7 +38,7 @@ def test_an_image_that_can_be_read_again_counts_too(dataset: Dataset) -> None:
     assert messages == [f"{dataset.name(7)} could not be read at first; another image takes its place"]
 
 
-def test_more_unreadable_images_than_allowed_stop_the_run_once_all_are_messages(dataset: Dataset) -> None:
+def test_more_unreadable_images_than_allowed_stop_the_run_after_all_are_reported(dataset: Dataset) -> None:
     counts, messages = RunCounts(), list[str]()
     counts.add_unreadable(dataset, [0, 1, 2, 3], 0.4, messages.append)
     too_many = r"5 of 10 images cannot be read, more than max_corrupt \(40.00%\) allows: .*"
@@ -47,7 +47,7 @@ def test_more_unreadable_images_than_allowed_stop_the_run_once_all_are_messages(
     assert len(messages) == 5
 
 
-def test_three_unreadable_images_are_allowed_in_a_small_folder_unless_none_is(dataset: Dataset) -> None:
+def test_three_unreadable_images_are_allowed_in_a_small_folder_unless_max_corrupt_is_0(dataset: Dataset) -> None:
     counts = RunCounts()
     counts.add_unreadable(dataset, [0, 1, 2], 0.001, [].append)
     with pytest.raises(TooManyFailuresError, match="4 of 10 images"):
@@ -67,7 +67,7 @@ def test_5_steps_in_a_row_that_are_not_finite_stop_the_run() -> None:
     assert counts.not_finite == 9
 
 
-def test_of_equal_accuracies_the_first_is_the_best_and_an_evaluation_done_again_changes_nothing() -> None:
+def test_of_equal_accuracies_the_first_is_the_best_and_a_repeated_evaluation_changes_nothing() -> None:
     counts = RunCounts()
     found = []
     for counts.step, accuracy in ((4, 0.0), (8, 0.5), (8, 0.5), (12, 0.5), (16, 0.25), (20, 0.75)):
