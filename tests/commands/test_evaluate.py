@@ -22,6 +22,7 @@ from torchvision.transforms import functional, v2
 
 import flax_googlenet
 from flax_googlenet.commands.cli import main
+from flax_googlenet.evaluation.confusion import Score
 from flax_googlenet.evaluation.crops import crops
 from flax_googlenet.evaluation.ensembles import Network, answers, make_networks
 from flax_googlenet.images.preprocessing import ImageError, normalise
