@@ -197,9 +197,9 @@ def shown(text: str | Path) -> str:
 
 
 def _table(proof: Proof) -> Table:
-    table = Table(caption="Largest errors, relative to the largest value of the stage. Truth: PyTorch in float64.")
+    table = Table(caption="Largest difference from PyTorch in float64, relative to the stage's largest value")
     table.add_column("stage")
-    for header in ("shape", "float64:\nFlax - PyTorch", "float32:\nPyTorch - truth", "float32:\nFlax - truth"):
+    for header in ("shape", "Flax\nfloat64", "PyTorch\nfloat32", "Flax\nfloat32"):
         table.add_column(header, justify="right")
     table.add_column("")
     for stage in proof.stages:
