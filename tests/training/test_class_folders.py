@@ -58,7 +58,7 @@ def test_only_images_that_are_not_hidden_count(folder: Path) -> None:
     (folder / "cats" / "notes.txt").write_text("about cats")
     write_image(folder / ".thumbnails" / "1.png")
     write_image(folder / "cats" / ".1.png")
-    (folder / "birds").symlink_to(folder / "dogs")  # a class behind a link is one
+    (folder / "birds").symlink_to(folder / "dogs")  # a link to a folder is a class, too
     train, held_out = open_data(str(folder), held_out=0.2, seed=0)
     assert train.class_names == ("birds", "cats", "dogs")
     assert len(train) + len(held_out) == 40
@@ -121,7 +121,7 @@ def test_the_parts_of_a_data_set_are_known_by_the_names_that_people_give_them(
         assert dataset.names == ("cats/1.png", "dogs/1.png")
     top, held_top = train.split("/")[0], held_out.split("/")[0]
     assert datasets[0].notes == (f"{tmp_path}: {top}/ is trained on and {held_top}/ is held out",)
-    # The images to train on have the same names: the folders alone tell the parts apart.
+    # The images of both parts have the same names, so only the folders tell the parts apart.
     training = Training("weights", 0.5, 0, datasets[0].fingerprint)
     evaluated, which = find_data(str(tmp_path), [training, training])
     assert evaluated.fingerprint == datasets[1].fingerprint
@@ -203,7 +203,7 @@ def test_images_outside_of_the_class_folders_are_counted(folder: Path) -> None:
 def test_pictures_of_formats_that_cannot_be_read_are_counted_with_the_way_out(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(Image.OPEN, "HEIF")  # as it is where pillow-heif is not installed
+    monkeypatch.delitem(Image.OPEN, "HEIF")  # as if pillow-heif were not installed
     for i in range(20):
         (folder / "cats" / f"IMG_{i}.HEIC").touch()
     (folder / "cats" / "@eaDir").mkdir()
@@ -225,9 +225,9 @@ def test_heic_is_an_ordinary_image_where_pillow_heif_is_installed(folder: Path) 
     image = Image.new("RGB", (40, 20), (200, 30, 30))
     image.paste((30, 30, 200), (20, 0, 40, 20))
     exif = Image.Exif()
-    exif[ExifTags.Base.Orientation] = 6  # to be turned by 90 degrees clockwise
+    exif[ExifTags.Base.Orientation] = 6  # the image has to be turned by 90 degrees clockwise
     image.save(folder / "cats" / "IMG_1.HEIC", exif=exif.tobytes())
-    image.save(folder / "cats" / "sent.jpg", format="HEIF", exif=exif.tobytes())  # phones do so
+    image.save(folder / "cats" / "sent.jpg", format="HEIF", exif=exif.tobytes())  # as some phones name it
     train, held_out = open_data(str(folder), held_out=0.5, seed=0)
     assert len(train) + len(held_out) == 32
     assert train.notes == ()
@@ -274,7 +274,7 @@ def test_a_folder_that_may_not_be_read_is_named() -> None:
         os.chmod(folder, 0)
         before = os.geteuid()
         if before == 0:
-            os.seteuid(65534)  # nobody: root may read everything
+            os.seteuid(65534)  # the user nobody, because root may read everything
         try:
             assert refusal(folder) == f"cannot read {folder}: Permission denied"
         finally:

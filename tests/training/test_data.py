@@ -91,7 +91,7 @@ def test_an_epoch_shows_each_image_at_most_once_in_an_order_of_its_own(photograp
     epochs = np.concatenate([batch["index"] for batch in take(train_batches(photographs, RECIPE), 200)]).reshape(-1, 8)
     assert all(len(set(epoch)) == 8 for epoch in epochs.tolist())
     assert len({tuple(epoch) for epoch in epochs.tolist()}) > 95  # of 100
-    assert np.bincount(epochs.ravel(), minlength=11).min() > 50  # what an epoch leaves out is in others
+    assert np.bincount(epochs.ravel(), minlength=11).min() > 50  # other epochs have the images that one leaves out
 
 
 def test_pixels_depend_on_seed_epoch_and_image(photographs: Dataset) -> None:
@@ -99,8 +99,8 @@ def test_pixels_depend_on_seed_epoch_and_image(photographs: Dataset) -> None:
         batches = take(train_batches(photographs, replace(RECIPE, seed=seed)), 8)
         return [image.tobytes() for batch in batches for image in batch["image"]]
 
-    assert len(set(seen(0))) == len(seen(0))  # no epoch repeats another's pixels
-    assert not set(seen(0)) & set(seen(1))  # nor one run another's
+    assert len(set(seen(0))) == len(seen(0))  # no epoch repeats the pixels of another
+    assert not set(seen(0)) & set(seen(1))  # and no run those of another seed
 
 
 @pytest.mark.parametrize(("start", "workers"), [(0, 2), (3, 0), (3, 2)])
@@ -172,7 +172,7 @@ KINDS = ["cmyk.jpg", "palette.png", "16-bit.png", "alpha.png", "turned.jpg", "on
 def kinds(tmp_path: Path) -> Dataset:
     """A file of each of ``KINDS``, in the colour (200, 200, 200); the turned one is black on its right."""
     image, exif = Image.new("RGB", (64, 64), (200, 200, 200)), Image.Exif()
-    exif[274] = 6  # to be turned by 90 degrees clockwise
+    exif[274] = 6  # the image has to be turned by 90 degrees clockwise
     half = image.copy()
     half.paste((0, 0, 0), (0, 0, 64, 32))
     image.convert("CMYK").save(tmp_path / "cmyk.jpg")

@@ -1,4 +1,4 @@
-"""How class folders are split: which images are held out for evaluation, and that nothing else decides it."""
+"""Class folders are split class by class, and by the seed alone."""
 
 from pathlib import Path
 
