@@ -11,6 +11,8 @@ import pytest
 import flax_googlenet
 
 ROOT = Path(__file__).parents[1]
+SUBCOMMANDS = ("classify", "evaluate", "export", "summary", "train")
+PORT_WEIGHTS = "python convert/port_weights.py"
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 NOTEBOOKS = [page for page in PAGES if "```{code-cell}" in page.read_text(encoding="utf-8")]
 
@@ -42,6 +44,30 @@ def test_a_relative_link_leads_to_a_file_and_a_heading(page: Path) -> None:
         headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.M) if anchor else []
         anchors = {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
         assert not anchor or anchor in anchors, link
+
+
+def commands(text: str) -> list[str]:
+    """Return the command lines in the blocks of a page, those after && included."""
+    blocks = re.findall(r"^```([^\n]*)\n(.*?)^```$", text.replace("\\\n", " "), re.M | re.S)
+    lines = [line for language, block in blocks if not language for line in block.splitlines()]
+    return [command.strip() for line in lines for command in line.split("&&")]
+
+
+@pytest.mark.parametrize("program", [PORT_WEIGHTS, *(f"flax-googlenet {name}" for name in SUBCOMMANDS)])
+def test_the_help_has_every_option_that_a_page_uses(program: str) -> None:
+    lines = [line for page in PAGES for line in commands(page.read_text(encoding="utf-8")) if line.startswith(program)]
+    assert lines
+    script = ["-m", "flax_googlenet", program.split()[1]] if program != PORT_WEIGHTS else program.split()[1:]
+    process = subprocess.run([sys.executable, *script, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    for line in lines:
+        options = {word for word in line.split() if word.startswith("--")}
+        assert all(re.search(rf"{re.escape(option)}\b", process.stdout) for option in options), line
+
+
+def test_ci_runs_the_test_command_of_the_readme() -> None:
+    *_, install, test = commands((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert test.startswith("pytest")
+    assert f"{install}\n{test}\n" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 
 
 def test_the_reference_has_every_public_name() -> None:

@@ -38,7 +38,10 @@ def wheel(sdist: Path) -> Path:
 
 
 def test_the_wheel_has_every_module_and_nothing_else(wheel: Path) -> None:
-    files = run("git", "ls-files", "flax_googlenet", cwd=ROOT).splitlines()
+    # Also those that are not committed yet.
+    files = run(
+        "git", "ls-files", "--cached", "--others", "--exclude-standard", "flax_googlenet", cwd=ROOT
+    ).splitlines()
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert names == set(files)
