@@ -33,16 +33,16 @@ ROUNDED = 1e-2  # an error below this could come from bfloat16, whose 8 bits rou
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What is wrong with a port."""
+    """The first difference between a port and its checkpoint."""
 
     stage: str
     """First stage that differs, by torchvision's name."""
     error: float
     """Error of that stage, as ``relative_error`` computes it."""
     cause: str
-    """padding, flatten order, transform_input, statistics, precision, weights or unknown."""
+    """Likely cause: padding, flatten order, transform_input, statistics, precision, weights or unknown."""
     explanation: str
-    """What the comparison shows, and how to correct it."""
+    """Result of the comparison, and how to correct the port."""
 
 
 def diagnose_port(request: Request, output: Path | None, screen: Console, messages: Messages) -> Result:
@@ -68,7 +68,7 @@ def diagnose_port(request: Request, output: Path | None, screen: Console, messag
         ):
             message = "its number of classes, auxiliary heads or BatchNorm differ"
             raise CheckpointError(f"{path} is not a port of {source.name}: {message}")
-    # Only an option or the name imagenet says whether the reference transforms its input.
+    # Without the option, the setting of the reference is known only for imagenet.
     is_known = request.transform_input is not None or request.checkpoint == "imagenet"
     with messages.console.status("comparing the stages") if draws_progress(messages.console) else nullcontext():
         found = diagnose(

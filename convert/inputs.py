@@ -1,4 +1,4 @@
-"""Reads what the command is given: a checkpoint from a file, a URL, PyTorch's cache or a seed; a port; class names."""
+"""Reads the inputs of the command: a checkpoint from a file, a URL, a cache or a seed; a port; and class names."""
 
 import json
 import os

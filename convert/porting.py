@@ -182,7 +182,7 @@ def _conclude(
         screen.print(f"Report: {shown(report)}", soft_wrap=True)
     if not proof.ok:
         first = next(stage.name for stage in proof.stages if not stage.ok)
-        message = f"{facts['source']}: not proven: {first} differs, and no port was written; --diagnose says more"
+        message = f"{facts['source']}: not proven: {first} differs, and no port was written; --diagnose finds the cause"
         return Status.NOT_PROVEN, facts | {"error": message}
     size = output.stat().st_size / 1e6
     screen.print(f"[bold green]Proven:[/] all {len(proof.stages)} stages agree.", soft_wrap=True)

@@ -202,7 +202,7 @@ def relative_error(actual: np.ndarray | jax.Array, truth: np.ndarray | jax.Array
 
 
 def summary(proof: Proof) -> dict[str, dict[str, float | None]]:
-    """Return the errors of each stage for JSON, which has neither infinity nor NaN: None stands for both."""
+    """Return the errors of each stage for JSON, which has neither infinity nor NaN; both become None."""
     return {
         stage.name: {
             name: error if math.isfinite(error := getattr(stage, name)) else None

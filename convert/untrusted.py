@@ -118,7 +118,7 @@ def _load(path: Path, data: bytes) -> Any:
 def _load_safetensors(data: bytes) -> dict[str, torch.Tensor]:
     try:
         tensors = safetensors.torch.load(data)
-    except Exception as error:  # a KeyError for an unknown dtype, too
+    except Exception as error:  # not only safetensors' own: an unknown dtype raises a KeyError
         raise UntrustedFileError(f"the file is damaged or cut off ({_first_line(error)})") from error
     if any(name.startswith("params/") for name in tensors):
         raise UntrustedFileError("this is already a port: --to-torchvision FILE.pth converts it back")
@@ -216,7 +216,7 @@ def _load_pickled(file: io.BytesIO, wanted: Collection[str]) -> Any:
 def _wanted(pickle: io.BytesIO) -> set[str]:
     """Read one pickle to its end, and return the full names of the classes and functions in it."""
     names = {str(argument) for opcode, argument, _ in pickletools.genops(pickle) if opcode.name == "GLOBAL"}
-    # torch.save pickles in a way that Python 2 can read, and these two modules had other names there.
+    # torch.save writes for Python 2, where these two modules have other names.
     return {
         re.sub(r"^__builtin__ ", "builtins ", re.sub(r"^copy_reg ", "copyreg ", name)).replace(" ", ".")
         for name in names
@@ -254,5 +254,5 @@ def _to_numpy(tensors: Mapping[str, Any], file_size: int) -> dict[str, np.ndarra
 
 
 def _first_line(error: Exception) -> str:
-    text = str(error).rpartition("WeightsUnpickler error:")[2]  # PyTorch's long advice stands before it
+    text = str(error).rpartition("WeightsUnpickler error:")[2]  # skips PyTorch's long advice
     return (text.strip() or type(error).__name__).splitlines()[0].rstrip(".")[:200]

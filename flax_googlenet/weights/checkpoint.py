@@ -58,12 +58,12 @@ class Weights(NamedTuple):
 
     @property
     def digest(self) -> str:
-        """The first 16 digits of ``sha256``, by which runs and results name their weights."""
+        """First 16 digits of ``sha256``, which identify the weights in records of runs and results."""
         return self.sha256[:16]
 
     @property
     def class_names(self) -> list[str] | None:
-        """The name of each class, or None if the metadata has no class names, or something else in their place."""
+        """Class names in the order of the logits, or None if the metadata has no valid ones."""
         names = self.metadata.get("class_names")
         try:
             check_class_names(names, self.model.num_classes)

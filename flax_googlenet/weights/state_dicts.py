@@ -27,7 +27,7 @@ class FoundStateDict(NamedTuple):
     state_dict: dict[str, Any]
     """Unchanged arrays under torchvision's names, or under the names of another network that the file holds."""
     notes: list[str]
-    """One line each on which of several networks was taken, and on what was left out."""
+    """Notes on which of several networks was taken and on what was left out, one line each."""
 
 
 class _Candidate(NamedTuple):
@@ -107,8 +107,8 @@ def _choose(wanted: list[_Candidate], candidates: list[_Candidate]) -> FoundStat
 
 def _label(candidate: _Candidate, candidates: list[_Candidate]) -> str:
     """Return the shortest ``--key`` for a candidate, with the prefix only if its mapping holds several networks."""
-    alone = sum(other.mapping is candidate.mapping for other in candidates) == 1
-    return ".".join(filter(None, (*candidate.path, "" if alone else candidate.prefix.rstrip("."))))
+    is_only_network = sum(other.mapping is candidate.mapping for other in candidates) == 1
+    return ".".join(filter(None, (*candidate.path, "" if is_only_network else candidate.prefix.rstrip("."))))
 
 
 def _could_be_of_a_layer(name: str, value: Any) -> bool:

@@ -35,7 +35,7 @@ def send(handler: BaseHTTPRequestHandler, status: int, body: bytes, headers: dic
     handler.wfile.write(body)
 
 
-def whole(handler: BaseHTTPRequestHandler) -> None:
+def complete(handler: BaseHTTPRequestHandler) -> None:
     send(handler, 200, CONTENT, {"Content-Length": str(len(CONTENT))})
 
 
@@ -43,7 +43,7 @@ def rest(handler: BaseHTTPRequestHandler) -> None:
     """Answer a request for a range as a good server does."""
     match = re.fullmatch(r"bytes=(\d+)-", handler.headers.get("Range", ""))
     if match is None:
-        whole(handler)
+        complete(handler)
     elif (start := int(match[1])) >= len(CONTENT):
         send(handler, 416, b"", {"Content-Range": f"bytes */{len(CONTENT)}"})
     else:
@@ -292,7 +292,7 @@ def test_from_a_server_that_ignores_the_range_all_is_taken(
     server: Server, path: Path, partial: Path, left: bytes
 ) -> None:
     partial.write_bytes(left)
-    server.answer = whole
+    server.answer = complete
     get(server.url, path)
     assert server.ranges == [f"bytes={len(left)}-"]
     assert path.read_bytes() == CONTENT
@@ -305,7 +305,7 @@ def test_a_range_that_starts_elsewhere_is_not_taken(server: Server, path: Path, 
             length = len(CONTENT) - 1
             send(handler, 206, CONTENT[1:], {"Content-Length": str(length), "Content-Range": content_range})
         else:
-            whole(handler)
+            complete(handler)
 
     partial.write_bytes(CONTENT[:HALF])
     server.answer = elsewhere
