@@ -24,12 +24,12 @@ class Score:
     """The counts of right and wrong answers, and the accuracies that follow from them.
 
     Args:
-        wanted: For each class of the network, the class of the data that it stands for, or -1 for none.
+        label_of_class: For each class of the network, its label in the data, or -1 if the data lacks it.
         num_classes: Number of classes of the data.
     """
 
-    def __init__(self, wanted: Int[np.ndarray, "m"], num_classes: int) -> None:
-        self._column = np.where(wanted < 0, num_classes, wanted)
+    def __init__(self, label_of_class: Int[np.ndarray, "m"], num_classes: int) -> None:
+        self._column = np.where(label_of_class < 0, num_classes, label_of_class)
         self._matrix = np.zeros((num_classes, num_classes + 1), np.int64)
         self._in_top5 = 0
 

@@ -89,7 +89,7 @@ def make_networks(
     for path, weights in ensemble.items():
         if weights.model.num_classes != first.model.num_classes:
             counts = f"{first_path} has {first.model.num_classes} classes and {path} has {weights.model.num_classes}"
-            raise EvaluationError(f"{counts}: they cannot be averaged")
+            raise EvaluationError(f"{counts}: they cannot be averaged; evaluate them one by one")
     # One file may have ImageNet's class names and another WordNet identifiers: the data need only agree with one file.
     errors = []
     for reference in [path for path, weights in ensemble.items() if weights.class_names] or [first_path]:
@@ -114,5 +114,5 @@ def image_size(ensemble: Mapping[str, Weights]) -> int:
     sizes = {path: weights.image_size for path, weights in ensemble.items()}
     if len(set(sizes.values())) > 1:
         listing = ", ".join(f"{path}: {size}" for path, size in sizes.items())
-        raise EvaluationError(f"the weights are for images of different sizes: {listing}")
+        raise EvaluationError(f"the weights are for images of different sizes: {listing}; evaluate them one by one")
     return next(iter(sizes.values()))
