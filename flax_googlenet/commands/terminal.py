@@ -111,9 +111,9 @@ class Messages:
         self._print("[bold red]error:[/] ", message)
 
     def _print(self, prefix: str, message: str) -> None:
-        from rich.markup import escape
+        from rich.text import Text
 
-        self.console.print(prefix + escape(printable(message)))
+        self.console.print(Text.from_markup(prefix).append(printable(message)))
 
     def progress(self, *columns: "ProgressColumn", hidden: bool = False) -> "Progress":
         """Return a line of progress, which disappears at its end; it is not drawn where it cannot be shown."""

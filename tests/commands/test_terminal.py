@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from flax_googlenet.commands.terminal import draws_progress
+from flax_googlenet.commands.terminal import Messages, draws_progress
+
+
+@pytest.mark.parametrize("name", ["a\\", "a\\\\", "[b]\\[x]", "\\[/]", "a:cat:.jpg"])
+def test_a_message_shows_a_name_as_it_is(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Messages().fail(name)
+    assert capsys.readouterr().err == f"error: {name}\n"
 
 
 def test_the_work_goes_on_where_nobody_reads_standard_error_any_more() -> None:
