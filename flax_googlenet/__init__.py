@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from flax_googlenet.errors import GoogLeNetError
     from flax_googlenet.images.preprocessing import ImageError, preprocess, preprocess_batch
     from flax_googlenet.inference.export import ExportError, export
-    from flax_googlenet.inference.predictor import Predictor, fold_batch_norm, make_predictor
+    from flax_googlenet.inference.folding import fold_batch_norm
+    from flax_googlenet.inference.predictor import Predictor, make_predictor
     from flax_googlenet.model import GoogLeNet, GoogLeNetOutput, endpoints
     from flax_googlenet.weights.checkpoint import CheckpointError, load, load_metadata, save
     from flax_googlenet.weights.torchvision import PortingError, from_torchvision, to_torchvision
@@ -28,7 +29,7 @@ else:  # hidden from type checkers, which would accept any name because of __get
         "Predictor": "inference.predictor",
         "endpoints": "model",
         "export": "inference.export",
-        "fold_batch_norm": "inference.predictor",
+        "fold_batch_norm": "inference.folding",
         "from_torchvision": "weights.torchvision",
         "load": "weights.checkpoint",
         "load_metadata": "weights.checkpoint",

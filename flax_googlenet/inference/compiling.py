@@ -1,4 +1,4 @@
-"""Starts the platform that JAX computes on, and compiles for a CPU with the options that make this network fast."""
+"""Start the platform that JAX computes on, and compile for a CPU with the options that make this network fast."""
 
 import functools
 import operator
@@ -14,26 +14,26 @@ from flax_googlenet.errors import GoogLeNetError
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# Eigen's convolutions instead of those of YNNPACK. On two cores of Zen 3 (AVX2) with jaxlib 0.10.2 that is 1.4x for
-# inference and more than 2x for a training step.
+# Convolutions by Eigen instead of YNNPACK: inference is 1.4 times as fast and a training step more than 2 times (two
+# cores of Zen 3 with AVX2, jaxlib 0.10.2).
 _EIGEN_CONVOLUTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
 
 
 class BackendError(GoogLeNetError, RuntimeError):
-    """JAX cannot start the platform that it was asked for; the message says what to do."""
+    """JAX cannot start the platform that ``JAX_PLATFORMS`` names; the message says what to do."""
 
 
 def require_backend() -> None:
-    """Start the platform that JAX computes on, so that an error comes before any work.
+    """Start the platform that JAX computes on, so that a platform that cannot start is reported before any work.
 
     Raises:
-        BackendError: If it cannot start, as ``JAX_PLATFORMS=cuda`` cannot on a machine without a GPU.
+        BackendError: if it cannot start, as with ``JAX_PLATFORMS=cuda`` on a machine without a GPU.
     """
     try:
         jax.default_backend()
-    except (AssertionError, RuntimeError) as error:  # a bare assertion where the machine has no NVIDIA GPU
+    except (AssertionError, RuntimeError) as error:  # JAX fails with a bare assertion if there is no NVIDIA GPU
         reason = str(error).partition(" (")[0].rstrip(".") or "this machine has no such device"
-        advice = "unset it to compute on what this machine has, or set it to cpu"
+        advice = "unset it to use the devices of this machine, or set it to cpu"
         asked = jax.config.values["jax_platforms"] or ""
         raise BackendError(f"JAX cannot start with JAX_PLATFORMS={asked}: {reason}; {advice}") from error
 
@@ -49,22 +49,22 @@ def use_compilation_cache() -> None:
 
 @functools.cache
 def compiler_options() -> dict[str, str]:
-    """Options of ``jax.jit`` for a CPU; empty where this jaxlib does not know them."""
+    """Return compiler options of ``jax.jit`` for a CPU, or no options if the installed jaxlib does not know them."""
     try:
         with jax.default_device(jax.local_devices(backend="cpu")[0]):
             jax.jit(operator.pos, compiler_options=_EIGEN_CONVOLUTIONS)(0.0)
     except jax.errors.JaxRuntimeError as error:
-        if "INVALID_ARGUMENT" not in str(error):  # an option or a value that this XLA does not know
+        if "INVALID_ARGUMENT" not in str(error):  # XLA's status for an unknown option or value
             raise
         return {}
     return _EIGEN_CONVOLUTIONS
 
 
 def jit(function: Callable[P, R], donate_argnums: int | tuple[int, ...] = ()) -> Callable[P, R]:
-    """``jax.jit`` that compiles with ``compiler_options()`` if JAX's default backend is a CPU.
+    """Compile ``function`` as ``jax.jit`` does, with ``compiler_options()`` if JAX's default backend is a CPU.
 
-    Part of what another function's trace computes, it is ``jax.jit`` alone: JAX takes options from the outermost one.
-    For ``lower`` and the like, take ``jax.jit`` of what it returns.
+    Inside another transformation this is plain ``jax.jit``, because JAX takes compiler options only from the outermost
+    ``jax.jit``. The result has no method ``lower``: use ``jax.jit(result).lower``.
     """
 
     @functools.cache
@@ -74,7 +74,7 @@ def jit(function: Callable[P, R], donate_argnums: int | tuple[int, ...] = ()) ->
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        # jax.jit traces all that is computed inside it, jax.grad and jax.vmap what depends on their arguments.
+        # Inside jax.jit every new array is a tracer, inside jax.grad and jax.vmap those that depend on the arguments.
         traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((jnp.zeros(()), args, kwargs)))
         on_cpu = not traced and jax.default_backend() == "cpu"
         return jitted(with_options=on_cpu)(*args, **kwargs)

@@ -1,7 +1,7 @@
 """The network at inference on a CPU: the function of the folded model, arranged for caches and matrix products.
 
-The gains below were measured one by one in float32 on two cores of Zen 3 (AVX2) with jaxlib 0.10.2: the medians of
-interleaved runs with the arrangement and without it.
+The gains in the comments are ratios of speed with and without each arrangement: medians of interleaved runs in float32
+on two cores of Zen 3 (AVX2) with jaxlib 0.10.2.
 """
 
 import functools
@@ -19,23 +19,27 @@ from flax_googlenet.ops import winograd
 from flax_googlenet.ops.pooling import ceil_mode_padding, per_channel, strided_slices
 
 Weights = Mapping[str, Any]
-"""What ``prepare`` makes of the parameters: nested dicts of arrays."""
+"""Nested dicts of arrays, as ``prepare`` returns them."""
 
 BATCH_SIZES = (8, 4, 1)
-"""Numbers of images in one call. From 16 on, the buffers of a call exceed 32 MB, and memory that the C library gives
-back and takes anew at every call costs more than larger matrix products save."""
+"""Numbers of images in one call. From 16 on, the buffers of a call exceed 32 MB: the C library then returns them to the
+operating system and asks for them again in every call, which costs more than larger matrix products save."""
 
 
 def prepare(params: Mapping[str, Any]) -> Weights:
-    """The weights of ``logits``, from the folded parameters (those under ``"params"``), in their dtype.
+    """Return the weights for ``logits``, with all kernels in the form in which it uses them.
 
-    Kernels are transformed here, once: computed in float64 and rounded. The auxiliary heads are left out.
+    Args:
+        params: the parameters of the folded network (what is under ``"params"``). The auxiliary heads are not used.
+
+    Returns:
+        Arrays of the parameters' dtype. Kernels for Winograd's algorithm are transformed in float64 and rounded once.
     """
-    convolution = {name: params[name]["conv"] for name in ("conv1", "conv2", "conv3")}
+    conv = {name: params[name]["conv"] for name in ("conv1", "conv2", "conv3")}
     weights: dict[str, Any] = {
-        "conv1": {"kernel": _pair_columns(convolution["conv1"]["kernel"]), "bias": convolution["conv1"]["bias"]},
-        "conv2": _matrix(convolution["conv2"]),
-        "conv3": _winograd_kernel(convolution["conv3"], m=4),
+        "conv1": {"kernel": _pair_columns(conv["conv1"]["kernel"]), "bias": conv["conv1"]["bias"]},
+        "conv2": _matrix(conv["conv2"]),
+        "conv3": _winograd_kernel(conv["conv3"], m=4),
         "fc": params["fc"],
     }
     for name in WIDTHS:
@@ -50,48 +54,76 @@ def prepare(params: Mapping[str, Any]) -> Weights:
     return weights
 
 
+def _matrix(conv: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the kernel of a 1x1 convolution as a matrix [in, out], and its bias."""
+    return {"kernel": np.asarray(conv["kernel"])[0, 0], "bias": np.asarray(conv["bias"])}
+
+
+def _winograd_kernel(conv: Mapping[str, Any], m: int) -> dict[str, Any]:
+    """Return the kernel of a 3x3 convolution for F(m x m, 3x3), and its bias. Winograd's algorithm gains 1.4x."""
+    kernel = np.asarray(conv["kernel"])
+    transformed = winograd.transform_kernel(kernel.astype(np.float64), m)
+    return {"kernel": transformed.astype(kernel.dtype), "bias": conv["bias"]}
+
+
+def _pair_columns(kernel: jax.Array) -> np.ndarray:
+    """Return the 7x7 kernel of conv1 as the 7x4 kernel of ``_stem``, which reads two columns of 3 channels as one of 6.
+
+    conv1 has stride 2 and padding 3, so its output column j reads the input columns 2j - 3 to 2j + 3. With a column of
+    zeros before its own, the kernel covers the four pairs of columns from (2j - 4, 2j - 3) to (2j + 2, 2j + 3).
+    """
+    eight_wide = np.pad(kernel, ((0, 0), (1, 0), (0, 0), (0, 0)))  # [7, 8, 3, 64]
+    return eight_wide.reshape(7, 4, 6, kernel.shape[-1])
+
+
 def logits(weights: Weights, images: Float[Array, "n h w 3"]) -> Float[Array, "n num_classes"]:
-    """The logits of ``images``, as prepared for the first convolution, by ``weights`` from ``prepare``."""
-    # One image at a time to maxpool3, where activations are large: they stay in the cache. 1.3x.
-    x = lax.map(lambda image: front(weights, image[None])["maxpool3"][0], images)
+    """Compute the logits.
+
+    Args:
+        weights: the weights from ``prepare``.
+        images: the input of the first convolution: ImageNet-normalised, or in [-1, 1] for a network with
+            ``transform_input``.
+    """
+    # One image at a time up to maxpool3, so that the large activations stay in the cache: 1.3x.
+    x = lax.map(lambda image: front(weights, image[None])["maxpool3"][0], images)  # [n, 14, 14, 480] at 224x224
     return back(weights, x)["fc"]
 
 
 def front(weights: Weights, images: Float[Array, "n h w 3"]) -> dict[str, jax.Array]:
-    """The stages up to ``maxpool3``, by torchvision's names.
+    """Compute the stages up to ``maxpool3``, by torchvision's names, without ``conv1`` and ``conv3``.
 
-    ``conv1`` and ``conv3`` are not among them: their bias and ReLU, which commute with a maximum, come after the pool,
-    on a quarter of the values.
+    The bias and ReLU of these two commute with a maximum. They come after the pool, where they have a quarter of the
+    values to compute. Shapes in the comments are for images of 224x224.
     """
     stages = {}
-    x = _stem(images, weights["conv1"]["kernel"])
-    x = stages["maxpool1"] = _relu_after_bias(_max_pool(x, 3, 2), weights["conv1"]["bias"])
+    x = _stem(images, weights["conv1"]["kernel"])  # [n, 112, 112, 64]
+    x = stages["maxpool1"] = _relu_after_bias(_max_pool(x, 3, 2), weights["conv1"]["bias"])  # [n, 56, 56, 64]
     x = stages["conv2"] = _dense_relu(x, weights["conv2"])
-    x = winograd.conv3x3(x, weights["conv3"]["kernel"])
-    x = stages["maxpool2"] = _relu_after_bias(_max_pool(x, 3, 2), weights["conv3"]["bias"])
+    x = winograd.conv3x3(x, weights["conv3"]["kernel"])  # [n, 56, 56, 192]
+    x = stages["maxpool2"] = _relu_after_bias(_max_pool(x, 3, 2), weights["conv3"]["bias"])  # [n, 28, 28, 192]
     for name in ("inception3a", "inception3b"):
         x = stages[name] = _inception(x, weights[name], name)
-    stages["maxpool3"] = _max_pool(x, 3, 2)
+    stages["maxpool3"] = _max_pool(x, 3, 2)  # [n, 14, 14, 480]
     return stages
 
 
 def back(weights: Weights, x: Float[Array, "n h w 480"]) -> dict[str, jax.Array]:
-    """The stages after ``maxpool3``, of which ``x`` is the output."""
+    """Compute the stages after ``maxpool3``, by torchvision's names, from its output ``x``."""
     stages = {}
     for name in ("inception4a", "inception4b", "inception4c", "inception4d", "inception4e"):
         x = stages[name] = _inception(x, weights[name], name)
-    x = stages["maxpool4"] = _max_pool(x, 2, 2)
+    x = stages["maxpool4"] = _max_pool(x, 2, 2)  # [n, 7, 7, 832]
     for name in ("inception5a", "inception5b"):
         x = stages[name] = _inception(x, weights[name], name)
-    x = stages["avgpool"] = x.mean((1, 2), keepdims=True)
-    stages["fc"] = x[:, 0, 0, :] @ weights["fc"]["kernel"] + weights["fc"]["bias"][None]
+    x = stages["avgpool"] = x.mean((1, 2), keepdims=True)  # [n, 1, 1, 1024]
+    stages["fc"] = x[:, 0, 0, :] @ weights["fc"]["kernel"] + weights["fc"]["bias"][None]  # [n, num_classes]
     return stages
 
 
 def _inception(x: jax.Array, weights: Weights, name: str) -> jax.Array:
     width1, reduce2, *_ = WIDTHS[name]
-    # 1.05x: the three 1x1 convolutions that read x, as one matrix product.
-    first = _dense_relu(x, weights["first"])
+    # The three 1x1 convolutions that read x are one matrix product: 1.05x.
+    first = _dense_relu(x, weights["first"])  # [n, h, w, width1 + reduce2 + reduce3]
     branch2 = first[..., width1 : width1 + reduce2]
     branch3 = first[..., width1 + reduce2 :]
     return jnp.concatenate(
@@ -105,12 +137,8 @@ def _inception(x: jax.Array, weights: Weights, name: str) -> jax.Array:
     )
 
 
-def _matrix(convolution: Mapping[str, Any]) -> dict[str, Any]:
-    return {"kernel": np.asarray(convolution["kernel"])[0, 0], "bias": np.asarray(convolution["bias"])}
-
-
 def _dense_relu(x: jax.Array, weights: Weights) -> jax.Array:
-    # The barrier keeps slices and paddings that read the result from computing bias and ReLU each: 1.03x.
+    # Without the barrier, each slice and padding that reads the result would compute bias and ReLU again: 1.03x.
     return lax.optimization_barrier(_relu_after_bias(x @ weights["kernel"], weights["bias"]))
 
 
@@ -127,31 +155,25 @@ def _convolution(
     return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
-def _pair_columns(kernel: jax.Array) -> np.ndarray:
-    """A 7x7 kernel of stride 2 on 3 channels as a 7x4 kernel of stride (2, 1) on the 6 of two neighbouring columns."""
-    eight_wide = np.pad(kernel, ((0, 0), (1, 0), (0, 0), (0, 0)))
-    return eight_wide.reshape(7, 4, 6, kernel.shape[-1])
-
-
 def _stem(images: jax.Array, kernel: jax.Array) -> jax.Array:
-    """conv1 on pairs of columns: the same products, in matrices with twice the channels."""
+    """Compute conv1 without its bias, with a kernel from ``_pair_columns``.
+
+    The products are the same, in matrices with 6 channels instead of 3.
+    """
     n, h, w, _ = images.shape
-    pairs = (w + 1) // 2 + 3  # one for each output, and three more under the last kernel
-    x = jnp.pad(images, ((0, 0), (0, 0), (4, 2 * pairs - w - 4), (0, 0))).reshape(n, h, pairs, 6)
-    return _convolution(x, kernel, strides=(2, 1), padding=((3, 3), (0, 0)))
+    pairs = (w + 1) // 2 + 3  # one for each output column, and three more under the last kernel
+    x = jnp.pad(images, ((0, 0), (0, 0), (4, 2 * pairs - w - 4), (0, 0)))  # [n, h, 2 pairs, 3]
+    x = x.reshape(n, h, pairs, 6)
+    return _convolution(x, kernel, strides=(2, 1), padding=((3, 3), (0, 0)))  # [n, ceil(h / 2), ceil(w / 2), 64]
 
 
 def _max_pool(x: jax.Array, window: int, stride: int, padding: int = 0) -> jax.Array:
-    """``ops.max_pool`` as maxima of shifted slices, which the compiler vectorises: 1.2x. Ties have another gradient."""
+    """Compute ``ops.pooling.max_pool`` as maxima of shifted slices, which the compiler vectorises: 1.2x.
+
+    The gradient of a tie is another one.
+    """
     for axis in (1, 2):
         pads = ceil_mode_padding(x.shape[axis], window, stride, padding)
         x = jnp.pad(x, [pads if i == axis else (0, 0) for i in range(4)], constant_values=-jnp.inf)
         x = functools.reduce(jnp.maximum, strided_slices(x, window, stride, axis))
     return x
-
-
-def _winograd_kernel(convolution: Mapping[str, Any], m: int) -> dict[str, Any]:
-    """The weights of a 3x3 convolution for F(m x m, 3x3), which is 1.4x as fast."""
-    kernel = np.asarray(convolution["kernel"])
-    transformed = winograd.transform_kernel(kernel.astype(np.float64), m)
-    return {"kernel": transformed.astype(kernel.dtype), "bias": convolution["bias"]}

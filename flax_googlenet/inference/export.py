@@ -13,7 +13,7 @@ from jax import numpy as jnp
 
 from flax_googlenet.errors import GoogLeNetError
 from flax_googlenet.files import write_atomically
-from flax_googlenet.inference.predictor import fold_batch_norm
+from flax_googlenet.inference.folding import fold_batch_norm
 from flax_googlenet.model import IMAGENET_MEAN, IMAGENET_STD, MIN_SIZE, GoogLeNet, Variables
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")

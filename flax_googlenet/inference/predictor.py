@@ -1,6 +1,6 @@
-"""Inference: BatchNorm folded into the convolutions, and a jitted predictor."""
+"""The predictor: a compiled function from images to logits."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -12,47 +12,16 @@ from jaxtyping import Array, ArrayLike, Float, Float64
 from scipy.special import softmax
 
 from flax_googlenet.inference import compiling, cpu
-from flax_googlenet.model import BatchNorm, GoogLeNet, Variables, check_images, plain_dicts, transform_input
+from flax_googlenet.inference.folding import fold_batch_norm
+from flax_googlenet.model import GoogLeNet, Variables, check_images, transform_input
 from flax_googlenet.ops import winograd
 from flax_googlenet.weights.checkpoint import CheckpointError
 
-_BATCH_SIZES = (256, 128, 64, 32, 16, 8, 4, 2, 1)  # of a device other than a CPU
-
-
-def fold_batch_norm(model: GoogLeNet, variables: Variables) -> tuple[GoogLeNet, dict[str, Any]]:
-    """The same function without BatchNorm: each convolution takes over the scale and shift that follow it.
-
-    Args:
-        model: the network.
-        variables: its variables, concrete arrays.
-
-    Returns:
-        The network with ``batch_norm=False``, and its variables: those of the convolutions as NumPy arrays, computed in
-        float64 and rounded once to the dtype of the kernels, the others as they are. A network without BatchNorm comes
-        back as it is. The fold is for inference: what BatchNorm does in training is gone.
-    """
-    variables = plain_dicts(variables)
-    params = {"params": variables["params"]}
-    if model.batch_norm:
-        params = {"params": _fold(variables["params"], variables["batch_stats"])}
-    return model.clone(batch_norm=False), params
-
-
-def _fold(params: Mapping[str, Any], batch_stats: Mapping[str, Any]) -> dict[str, Any]:
-    if "bn" in params:
-        kernel = params["conv"]["kernel"]
-        scale, bias, mean, var = (
-            np.asarray(x, np.float64)
-            for x in (params["bn"]["scale"], params["bn"]["bias"], batch_stats["bn"]["mean"], batch_stats["bn"]["var"])
-        )
-        multiplier = scale / np.sqrt(var + BatchNorm.epsilon)
-        folded = {"kernel": np.asarray(kernel, np.float64) * multiplier, "bias": bias - mean * multiplier}
-        return {"conv": {name: x.astype(kernel.dtype) for name, x in folded.items()}}
-    return {name: _fold(value, batch_stats[name]) if name in batch_stats else value for name, value in params.items()}
+_BATCH_SIZES = (256, 128, 64, 32, 16, 8, 4, 2, 1)  # for each device; cpu.BATCH_SIZES on a CPU
 
 
 def make_predictor(model: GoogLeNet, variables: Variables, devices: Sequence[jax.Device] | None = None) -> "Predictor":
-    """Return the fast path: a compiled function from images to logits, of the folded network.
+    """Return a fast function from images to logits: the network with BatchNorm folded, compiled for its devices.
 
     Example::
 
@@ -61,13 +30,13 @@ def make_predictor(model: GoogLeNet, variables: Variables, devices: Sequence[jax
 
     Args:
         model: the network.
-        variables: its variables, concrete arrays; those of the auxiliary heads are not used.
-        devices: the devices, of one platform, over which each batch is split; by default all of this process. With
-            ``jax.config.update("jax_num_cpu_devices", 2)`` a CPU counts as two.
+        variables: its variables, concrete arrays. The auxiliary heads are not used.
+        devices: the devices that share each batch, all of one platform; by default all devices of this process. After
+            ``jax.config.update("jax_num_cpu_devices", 2)``, a CPU counts as two devices.
     """
     platform = (jax.local_devices() if devices is None else devices)[0].platform
     needed = {name: block for name, block in variables["params"].items() if not name.startswith("aux")}
-    # In float64 until all is folded and transformed: parameters in bfloat16 would be rounded at every step.
+    # In float64, so that parameters in bfloat16 are rounded once at the end, and not by each of several computations.
     exact = jax.tree.map(lambda x: np.asarray(x, np.float64), {**variables, "params": needed})
     _, folded = fold_batch_norm(model, exact)
     weights = cpu.prepare(folded["params"]) if _is_tuned(model, platform) else folded
@@ -75,15 +44,17 @@ def make_predictor(model: GoogLeNet, variables: Variables, devices: Sequence[jax
 
 
 class Predictor:
-    """A compiled function from images to logits; ``make_predictor`` makes it.
+    """A compiled function from images to logits, which ``make_predictor`` returns.
 
-    It takes any number of images, cuts them into batches of a few sizes, and compiles each size when it is first
-    needed. On a CPU it computes the graph of ``flax_googlenet.cpu``, one batch after the other, and ``model.precision``
-    has no effect. Any number of threads may call it at once. It can be copied and pickled. A copy in another process
-    computes on the devices that have the same ids there, or on all of the platform if it was made for all.
+    It takes any number of images, splits them into batches of a few sizes, and compiles each size when it first occurs.
+    On a CPU it computes the graph of ``flax_googlenet.inference.cpu``, one batch after the other, and
+    ``model.precision`` has no effect. Any number of threads may call it at once.
+
+    It can be copied and pickled. Unpickled in another process, it computes on the devices with the same ids, or on all
+    devices of the platform if ``make_predictor`` was not given any.
 
     Attributes:
-        model: the network, as ``make_predictor`` was given it.
+        model: the network that ``make_predictor`` was given.
         devices: the devices that compute.
     """
 
@@ -100,39 +71,39 @@ class Predictor:
             self._weights = jax.device_put(weights, self.devices[0])
             self._compiled = jax.jit(self._graph, compiler_options=compiler_options)
         else:
-            whole, split = PartitionSpec(), PartitionSpec("batch")
-            self._weights = jax.device_put(weights, NamedSharding(self._mesh, whole))
-            on_all = jax.shard_map(self._graph, mesh=self._mesh, in_specs=(whole, split), out_specs=split)
-            self._compiled = jax.jit(on_all, compiler_options=compiler_options)
+            replicated, split = PartitionSpec(), PartitionSpec("batch")
+            self._weights = jax.device_put(weights, NamedSharding(self._mesh, replicated))
+            sharded = jax.shard_map(self._graph, mesh=self._mesh, in_specs=(replicated, split), out_specs=split)
+            self._compiled = jax.jit(sharded, compiler_options=compiler_options)
 
     def __call__(self, images: Float[ArrayLike, "n h w 3"]) -> Float[Array, "n num_classes"]:
-        """Compute the logits, on the first of the devices.
+        """Compute the logits.
 
         Under ``jax.jit``, ``jax.vmap`` and ``jax.grad``, traced images make the same graph a part of the trace, for the
-        platform of ``devices`` and with the caller's compiler options. Concrete images are computed at once there, too.
+        platform of ``devices`` and with the caller's compiler options. Concrete images are computed at once even there.
 
         Args:
             images: floating point [N, H, W, 3], RGB, ImageNet-normalised, as ``preprocess_batch`` returns them.
 
         Returns:
-            [N, num_classes] of the model's dtype.
+            [N, num_classes] of the model's dtype, on the first of the devices.
 
         Raises:
-            TypeError: if ``images`` is no array of JAX or NumPy; the message says what to do with it.
+            TypeError: if ``images`` is not an array of JAX or NumPy.
             ValueError: if ``images`` has another shape or dtype.
         """
         check_images(images)
         if isinstance(images, jax.core.Tracer):
             return self._graph(self._weights, images)
         try:
-            our_mesh = jax.set_mesh(self._mesh)  # in place of the caller's, if there is one
-        except ValueError:  # JAX refuses it while this thread is in somebody's trace; a new thread is in none
+            own_mesh = jax.set_mesh(self._mesh)  # in place of a mesh that the caller may have set
+        except ValueError:  # JAX refuses to set a mesh during a trace; a new thread is not part of the caller's trace
             with ThreadPoolExecutor(1) as thread:
                 return thread.submit(self, images).result()
-        with our_mesh:
-            return self._computed(images)
+        with own_mesh:
+            return self._compute(images)
 
-    def _computed(self, images: Any) -> jax.Array:
+    def _compute(self, images: Any) -> jax.Array:
         on_cpu, on_one = self.devices[0].platform == "cpu", len(self.devices) == 1
         if on_cpu or not (on_one and isinstance(images, jax.Array) and images.devices() == {*self.devices}):
             images = np.asarray(images)
@@ -141,10 +112,10 @@ class Predictor:
         for batch in _batches(images, sizes):
             logits.append(self._compiled(self._weights, batch))
             if on_cpu:
-                logits[-1].block_until_ready()  # several batches at once would compete for the caches
+                logits[-1].block_until_ready()  # batches that run at the same time would compete for the caches
         if on_one and len(logits) == 1 and len(logits[0]) == len(images):
             return logits[0]
-        # Joined and cut on the host: on the devices each number of images would be compiled for.
+        # On the host, because on a device each number of images would need a compilation of its own.
         return jax.device_put(np.concatenate(logits)[: len(images)], self.devices[0])
 
     def __repr__(self) -> str:
@@ -176,25 +147,25 @@ def probabilities(
 
 
 def _restore(model: GoogLeNet, weights: Any, platform: str, ids: Sequence[int] | None) -> Predictor:
-    """Make a predictor anew from what ``pickle`` or ``copy`` took of another."""
+    """Return a predictor from what ``pickle`` or ``copy`` took of another. ``ids`` is None for all devices."""
     if ids is None:
         return Predictor(model, weights, platform)
-    there = {device.id: device for device in jax.local_devices(backend=platform)}
-    if missing := [number for number in ids if number not in there]:
+    by_id = {device.id: device for device in jax.local_devices(backend=platform)}
+    if missing := [number for number in ids if number not in by_id]:
         raise ValueError(
-            f"the predictor computes on the {platform} devices {ids}, and this process has no {missing}: make it with "
-            "make_predictor here, or without devices there"
+            f"the predictor was made for the {platform} devices {ids}, and this process has no {missing}: call "
+            "make_predictor in this process, or pickle a predictor that was made without devices"
         )
-    return Predictor(model, weights, platform, [there[number] for number in ids])
+    return Predictor(model, weights, platform, [by_id[number] for number in ids])
 
 
 def _is_tuned(model: GoogLeNet, platform: str) -> bool:
-    """Return whether the graph of ``flax_googlenet.cpu`` is the fastest."""
+    """Return whether the graph of ``flax_googlenet.inference.cpu`` is the fastest one, and precise."""
     return platform == "cpu" and winograd.is_precise(model.dtype)
 
 
 def _inference_graph(model: GoogLeNet, platform: str) -> Callable[[Any, jax.Array], jax.Array]:
-    """Return the function (weights, images) -> logits that is fastest."""
+    """Return the function (weights, images) -> logits that is fastest on the platform."""
     folded = model.clone(aux_logits=False, batch_norm=False)
 
     def plain_graph(weights: Variables, images: jax.Array) -> jax.Array:
@@ -209,7 +180,7 @@ def _inference_graph(model: GoogLeNet, platform: str) -> Callable[[Any, jax.Arra
 
 
 def _batches(images: Any, sizes: Sequence[int]) -> Iterator[Any]:
-    """Consecutive batches: always the largest of ``sizes`` that is full, or the smallest one, padded with zeros."""
+    """Yield batches, at least one, each of the largest size that the rest fills. The last is padded with zeros."""
     rest = images
     while True:
         size = max((size for size in sizes if size <= len(rest)), default=min(sizes))

