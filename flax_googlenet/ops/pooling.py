@@ -1,4 +1,4 @@
-"""Pooling with PyTorch's geometry, as pure functions on NHWC arrays."""
+"""Pooling with the geometry of PyTorch, as pure functions of NHWC arrays."""
 
 import functools
 import itertools
@@ -12,11 +12,11 @@ from jaxtyping import Array, Float
 
 
 def max_pool(x: Float[Array, "n h w c"], window: int, stride: int, padding: int = 0) -> Float[Array, "n h2 w2 c"]:
-    """Max pooling with ``ceil_mode=True``, equal to ``torch.nn.MaxPool2d``.
+    """Compute max pooling as ``torch.nn.MaxPool2d`` does with ``ceil_mode=True``.
 
-    The output length is ``ceil((size + 2 * padding - window) / stride) + 1``, less one where the last window would
-    start in the padding on the right. Padded places never win: they count as minus infinity. The gradient of a tie goes
-    to its first pixel, row by row, as PyTorch's does.
+    The output length is ``ceil((size + 2 * padding - window) / stride) + 1``, less one if the last window would start
+    in the padding on the right. Padding counts as minus infinity and never wins. The gradient of a tie goes to its
+    first pixel in row-major order, as in PyTorch.
 
     Args:
         x: the input, NHWC.
@@ -25,7 +25,8 @@ def max_pool(x: Float[Array, "n h w c"], window: int, stride: int, padding: int 
         padding: pixels added on each side, at most half a window.
 
     Raises:
-        ValueError: where PyTorch raises, too: a padding above half a window, or an input too small for one window.
+        ValueError: if the padding is more than half a window, or the input too small for one window. PyTorch refuses
+            both, too.
 
     Reference: https://docs.pytorch.org/docs/stable/generated/torch.nn.MaxPool2d.html
     """
@@ -44,67 +45,91 @@ def _max_pool(x: jax.Array, window: int, stride: int, pads: Sequence[tuple[int, 
 def _max_pool_jvp(
     window: int, stride: int, pads: Sequence[tuple[int, int]], primals: tuple[jax.Array], tangents: tuple[jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
-    """XLA's own gradient is a loop over single values on a CPU: there this one is 5 to 30 times faster."""
-    (x,), (tangent,) = primals, tangents
-    best, place = _argmax(x, window, stride, pads)
+    """Differentiate the pool with code that a CPU vectorises: 5 to 30 times as fast there as XLA's own gradient.
 
-    def gradient(of_output: jax.Array) -> jax.Array:
-        return _to_winners(of_output, place, window, stride, pads, x.shape[1:3])
+    XLA's is a loop over single values.
 
-    # Backwards is what counts: written that way round, transposed here, and transposed back by jax.grad.
-    (of_output,) = jax.linear_transpose(gradient, best)(tangent)
-    return best, of_output
+    The rule is a JVP, from which JAX derives all modes. Its tangent map is written as the transpose of ``pull_back``,
+    because reverse mode is what training uses: ``jax.grad`` transposes the map again and gets ``pull_back`` itself.
+    """
+    (x,), (tangent,) = primals, tangents  # [n, h, w, c]
+    best, winner = _argmax(x, window, stride, pads)  # [n, rows, columns, c]
+
+    def pull_back(output_gradient: jax.Array) -> jax.Array:
+        return _input_gradient(output_gradient, winner, window, stride, pads, x.shape[1:3])
+
+    (output_tangent,) = jax.linear_transpose(pull_back, best)(tangent)  # [n, rows, columns, c]
+    return best, output_tangent
 
 
 def _argmax(x: jax.Array, window: int, stride: int, pads: Sequence[tuple[int, int]]) -> tuple[jax.Array, jax.Array]:
-    """The maximum of each window and its place there: of a tie the first, row by row; the last NaN, as in PyTorch."""
+    """Return the maximum of each window and its index in the window, in row-major order.
+
+    Of equal values the first wins. NaN wins over all values, and the last of several NaNs wins, as in PyTorch.
+    """
     x = jnp.pad(x, ((0, 0), *pads, (0, 0)), constant_values=-jnp.inf)
-    best, place = jnp.full((), -jnp.inf, x.dtype), jnp.zeros((), jnp.int16)
-    rows = strided_slices(x, window, stride, axis=1)
-    pixels = [pixel for row in rows for pixel in strided_slices(row, window, stride, axis=2)]
+    best, winner = jnp.full((), -jnp.inf, x.dtype), jnp.zeros((), jnp.int16)
+    rows = strided_slices(x, window, stride, axis=1)  # window x [n, rows, padded width, c]
+    pixels = [pixel for row in rows for pixel in strided_slices(row, window, stride, axis=2)]  # [n, rows, columns, c]
     for i, pixel in enumerate(pixels):
         wins = (pixel > best) | jnp.isnan(pixel)
-        best, place = jnp.where(wins, pixel, best), jnp.where(wins, jnp.int16(i), place)
-    return best, place
+        best, winner = jnp.where(wins, pixel, best), jnp.where(wins, jnp.int16(i), winner)
+    return best, winner
 
 
-def _to_winners(
-    of_output: jax.Array,
-    place: jax.Array,
+def _input_gradient(
+    output_gradient: jax.Array,
+    winner: jax.Array,
     window: int,
     stride: int,
     pads: Sequence[tuple[int, int]],
     size: Sequence[int],
 ) -> jax.Array:
-    """The gradient of the input: each pixel takes that of the windows in which it is the maximum.
+    """Return the gradient of the input: for each pixel, the sum over the windows in which it is the maximum.
 
-    Pixels a stride apart lie alike in their windows. So the padded input is a grid of cells of stride x stride pixels,
-    and for each pixel of a cell the sum over its windows is one of shifted slices, which the compiler vectorises.
+    Scattering each window's gradient to its winner does not vectorise on a CPU. Instead, each pixel gathers from the
+    windows that contain it. The padded input is cut into cells of stride x stride pixels, one for each window, which
+    starts in the corner of its cell. All pixels at the place (i, j) of their cells lie alike in the windows of this
+    cell and of those before it. So their gradients are a sum of shifted slices of the output's gradient, each masked
+    by where the pixel won.
+
+    Args:
+        output_gradient: [n, rows, columns, c], one value for each window.
+        winner: int16 [n, rows, columns, c], the index of each window's maximum.
+        window: height and width of a window.
+        stride: step between windows.
+        pads: padding of the input before and after, along height and width.
+        size: height and width of the input.
     """
-    n, rows, columns, c = of_output.shape
-    reach = -(-window // stride) - 1  # how many windows before its own cell's contain a pixel, along each axis
-    ring = ((0, 0), (reach, reach), (reach, reach), (0, 0))
-    of_output, place = jnp.pad(of_output, ring), jnp.pad(place, ring, constant_values=-1)
+    n, rows, columns, c = output_gradient.shape
+    extra = (window - 1) // stride  # a pixel lies in the windows of its own cell and of at most this many before it
+    margin = ((0, 0), (extra, extra), (extra, extra), (0, 0))
+    output_gradient = jnp.pad(output_gradient, margin)  # [n, rows + 2 extra, columns + 2 extra, c]
+    winner = jnp.pad(winner, margin, constant_values=-1)
 
-    def pixel(i: int, j: int) -> jax.Array:
-        total = jnp.zeros((n, rows + reach, columns + reach, c), of_output.dtype)
+    def gradient_at(i: int, j: int) -> jax.Array:
+        total = jnp.zeros((n, rows + extra, columns + extra, c), output_gradient.dtype)
+        # The pixel (i, j) of a cell is the pixel (a, b) of the window that starts a // stride and b // stride cells
+        # before it.
         for a, b in itertools.product(range(i, window, stride), range(j, window, stride)):
-            up, left = reach - a // stride, reach - b // stride
-            windows = (slice(None), slice(up, up + rows + reach), slice(left, left + columns + reach))
-            total += jnp.where(place[windows] == a * window + b, of_output[windows], 0)
+            up, left = extra - a // stride, extra - b // stride
+            windows = (slice(None), slice(up, up + rows + extra), slice(left, left + columns + extra))
+            total += jnp.where(winner[windows] == a * window + b, output_gradient[windows], 0)
         return total
 
-    cells = jnp.stack([jnp.stack([pixel(i, j) for j in range(stride)], 3) for i in range(stride)], 2)
-    # One axis at a time: for arrays that are explicitly sharded, JAX knows no other way.
-    whole = cells.reshape(n, (rows + reach) * stride, columns + reach, stride, c)
-    whole = whole.reshape(n, (rows + reach) * stride, (columns + reach) * stride, c)
+    # [n, rows + extra, stride, columns + extra, stride, c]
+    cells = jnp.stack([jnp.stack([gradient_at(i, j) for j in range(stride)], 3) for i in range(stride)], 2)
+    # One pair of axes at a time: JAX cannot merge two pairs at once in explicitly sharded arrays.
+    padded = cells.reshape(n, (rows + extra) * stride, columns + extra, stride, c)
+    padded = padded.reshape(n, (rows + extra) * stride, (columns + extra) * stride, c)
     (top, _), (left, _) = pads
-    missing = [
-        max(0, before + length - there)
-        for before, length, there in zip((top, left), size, whole.shape[1:3], strict=True)
+    # With a stride larger than the window, the input can go on after the last cell. Those pixels are in no window.
+    beyond = [
+        max(0, before + length - covered)
+        for before, length, covered in zip((top, left), size, padded.shape[1:3], strict=True)
     ]
-    whole = jnp.pad(whole, ((0, 0), (0, missing[0]), (0, missing[1]), (0, 0)))  # pixels between the windows
-    return whole[:, top : top + size[0], left : left + size[1]]
+    padded = jnp.pad(padded, ((0, 0), (0, beyond[0]), (0, beyond[1]), (0, 0)))
+    return padded[:, top : top + size[0], left : left + size[1]]  # [n, h, w, c]
 
 
 def per_channel(values: Float[Array, " c"], x: Float[Array, "*batch c"]) -> Float[Array, "*ones c"]:
@@ -113,38 +138,43 @@ def per_channel(values: Float[Array, " c"], x: Float[Array, "*batch c"]) -> Floa
 
 
 def strided_slices(x: jax.Array, window: int, stride: int, axis: int) -> list[jax.Array]:
-    """By place in the window: what all windows along ``axis`` have there."""
-    last = (x.shape[axis] - window) // stride * stride
+    """Return, for each place in a window, the values that all windows along ``axis`` have at that place."""
+    last = (x.shape[axis] - window) // stride * stride  # where the last window starts
     return [lax.slice_in_dim(x, i, i + last + 1, stride, axis) for i in range(window)]
 
 
 def ceil_mode_padding(size: int, window: int, stride: int, padding: int) -> tuple[int, int]:
+    """Return the padding before and after ``size`` pixels with which a plain pool gives the results of PyTorch's.
+
+    Raises:
+        ValueError: if no window fits.
+    """
     length = -((window - size - 2 * padding) // stride) + 1
-    if (length - 1) * stride >= size + padding:  # the last window would see only padding: torch drops it
+    if (length - 1) * stride >= size + padding:  # the last window would start in the padding: PyTorch drops it
         length -= 1
     if length < 1:
         raise ValueError(
             f"{size} pixels are too few for a max pool of window {window}, stride {stride} and padding {padding}"
         )
-    beyond = (length - 1) * stride + window - size - padding
-    # A stride beyond the window can end the last window before the input does: nothing to pad then. Asked only there:
-    # of a symbolic size, while exporting, the answer is unknown.
-    return padding, max(0, beyond) if stride > window else beyond
+    after = (length - 1) * stride + window - size - padding
+    # With a stride larger than the window, the last window can end before the input does: nothing to pad. Other pools
+    # skip the comparison, which jax.export could not decide for images of symbolic size.
+    return padding, max(0, after) if stride > window else after
 
 
 def adaptive_avg_pool(x: Float[Array, "n h w c"], output_size: int) -> Float[Array, "n {output_size} {output_size} c"]:
-    """Average pooling to a fixed size, equal to ``torch.nn.AdaptiveAvgPool2d``.
+    """Average to a fixed size, as ``torch.nn.AdaptiveAvgPool2d`` does.
 
-    Output ``i`` of ``o`` averages the input from ``floor(i * size / o)`` up to ``ceil((i + 1) * size / o)``, so windows
-    overlap where ``o`` does not divide ``size``: 14 -> 4 takes windows of 4 that start at 0, 3, 7 and 10.
+    Output ``i`` of ``o`` averages the input from ``floor(i * size / o)`` up to ``ceil((i + 1) * size / o)``. Windows
+    overlap if ``o`` does not divide ``size``: from 14 to 4, windows of 4 pixels start at 0, 3, 7 and 10.
 
     Args:
-        x: the input, NHWC, of any size from 1 up, smaller than the output included.
+        x: the input, NHWC, of any size from 1 up; it may be smaller than the output.
         output_size: height and width of the output, in pixels.
 
     Reference: https://docs.pytorch.org/docs/stable/generated/torch.nn.AdaptiveAvgPool2d.html
     """
-    for axis in (1, 2):  # the windows are rectangles, so the two axes can be averaged one after the other
+    for axis in (1, 2):  # the windows are rectangles: their mean is the mean of the means of their rows
         size = x.shape[axis]
         windows = [
             lax.slice_in_dim(x, i * size // output_size, -(-(i + 1) * size // output_size), axis=axis)

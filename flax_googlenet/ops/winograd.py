@@ -1,7 +1,7 @@
-"""3x3 convolutions with fewer products, by Winograd's algorithm F(m x m, 3x3): for CPUs.
+"""3x3 convolutions on a CPU by Winograd's algorithm F(m x m, 3x3), which needs fewer multiplications.
 
-Tiles of m x m results take (m + 2)^2 products instead of 9 m^2. For finite values it is the same function, and so are
-its derivatives.
+A tile of m x m results takes (m + 2)^2 products instead of 9 m^2: 36 instead of 144 for m = 4. For finite values, the
+results and all derivatives equal those of the direct convolution, up to rounding.
 
 References:
     Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", https://arxiv.org/abs/1509.09308
@@ -27,13 +27,17 @@ from flax_googlenet.ops.pooling import strided_slices
 
 _Array = TypeVar("_Array", np.ndarray, jax.Array)
 
-# Where the polynomials are evaluated that are multiplied, by m; infinity is one more. Those of m = 4 are c, -c, 1 / c
-# and -1 / c (Alam et al.): Lavin and Gray's (0, 1, -1, 2, -2) round more.
+# Interpolation points for F(m, 3), besides the point at infinity. For m = 4 they are 0, c, -c, 1 / c and -1 / c with
+# c = 1 / sqrt(2) (Alam et al.). Lavin and Gray's points 0, 1, -1, 2 and -2 have 2.6 to 5 times the error in float32.
 _POINTS = {2: (0, 1, -1), 4: (0, 2**-0.5, -(2**-0.5), 2**0.5, -(2**0.5))}
 
 
 class Transforms(NamedTuple):
-    """The matrices that transform the rows, or the columns, of a tile."""
+    """The matrices of F(m, 3), which computes m results of a one-dimensional convolution with a kernel of 3.
+
+    The results are ``output @ ((kernel @ k) * (input @ x))`` for a kernel ``k`` [3] and inputs ``x`` [m + 2]. A tile is
+    transformed along its rows and then along its columns. Lavin and Gray call the matrices B^T, G and A^T.
+    """
 
     input: Float[np.ndarray, "m+2 m+2"]
     kernel: Float[np.ndarray, "m+2 3"]
@@ -42,11 +46,16 @@ class Transforms(NamedTuple):
 
 @functools.cache
 def transforms(m: int) -> Transforms:
-    """The transforms of F(m, 3), for m of 2 or 4, by Toom and Cook's algorithm (Barabasz et al., section 2)."""
-    points = np.array(_POINTS[m])
-    others = [np.delete(points, i) for i in range(m + 1)]
-    scales = np.array([np.prod(point - rest) for point, rest in zip(points, others, strict=True)])
-    infinity = np.eye(m + 2)[-1:]
+    """Return the matrices of F(m, 3), for m = 2 or m = 4, by Toom and Cook's algorithm (Barabasz et al., section 2).
+
+    The algorithm evaluates two polynomials, of degree m - 1 and 2, at m + 2 points, multiplies the values, and
+    interpolates the product. The last row or column of a matrix belongs to the point at infinity, where the value of a
+    polynomial is its leading coefficient.
+    """
+    points = np.array(_POINTS[m])  # [m + 1]
+    others = [np.delete(points, i) for i in range(m + 1)]  # for each point, all points but itself
+    scales = np.array([np.prod(point - rest) for point, rest in zip(points, others, strict=True)])  # [m + 1]
+    infinity = np.eye(m + 2)[-1:]  # [1, m + 2]
     return Transforms(
         input=np.stack([_coefficients(roots, m + 2) for roots in (*others, points)]),
         kernel=np.concatenate([np.vander(points, 3, increasing=True) / scales[:, None], infinity[:, -3:]]),
@@ -55,23 +64,31 @@ def transforms(m: int) -> Transforms:
 
 
 def _coefficients(roots: np.ndarray, length: int) -> np.ndarray:
-    """The coefficients of the polynomial with these roots, from the constant one up."""
+    """Return the coefficients of the monic polynomial with these roots, the constant first, padded with zeros."""
     ascending = np.poly(roots)[::-1]
-    ascending[np.abs(ascending) < 1e-12] = 0  # where roots cancel: _transform leaves out what is exactly zero
+    # Roots of opposite sign cancel up to rounding. An exact zero saves a multiplication in _transform.
+    ascending[np.abs(ascending) < 1e-12] = 0
     return np.pad(ascending, (0, length - len(ascending)))
 
 
 def is_precise(dtype: Dtype) -> bool:
-    """Whether there are digits enough: the transforms would lose the few of bfloat16 and float16."""
+    """Return whether ``dtype`` has enough digits for the transforms, which bfloat16 and float16 do not."""
     return jnp.finfo(dtype).bits >= 32
 
 
 def transform_kernel(
     kernel: Float[_Array, "3 3 in out"], m: int, precision: lax.PrecisionLike = None
 ) -> Float[_Array, "m+2 m+2 in out"]:
-    """A kernel for ``conv3x3`` by F(m x m, 3x3)."""
+    """Return the kernel that ``conv3x3`` takes, for tiles of m x m results.
+
+    Args:
+        kernel: the kernel of a 3x3 convolution. A NumPy array is transformed by NumPy, in float64 if it is float64,
+            whether JAX has 64 bits enabled or not.
+        m: 2 or 4.
+        precision: as for ``jax.lax.conv_general_dilated``; it has no effect on NumPy arrays.
+    """
     matrix = transforms(m).kernel
-    rows_and_columns: Any = np.kron(matrix, matrix).astype(kernel.dtype)
+    rows_and_columns: Any = np.kron(matrix, matrix).astype(kernel.dtype)  # [(m + 2)^2, 9]
     product = np.matmul if isinstance(kernel, np.ndarray) else functools.partial(jnp.matmul, precision=precision)
     return product(rows_and_columns, kernel.reshape(9, -1)).reshape(m + 2, m + 2, *kernel.shape[2:])
 
@@ -79,29 +96,37 @@ def transform_kernel(
 def conv3x3(
     x: Float[Array, "n h w in"], kernel: Float[Array, "m+2 m+2 in out"], precision: lax.PrecisionLike = None
 ) -> Float[Array, "n h w out"]:
-    """The 3x3 convolution of stride and padding 1 with a kernel of ``transform_kernel``.
+    """Convolve ``x`` with a 3x3 kernel that ``transform_kernel`` has transformed, with stride 1 and padding 1.
 
-    Each of the four transforms is a loop of its own, held apart by barriers: fused, they are computed many times over.
+    Tiles of (m + 2) x (m + 2) inputs, which overlap by 2, give tiles of m x m results that do not overlap.
     """
     n, h, w, _ = x.shape
     m = kernel.shape[0] - 2
-    rows, columns = -(-h // m), -(-w // m)
+    rows, columns = -(-h // m), -(-w // m)  # of tiles
     matrices = transforms(m)
 
     x = jnp.pad(x, ((0, 0), (1, rows * m + 1 - h), (1, columns * m + 1 - w), (0, 0)))
-    x = _transform(matrices.input, strided_slices(x, m + 2, m, axis=1), axis=0)
-    x = _transform(matrices.input, strided_slices(x, m + 2, m, axis=3), axis=1)
-    x = x.reshape(m + 2, m + 2, n * rows * columns, -1)  # einsum over all axes would go backwards at half the speed
-    x = lax.optimization_barrier(jnp.einsum("ijtf,ijfg->ijtg", x, kernel, precision=precision))
-    x = x.reshape(m + 2, m + 2, n, rows, columns, -1)
-    x = _transform(matrices.output, list(x), axis=0)
-    x = _transform(matrices.output, [x[:, i] for i in range(m + 2)], axis=1)
-    x = x.transpose(2, 3, 0, 4, 1, 5).reshape(n, rows * m, columns, m, -1)
-    return x.reshape(n, rows * m, columns * m, -1)[:, :h, :w]
+    x = _transform(matrices.input, strided_slices(x, m + 2, m, axis=1), axis=0)  # [m+2, n, rows, columns*m + 2, in]
+    x = _transform(matrices.input, strided_slices(x, m + 2, m, axis=3), axis=1)  # [m+2, m+2, n, rows, columns, in]
+    # The tiles are one axis for einsum: over three axes, its gradient takes twice as long.
+    x = x.reshape(m + 2, m + 2, n * rows * columns, -1)
+    x = jnp.einsum("ijtf,ijfg->ijtg", x, kernel, precision=precision)  # [m+2, m+2, n*rows*columns, out]
+    x = lax.optimization_barrier(x).reshape(m + 2, m + 2, n, rows, columns, -1)
+    x = _transform(matrices.output, list(x), axis=0)  # [m, m+2, n, rows, columns, out]
+    x = _transform(matrices.output, [x[:, i] for i in range(m + 2)], axis=1)  # [m, m, n, rows, columns, out]
+    x = x.transpose(2, 3, 0, 4, 1, 5)  # [n, rows, m, columns, m, out]
+    # One pair of axes at a time: JAX cannot merge two pairs at once in explicitly sharded arrays.
+    x = x.reshape(n, rows * m, columns, m, -1)
+    return x.reshape(n, rows * m, columns * m, -1)[:, :h, :w]  # [n, h, w, out]
 
 
 def _transform(matrix: np.ndarray, slices: Sequence[jax.Array], axis: int) -> jax.Array:
-    """``matrix @ slices``, stacked along ``axis``; zeros cost nothing."""
+    """Return the products of ``matrix`` [a, b] with ``slices``, b arrays of one shape, stacked along ``axis``.
+
+    Each product is a weighted sum of the slices without the terms whose weight is zero, which the compiler turns into
+    one vectorised loop. The barrier keeps it from being fused with the loop that reads it, which would compute it anew
+    for every value it reads.
+    """
 
     def combine(row: np.ndarray) -> jax.Array:
         terms = [x if factor == 1 else float(factor) * x for factor, x in zip(row, slices, strict=True) if factor]
@@ -118,12 +143,20 @@ def convolution(
     precision: lax.PrecisionLike = None,
     **options: Any,
 ) -> Float[Array, "n h2 w2 out"]:
-    """``jax.lax.conv_general_dilated`` for layers in training, which may be neither dilated nor grouped.
+    """Compute a convolution in training, in place of ``jax.lax.conv_general_dilated``, without dilation and groups.
 
-    By Winograd's algorithm where that is faster, and precise: 3x3 with stride and padding 1, on features of 14x14 and
-    64 channels at least, in float32 or float64, where JAX's default backend is a CPU. With its gradients it is 1.3 to
-    2 times as fast there, a whole training step 1.2 times: medians in float32 on two cores with AVX-512 and jaxlib
-    0.10.2.
+    It uses Winograd's algorithm with m = 4 where that is faster and precise: JAX's default backend is a CPU, the kernel
+    is 3x3 with stride and padding 1, the input has at least 14x14 pixels and 64 channels, and the dtype is float32 or
+    float64. There a convolution with its gradients is 1.3 to 2 times as fast, and a whole training step 1.2 times
+    (medians in float32 on two cores with AVX-512, jaxlib 0.10.2).
+
+    Args:
+        x: the input, NHWC.
+        kernel: the kernel, HWIO.
+        strides: the strides along height and width.
+        padding: the padding before and after, along height and width.
+        precision: as for ``jax.lax.conv_general_dilated``.
+        **options: further arguments of ``jax.lax.conv_general_dilated``, which Flax passes.
     """
     is_3x3 = kernel.shape[:2] == (3, 3) and (*strides,) == (1, 1) and [*map(tuple, padding)] == [(1, 1), (1, 1)]
     is_large = min(x.shape[1:3]) >= 14 and x.shape[3] >= 64

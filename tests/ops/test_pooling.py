@@ -1,4 +1,4 @@
-"""Pooling against torch, over every geometry that torch accepts."""
+"""Pooling against PyTorch, in random geometries that PyTorch accepts."""
 
 import jax
 import numpy as np
@@ -19,13 +19,13 @@ def nchw(array: np.ndarray) -> torch.Tensor:
 
 
 def images(h: int, w: int) -> np.ndarray:
-    # Few distinct values, so that windows have ties; all negative, so that padding with 0 would win.
+    # With few distinct values, windows have ties. All are negative, so padding with 0 would win.
     return np.random.default_rng([h, w]).integers(-9, 0, (2, h, w, 3)).astype(np.float64)
 
 
 @st.composite
 def pools(draw: st.DrawFn, largest: int) -> tuple[int, int, int]:
-    """Window, stride and padding."""
+    """Draw a window, a stride and a padding."""
     window = draw(st.integers(1, largest))
     return window, draw(st.integers(1, 9)), draw(st.integers(0, window // 2))
 
@@ -89,9 +89,9 @@ def test_max_pool_carries_nan_as_torch_does() -> None:
 
 
 def test_max_pool_drops_a_window_that_starts_in_the_padding() -> None:
-    # ceil((2 + 2 - 2) / 2) + 1 is 2 windows; with a size of 2 and a padding of 1 the second starts at pixel 1: kept.
+    # ceil((2 + 2 - 2) / 2) + 1 = 2 windows. With a size of 2 and a padding of 1, the second starts at pixel 1: kept.
     assert max_pool(images(2, 2), window=2, stride=2, padding=1).shape == (2, 2, 2, 3)
-    # ceil((1 + 2 - 2) / 2) + 1 is 2 windows; the second would start at pixel 1 of 1: dropped.
+    # ceil((1 + 2 - 2) / 2) + 1 = 2 windows. The second would start after the only pixel: dropped.
     assert max_pool(images(1, 1), window=2, stride=2, padding=1).shape == (2, 1, 1, 3)
 
 

@@ -1,4 +1,4 @@
-"""Winograd's convolutions and their gradients against PyTorch's."""
+"""Convolutions by Winograd's algorithm, and their gradients, against PyTorch's."""
 
 import functools
 import os
@@ -20,14 +20,14 @@ Convolution = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def operands(n: int, h: int, w: int, inputs: int, outputs: int) -> list[np.ndarray]:
-    """Input, kernel and the gradient of the output, NHWC and HWIO, rounded to float32."""
+    """Return an input, a kernel and a gradient of the output, NHWC and HWIO, rounded to float32."""
     rng = np.random.default_rng([n, h, w, inputs, outputs])
     shapes = [(n, h, w, inputs), (3, 3, inputs, outputs), (n, h, w, outputs)]
     return [rng.standard_normal(shape).astype(np.float32).astype(np.float64) for shape in shapes]
 
 
 def of_torch(x: np.ndarray, kernel: np.ndarray, gradient: np.ndarray, dtype: torch.dtype) -> list[np.ndarray]:
-    """The output and the gradients of input and kernel."""
+    """Return the output, and the gradients of the input and the kernel."""
     x, gradient = (torch.from_numpy(a.transpose(0, 3, 1, 2)).to(dtype) for a in (x, gradient))
     kernel = torch.from_numpy(kernel.transpose(3, 2, 0, 1)).to(dtype)
     output = torch.nn.functional.conv2d(x.requires_grad_(), kernel.requires_grad_(), padding=1)
@@ -77,7 +77,7 @@ def test_convolution_and_gradients_are_torchs_in_float64(m: int, size: tuple[int
 
 
 def test_float32_rounds_little_more_than_the_direct_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
-    arrays = operands(4, 28, 28, 128, 192)  # inception3b's
+    arrays = operands(4, 28, 28, 128, 192)  # a convolution of inception3b
     exact = of_torch(*arrays, torch.float64)
     rounded = [array.astype(np.float32) for array in arrays]
     ours = errors(of_jax(in_training, *rounded), exact)
@@ -105,7 +105,7 @@ def test_float32_rounds_little_more_than_the_direct_convolutions(monkeypatch: py
         ((2, 14, 14, 64), jnp.float32, 1, 0, False),
     ],
 )
-def test_training_takes_fewer_products_where_that_is_faster_and_precise(
+def test_training_uses_winograds_algorithm_where_that_is_faster_and_precise(
     shape: tuple[int, ...], dtype: jnp.dtype, stride: int, padding: int, is_winograd: bool
 ) -> None:
     x = jnp.ones(shape, dtype)
@@ -144,7 +144,7 @@ print("all-gather" in gradients.lower(*shared).compile().as_text())
 
 
 def test_two_devices_share_a_batch() -> None:
-    """Explicitly, as jax.make_mesh has it. Each computes with its own images: nothing of them is sent."""
+    """On explicit axes, the default of jax.make_mesh, each device computes its own images and sends none."""
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "2", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", ON_TWO_DEVICES]
     shown = subprocess.check_output(command, env=environment, cwd=Path(__file__).parent, text=True)
