@@ -1,4 +1,4 @@
-"""GoogLeNet (Inception v1) as a Flax Linen module: torchvision's variant with BatchNorm, NHWC.
+"""GoogLeNet (Inception v1) as a Flax Linen module: torchvision's variant with BatchNorm, for NHWC images.
 
 References:
     Szegedy et al., "Going Deeper with Convolutions", https://arxiv.org/abs/1409.4842
@@ -25,7 +25,7 @@ Variables = Mapping[str, Any]
 """Nested dict ``{"params": ..., "batch_stats": ...}`` of arrays; ``batch_stats`` is absent without BatchNorm."""
 
 MIN_SIZE = 15
-"""Least height and width in pixels: one pixel is left before the last max pools."""
+"""Smallest height and width of an image in pixels: one pixel is left before the last max pools."""
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 """Mean of the RGB channels over ImageNet, for pixels in [0, 1]."""
@@ -34,7 +34,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 """Standard deviation of the RGB channels over ImageNet, for pixels in [0, 1]."""
 
 WIDTHS = {
-    # Channels of: branch1 1x1 | branch2 1x1, 3x3 | branch3 1x1, 3x3 | branch4 1x1 (table 1 of the paper).
+    # Output channels of branch1 1x1 | branch2 1x1, 3x3 | branch3 1x1, 3x3 | branch4 1x1 (table 1 of the paper).
     "inception3a": (64, 96, 128, 16, 32, 32),
     "inception3b": (128, 128, 192, 32, 96, 64),
     "inception4a": (192, 96, 208, 16, 48, 64),
@@ -47,57 +47,58 @@ WIDTHS = {
 }
 
 HEADS = ("fc", "aux1", "aux2")
-"""The classifiers, by their names in the variables."""
+"""Names of the classifiers in the variables."""
 
 BLOCKS = ("conv1", "conv2", "conv3", *WIDTHS, *HEADS)
-"""All that has variables, by torchvision's names: the first level of the variables."""
+"""Names of all blocks that have variables, as in torchvision: the first level of the variables."""
 
-# scipy.stats.truncnorm(-2, 2, scale=0.01): two deviations. torchvision's trunc_normal_(a=-2, b=2) cuts at 2.0 itself.
+# Truncated at two standard deviations, as scipy.stats.truncnorm(-2, 2, scale=0.01) is. torchvision's code today, which
+# calls trunc_normal_(std=0.01, a=-2, b=2), truncates at the values -2 and 2, that is, hardly ever.
 _kernel_init = nn.initializers.truncated_normal(stddev=0.01, lower=-2.0, upper=2.0)
 
-_BLOCK = 2**20  # values in one draw of the network's initial kernels
+_BLOCK = 2**20  # number of values in one draw of initial kernels
 
 MISSING_HEAD = (
     "aux_logits is True and the variables have no {0}: "
     "train model.clone(aux_logits=False), or add the {0} of model.init"
 )
 
-_OUTPUT = "_output"  # Flax keeps submodules and sown values in one name space: conv1 is taken
+_OUTPUT = "_output"  # suffix of sown values, which share a namespace with the submodules: "conv1" is taken
 
 
 class GoogLeNetOutput(NamedTuple):
-    """What the network returns: torchvision's ``GoogLeNetOutputs``, the same fields in the same order."""
+    """The outputs of the network, with the fields of torchvision's ``GoogLeNetOutputs`` in the same order."""
 
     logits: jax.Array
     """[N, num_classes]"""
     aux_logits2: jax.Array | None
-    """[N, num_classes] while training with ``aux_logits``, else None; from the features of inception4d."""
+    """[N, num_classes] in training with ``aux_logits``, else None; from the features of inception4d."""
     aux_logits1: jax.Array | None
-    """[N, num_classes] while training with ``aux_logits``, else None; from the features of inception4a."""
+    """[N, num_classes] in training with ``aux_logits``, else None; from the features of inception4a."""
 
 
 class BatchNorm(nn.Module):
     """Batch normalisation over all axes but the last, with PyTorch's statistics.
 
-    In training the input is normalised with the batch's biased variance, while the running variance takes in the
-    unbiased one (n / (n - 1)); ``flax.linen.BatchNorm`` takes in the biased one. The variance is the mean of squared
-    deviations, never E[x^2] - E[x]^2, which cancels and can turn negative (google/flax#1491). Statistics are computed
-    and kept in float32 at least.
+    In training, the input is normalised with the biased variance of the batch, and the running variance is updated with
+    the unbiased one, which is n / (n - 1) times as large. ``flax.linen.BatchNorm`` updates it with the biased one. The
+    variance is the mean of squared deviations. E[x^2] - E[x]^2 would cancel and can turn negative (google/flax#1491).
+    Statistics are computed and stored in float32 at least.
 
     Reference: https://docs.pytorch.org/docs/stable/generated/torch.nn.BatchNorm2d.html
     """
 
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
-    momentum: float = 0.9  # the weight of the old statistics: PyTorch's momentum is 1 minus this
-    epsilon: float = 1e-3  # torchvision's GoogLeNet; PyTorch's default is 1e-5
+    momentum: float = 0.9  # weight of the old statistics; PyTorch's momentum is 1 minus this
+    epsilon: float = 1e-3  # as in torchvision's GoogLeNet; PyTorch's default is 1e-5
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch c"], train: bool) -> Float[Array, "*batch c"]:
-        """Normalises ``x``; with ``train`` by the batch's statistics, which the running ones then take in.
+        """Normalise ``x``, in training by the statistics of the batch, with which it updates the running ones.
 
         Raises:
-            ValueError: in training on one value a channel, as PyTorch does: its unbiased variance does not exist.
+            ValueError: in training on one value per channel, which has no unbiased variance. PyTorch raises, too.
         """
         channels = (x.shape[-1],)
         stats_dtype = at_least_float32(self.param_dtype)
@@ -116,8 +117,8 @@ class BatchNorm(nn.Module):
                     f"BatchNorm needs more than 1 value a channel in training, got an input of shape {x.shape}: "
                     "use a larger batch or larger images"
                 )
-            mean = x.mean(batch_axes)
-            var = jnp.square(x - per_channel(mean, x)).mean(batch_axes)
+            mean = x.mean(batch_axes)  # [c]
+            var = jnp.square(x - per_channel(mean, x)).mean(batch_axes)  # [c]
             if not self.is_initializing():
                 running_mean.value = self._update(running_mean.value, mean)
                 running_var.value = self._update(running_var.value, var * (count / (count - 1)))
@@ -133,7 +134,7 @@ class BatchNorm(nn.Module):
 
 
 class ConvBN(nn.Module):
-    """Convolution, BatchNorm, ReLU: torchvision's ``BasicConv2d``. Without BatchNorm the convolution has a bias."""
+    """Convolution, BatchNorm and ReLU: torchvision's ``BasicConv2d``. Without BatchNorm, the convolution has a bias."""
 
     features: int
     kernel_size: int = 1
@@ -147,7 +148,7 @@ class ConvBN(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "n h w c"], train: bool) -> Float[Array, "n h2 w2 {self.features}"]:
-        """Maps ``x`` [N, H, W, C] to [N, H2, W2, features]."""
+        """Map ``x`` [N, H, W, C] to [N, H2, W2, features]."""
         x = nn.Conv(
             self.features,
             (self.kernel_size, self.kernel_size),
@@ -155,7 +156,7 @@ class ConvBN(nn.Module):
             padding=((self.padding, self.padding), (self.padding, self.padding)),
             use_bias=not self.batch_norm,
             kernel_init=self.kernel_init,
-            # At inference the plain one, by which ports are proven; make_predictor has its own.
+            # Not at inference: ports are proven with plain convolutions, and make_predictor has a graph of its own.
             conv_general_dilated=winograd.convolution if train else None,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
@@ -168,7 +169,7 @@ class ConvBN(nn.Module):
 
 
 class Inception(nn.Module):
-    """Four branches over one input, concatenated along the channels; ``widths`` as in ``WIDTHS``."""
+    """Four branches that read one input, concatenated along the channels. ``widths`` is an entry of ``WIDTHS``."""
 
     widths: tuple[int, int, int, int, int, int]
     batch_norm: bool = True
@@ -179,7 +180,7 @@ class Inception(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "n h w c"], train: bool) -> Float[Array, "n h w c2"]:
-        """Maps ``x`` [N, H, W, C] to [N, H, W, w0 + w2 + w4 + w5]."""
+        """Map ``x`` [N, H, W, C] to [N, H, W, widths[0] + widths[2] + widths[4] + widths[5]]."""
         conv: Callable[..., ConvBN] = functools.partial(ConvBN, **_options(self, self.kernel_init))
         width1, reduce2, width2, reduce3, width3, width4 = self.widths
 
@@ -189,13 +190,13 @@ class Inception(nn.Module):
         # 3x3, not the paper's 5x5: the checkpoint has it (pytorch/vision#906).
         branch3 = conv(reduce3, name="branch3_0")(x, train)
         branch3 = conv(width3, kernel_size=3, padding=1, name="branch3_1")(branch3, train)
-        # branch4_1: torchvision counts the pool as branch4.0.
+        # Named branch4_1, because the pool is branch4.0 in torchvision.
         branch4 = conv(width4, name="branch4_1")(max_pool(x, window=3, stride=1, padding=1), train)
         return jnp.concatenate([branch1, branch2, branch3, branch4], axis=-1)
 
 
 class InceptionAux(nn.Module):
-    """Auxiliary classifier on the features of an inner stage, of any height and width."""
+    """An auxiliary classifier, which reads the features of an inner stage of any height and width."""
 
     num_classes: int
     dropout: float = 0.7
@@ -207,12 +208,11 @@ class InceptionAux(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "n h w c"], train: bool) -> Float[Array, "n {self.num_classes}"]:
-        """Maps ``x`` [N, H, W, C] to logits [N, num_classes]; dropout is on in training alone."""
-        x = adaptive_avg_pool(x, 4)
-        x = ConvBN(128, **_options(self, self.kernel_init), name="conv")(x, train)
-        x = x.transpose(0, 3, 1, 2).reshape(
-            x.shape[0], 128 * 4 * 4
-        )  # channels first: fc1 reads them in PyTorch's order
+        """Map ``x`` [N, H, W, C] to logits [N, num_classes], with dropout only in training."""
+        x = adaptive_avg_pool(x, 4)  # [N, 4, 4, C]
+        x = ConvBN(128, **_options(self, self.kernel_init), name="conv")(x, train)  # [N, 4, 4, 128]
+        # Flattened with the channels first, because fc1's kernel is in PyTorch's order.
+        x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], 128 * 4 * 4)
         x = nn.relu(_dense(self, 1024, x.shape[-1], self.kernel_init, "fc1")(x))
         x = _dropout(x, self.dropout, train)
         return _dense(self, self.num_classes, x.shape[-1], self.kernel_init, "fc2")(x)
@@ -221,9 +221,9 @@ class InceptionAux(nn.Module):
 class GoogLeNet(nn.Module):
     """GoogLeNet with BatchNorm, layer by layer the network of ``torchvision.models.googlenet``.
 
-    In training on a CPU, large 3x3 convolutions are computed by Winograd's algorithm: ``winograd.convolution``.
+    In training on a CPU, ``winograd.convolution`` computes large 3x3 convolutions by Winograd's algorithm.
 
-    The variables mirror torchvision's module names: ``inception3a.branch2.0.conv.weight`` is
+    The names of the variables are those of torchvision's modules: ``inception3a.branch2.0.conv.weight`` is
     ``params/inception3a/branch2_0/conv/kernel`` and ``conv1.bn.running_var`` is ``batch_stats/conv1/bn/var``.
 
     Example::
@@ -235,15 +235,16 @@ class GoogLeNet(nn.Module):
 
     Attributes:
         num_classes: number of logits.
-        aux_logits: whether the two auxiliary classifiers exist. They are initialised always, and computed in training.
-        transform_input: whether to map ImageNet-normalised images to [-1, 1] first; the ImageNet checkpoint wants it.
-        dropout: rate before the last layer.
-        dropout_aux: rate inside the auxiliary classifiers.
-        batch_norm: False for the folded graph, whose convolutions have a bias and no BatchNorm.
-        dtype: of the computation. BatchNorm computes in float32 at least.
-        param_dtype: of the parameters. BatchNorm statistics start in float32 at least.
-        precision: of convolutions and matrix products. GPUs and TPUs compute float32 in TF32 or bfloat16 unless this is
-            "highest".
+        aux_logits: whether the two auxiliary classifiers exist. ``init`` always makes their variables; only training
+            computes them.
+        transform_input: whether to map ImageNet-normalised images to [-1, 1] first, as the ImageNet checkpoint needs.
+        dropout: dropout rate before the last layer.
+        dropout_aux: dropout rate inside the auxiliary classifiers.
+        batch_norm: False for the folded network, whose convolutions have a bias and no BatchNorm.
+        dtype: dtype of the computation. BatchNorm computes in float32 at least.
+        param_dtype: dtype of the parameters. BatchNorm statistics start in float32 at least.
+        precision: precision of convolutions and matrix products. GPUs and TPUs compute float32 in TF32 or bfloat16
+            unless this is "highest".
     """
 
     num_classes: int = 1000
@@ -260,17 +261,18 @@ class GoogLeNet(nn.Module):
     def __call__(
         self, images: Float[Array, "n h w 3"], *, train: bool = False, frozen: Sequence[str] = ()
     ) -> GoogLeNetOutput:
-        """Computes the logits.
+        """Compute the logits.
 
         Args:
             images: floating point [N, H, W, 3], RGB, ImageNet-normalised; H and W at least 15.
-            train: normalise by the batch's statistics, drop out, and compute the auxiliary logits. Needs
-                ``mutable=["batch_stats"]`` and, for dropout above 0, ``rngs={"dropout": key}``.
+            train: whether to normalise by the statistics of the batch, to drop out, and to compute the auxiliary
+                logits. Training needs ``mutable=["batch_stats"]`` and, for dropout rates above 0,
+                ``rngs={"dropout": key}``.
             frozen: names of blocks (``BLOCKS``) that compute in training as at inference, as blocks in ``eval()`` mode
                 do in PyTorch: their BatchNorm normalises with the running statistics and does not update them.
 
         Raises:
-            TypeError: if ``images`` is no array of JAX's or NumPy's, or ``frozen`` is a string.
+            TypeError: if ``images`` is not an array of JAX or NumPy, or ``frozen`` is a string.
             ValueError: if ``images`` has another rank, layout, number of channels or dtype, or is smaller than 15x15;
                 if ``frozen`` has a name that no block has; in training with ``aux_logits``, if the variables have no
                 auxiliary heads.
@@ -282,7 +284,7 @@ class GoogLeNet(nn.Module):
         conv_bn: Callable[..., ConvBN] = functools.partial(ConvBN, **options)
 
         def stage(name: str, x: jax.Array) -> jax.Array:
-            self.sow("intermediates", name + _OUTPUT, x)  # for `endpoints`; does nothing elsewhere
+            self.sow("intermediates", name + _OUTPUT, x)  # for `endpoints`; no other caller collects intermediates
             return x
 
         def trains(name: str) -> bool:
@@ -328,7 +330,7 @@ class GoogLeNet(nn.Module):
         x = inception("inception5a", x)
         x = inception("inception5b", x)
         x = stage("avgpool", x.mean((1, 2), keepdims=True))
-        x = x[:, 0, 0, :]
+        x = x[:, 0, 0, :]  # [N, 1024]
         x = _dropout(x, self.dropout, train)
         logits = stage("fc", _dense(self, self.num_classes, x.shape[-1], kernel_init, "fc")(x))
 
@@ -338,7 +340,7 @@ class GoogLeNet(nn.Module):
 
 
 def endpoints(model: GoogLeNet, variables: Variables, images: Float[Array, "n h w 3"]) -> dict[str, jax.Array]:
-    """Computes every stage at inference, for features and for comparison with torchvision.
+    """Compute all stages at inference, to use them as features or to compare them with torchvision's.
 
     Args:
         model: the network.
@@ -346,32 +348,33 @@ def endpoints(model: GoogLeNet, variables: Variables, images: Float[Array, "n h 
         images: floating point [N, H, W, 3], as for the model.
 
     Returns:
-        ``{"conv1": ..., "maxpool1": ..., ..., "inception5b": ..., "avgpool": ..., "fc": ...}``: torchvision's module
-        names, in the order of computation (``jax.jit`` sorts them by name). Stages are NHWC, ``avgpool``
-        [N, 1, 1, 1024] included; ``fc``, the logits, is [N, num_classes].
+        ``{"conv1": ..., "maxpool1": ..., ..., "inception5b": ..., "avgpool": ..., "fc": ...}``, by torchvision's module
+        names and in the order of computation (``jax.jit`` sorts them by name). Stages are NHWC. ``avgpool`` is
+        [N, 1, 1, 1024] and ``fc``, the logits, [N, num_classes].
     """
     _, collections = model.apply(variables, images, mutable=["intermediates"])
-    # `sow` collects a tuple, one entry a call: each stage is computed once.
+    # `sow` collects a tuple with one entry per call, and each stage is computed once.
     return {name.removesuffix(_OUTPUT): stage for name, (stage,) in collections["intermediates"].items()}
 
 
 def variable_shapes(model: GoogLeNet) -> dict[str, Any]:
-    """The variables that ``model.init`` would make, as a nested dict of ``jax.ShapeDtypeStruct``; computes nothing."""
+    """Return the variables of ``model.init`` as nested dicts of ``jax.ShapeDtypeStruct``, without computing them."""
     images = jax.ShapeDtypeStruct((1, MIN_SIZE, MIN_SIZE, 3), jnp.float32)
     return jax.eval_shape(model.init, jax.eval_shape(lambda: jax.random.key(0)), images)
 
 
 def _options(module: nn.Module, kernel_init: Initializer) -> dict[str, Any]:
-    """Return the fields that every block hands down to the blocks inside it."""
+    """Return the options that every block passes on to the blocks inside it."""
     fields = {name: getattr(module, name) for name in ("batch_norm", "dtype", "param_dtype", "precision")}
     return {**fields, "kernel_init": kernel_init}
 
 
 def _drawn_in_blocks(key: jax.Array) -> Initializer:
-    """Return an initialiser that cuts kernels, one after the other, from blocks that ``_kernel_init`` draws.
+    """Return an initialiser that cuts kernels, one after the other, from blocks of values that ``_kernel_init`` draws.
 
-    XLA compiles a draw anew for each shape. With a draw for each of the 64 kernels, compiling ``model.init`` took 29 s
-    of CPU time; with blocks of one shape it takes 5 s. The key that Flax gives for a single kernel is not used.
+    XLA compiles a draw again for each shape. With one draw for each of the 64 kernels, compiling ``model.init`` took 29
+    seconds of CPU time; with blocks of one shape it takes 5 seconds. The key that Flax passes for each kernel is not
+    used.
     """
     rest, blocks = None, 0
 
@@ -389,11 +392,12 @@ def _drawn_in_blocks(key: jax.Array) -> Initializer:
 
 
 def at_least_float32(dtype: Dtype) -> Dtype:
+    """Return ``dtype``, or float32 if ``dtype`` has fewer than 32 bits."""
     return dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32
 
 
 def _dense(module: nn.Module, features: int, fan_in: int, kernel_init: Initializer, name: str) -> nn.Dense:
-    bound = 1 / math.sqrt(fan_in)  # torch.nn.Linear's default for the bias
+    bound = 1 / math.sqrt(fan_in)  # the bias is uniform, as torch.nn.Linear initialises it
 
     def bias_init(key: jax.Array, shape: tuple[int, ...], dtype: Dtype) -> jax.Array:
         return jax.random.uniform(key, shape, dtype, -bound, bound)
@@ -419,29 +423,29 @@ def _dropout(x: jax.Array, rate: float, train: bool) -> jax.Array:
 
 
 def is_explicit(x: jax.Array) -> bool:
-    """Return whether ``x`` lies on a mesh with explicit axes, where JAX asks each operation how its result is split."""
+    """Return whether ``x`` is on a mesh with explicit axes, where each operation must say how its result is sharded."""
     return AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
 
 
 def _blocked_dot(
     x: jax.Array, kernel: jax.Array, dimension_numbers: object, precision: jax.lax.PrecisionLike = None
 ) -> jax.Array:
-    """``x @ kernel`` for [N, K] and [K, M], K a multiple of 16, summed in 16 blocks of K.
+    """Return ``x @ kernel`` for [N, K] and [K, M], summed in 16 blocks of K, which is a multiple of 16.
 
-    On a CPU XLA adds the K products one after the other: over 1024 of them its rounding error was 2 to 3 times
-    PyTorch's, and in blocks it is half of PyTorch's.
+    On a CPU, XLA adds the K products one after the other. With K = 1024 its rounding error was 2 to 3 times PyTorch's;
+    summed in blocks, it is half of PyTorch's.
     """
-    del dimension_numbers  # those of x @ kernel, whenever nn.Dense asks
+    del dimension_numbers  # nn.Dense always passes those of x @ kernel
     (n, k), m = x.shape, kernel.shape[1]
     x, kernel = x.reshape(n, 16, k // 16), kernel.reshape(16, k // 16, m)
-    blocks = jnp.einsum(
+    blocks = jnp.einsum(  # [16, N, M]
         "nbk,bkm->bnm", x, kernel, precision=precision, preferred_element_type=at_least_float32(x.dtype)
     )
     return blocks.sum(0).astype(x.dtype)
 
 
 def transform_input(images: jax.Array) -> jax.Array:
-    """From ImageNet's normalisation to the Inception one, pixels in [-1, 1], in which the checkpoint was trained."""
+    """Map images from ImageNet's normalisation to pixels in [-1, 1], with which the ImageNet checkpoint was trained."""
     scale = jnp.asarray([std / 0.5 for std in IMAGENET_STD], images.dtype)
     shift = jnp.asarray([(mean - 0.5) / 0.5 for mean in IMAGENET_MEAN], images.dtype)
     return images * per_channel(scale, images) + per_channel(shift, images)
@@ -456,17 +460,17 @@ def check_frozen(frozen: Sequence[str], blocks: Iterable[str]) -> None:
 
 
 def plain_dicts(tree: Variables) -> dict[str, Any]:
-    """Return nested dicts for nested mappings, such as ``flax.core.FrozenDict``; the arrays stay the same."""
+    """Return nested mappings, such as ``flax.core.FrozenDict``, as nested dicts of the same arrays."""
     return {name: plain_dicts(value) if isinstance(value, Mapping) else value for name, value in tree.items()}
 
 
 def check_array(array: Any, name: str) -> None:
-    """Raise TypeError, with the way out, unless ``array`` is an array of JAX or NumPy."""
+    """Raise TypeError unless ``array`` is an array of JAX or NumPy. The message says how to make it one."""
     if isinstance(array, jax.Array | np.ndarray):
         return
     kind = f"{type(array).__module__}.{type(array).__name__}".removeprefix("builtins.")
     way_out = f"pass numpy.asarray({name})"
-    if name == "images" and not hasattr(array, "__dlpack__"):  # neither PyTorch's nor TensorFlow's nor CuPy's
+    if name == "images" and not hasattr(array, "__dlpack__"):  # not an array of another library, such as PyTorch
         way_out = "pass flax_googlenet.preprocess_batch([...]), which takes files, pictures and uint8 arrays"
         if isinstance(array, list | tuple):
             way_out += ", or numpy.stack(images) if they are arrays and normalised"
@@ -474,7 +478,7 @@ def check_array(array: Any, name: str) -> None:
 
 
 def check_images(images: Any) -> None:
-    """Raise TypeError or ValueError, with the way out, unless ``images`` is what the network takes; costs nothing."""
+    """Raise TypeError or ValueError, with the way out, unless the network can take ``images``. Looks at no pixel."""
     check_array(images, "images")
     shape, dtype = images.shape, images.dtype
     expected = f"expected floating point images [N, H, W, 3] with H and W at least {MIN_SIZE}, got shape {shape}"
@@ -482,7 +486,7 @@ def check_images(images: Any) -> None:
         raise ValueError(f"{expected}: add the batch axis with images[None]" if len(shape) == 3 else expected)
     if shape[3] != 3:
         raise ValueError(f"{expected}: NCHW? use images.transpose(0, 2, 3, 1)" if shape[1] == 3 else expected)
-    if any(size < MIN_SIZE for size in shape[1:3]):  # min would compare symbolic sizes with each other
+    if any(size < MIN_SIZE for size in shape[1:3]):  # min() would compare two symbolic sizes, which fails
         raise ValueError(expected)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The network against torchvision's, stage by stage: in float64 where nothing can hide, then in float32."""
+"""The network against torchvision's, stage by stage: in float64, where rounding hides nothing, and in float32."""
 
 import re
 from collections.abc import Callable
@@ -14,6 +14,7 @@ from flax import linen as nn
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import numpy as jnp
+from proof import relative_error
 from torchvision.models import GoogLeNet as TorchGoogLeNet
 
 import flax_googlenet
@@ -25,11 +26,6 @@ NO_DROPOUT64 = MODEL64.clone(dropout=0.0, dropout_aux=0.0)
 SIZES = [(224, 224), (15, 15), (97, 131), (225, 223), (64, 300)]
 
 Images = Callable[..., np.ndarray]
-
-
-def relative_error(actual: Any, truth: np.ndarray) -> float:
-    assert np.shape(actual) == truth.shape
-    return float(np.abs(np.asarray(actual) - truth).max() / np.abs(truth).max())
 
 
 def state_dict_of(named: Any) -> dict[str, np.ndarray]:
@@ -75,16 +71,16 @@ def test_float32_is_as_near_to_the_truth_as_pytorch(
     truth = reference.stages(torch64, images)
     pytorch = reference.stages(torch32, images.astype(np.float32))
     flax = jax.jit(lambda v, x: endpoints(GoogLeNet(), v, x))(variables, images.astype(np.float32))
-    for name, stage in flax.items():
-        ours, theirs = relative_error(stage, truth[name]), relative_error(pytorch[name], truth[name])
+    for name in flax:
+        ours, theirs = (relative_error(np.asarray(x[name]), truth[name]) for x in (flax, pytorch))
         print(f"{h}x{w} {name:12} PyTorch {theirs:.1e}  Flax {ours:.1e}  ratio {ours / theirs:.2f}")
         assert ours <= 2 * theirs, name
 
 
 @pytest.fixture(scope="module")
 def training(state_dict: dict[str, np.ndarray], variables64: dict[str, Any], random_images: Images) -> dict[str, Any]:
-    """One training pass of both in float64, dropout off: outputs, gradients of a loss on all heads, statistics."""
-    images = random_images(3, 113, 131)  # inception3b has 15x17 pixels: on a CPU, Winograd's
+    """A training pass of both in float64 without dropout: outputs, gradients of a loss on all heads, statistics."""
+    images = random_images(3, 113, 131)  # large enough for Winograd's algorithm on a CPU: inception3b has 15x17 pixels
     model = reference.build_for_training(state_dict)
     expected = model(torch.from_numpy(images).permute(0, 3, 1, 2))
     weights = [torch.linspace(-1, 1, head.numel(), dtype=torch.float64).reshape(head.shape).cos() for head in expected]
@@ -151,7 +147,7 @@ def test_the_variance_of_a_large_mean_does_not_cancel() -> None:
     _, updates = norm.apply(variables, x, True, mutable=["batch_stats"])
     truth = 0.9 + 0.1 * x.astype(np.float64).var((0, 1, 2), ddof=1)
     np.testing.assert_allclose(updates["batch_stats"]["var"], truth, rtol=1e-5)
-    fast = np.square(x).mean((0, 1, 2)) - np.square(x.mean((0, 1, 2)))  # what this input does to E[x^2] - E[x]^2
+    fast = np.square(x).mean((0, 1, 2)) - np.square(x.mean((0, 1, 2)))  # E[x^2] - E[x]^2 in float32
     assert np.abs(fast / x.astype(np.float64).var((0, 1, 2)) - 1).max() > 0.1
 
 
@@ -169,7 +165,7 @@ def test_training_on_one_value_a_channel_raises_as_torch_does(
 
 
 def test_dropout_has_the_stated_rates(variables64: dict[str, Any], random_images: Images) -> None:
-    """The share of zeros at the input of the last layers, seen through layers that do nothing else."""
+    """The last layers are identities, so the logits show the share of zeros in their inputs."""
     images = random_images(8, 32, 32)
     params = flatten_dict(variables64["params"])
     for path in (("fc",), ("aux1", "fc2"), ("aux2", "fc2")):
@@ -180,7 +176,7 @@ def test_dropout_has_the_stated_rates(variables64: dict[str, Any], random_images
     def heads(model: GoogLeNet, variables: Any, **kwargs: Any) -> Any:
         return model.apply(variables, images, train=True, mutable=["batch_stats"], **kwargs)[0]
 
-    kept, dropped = jax.jit(  # one program: all below the dropout is compiled once
+    kept, dropped = jax.jit(  # one program, so that the layers below the dropout are compiled once
         lambda variables: (
             heads(NO_DROPOUT64, variables),
             heads(MODEL64, variables, rngs={"dropout": jax.random.key(0)}),
@@ -239,14 +235,14 @@ def test_kernels_start_as_scipys_truncnorm(initial: dict[str, Any]) -> None:
     rng = np.random.default_rng(0)
     sample = np.concatenate([rng.choice(np.ravel(x), 1000, replace=False) for x in kernels.values()])
     assert scipy.stats.kstest(sample, truncnorm.cdf).pvalue > 0.01
-    # The same sample tells it from the normal that is hardly truncated, which torchvision's code draws today.
+    # The same sample rejects a normal that is hardly truncated, which is what torchvision's code draws today.
     assert scipy.stats.kstest(sample, scipy.stats.norm(scale=0.01).cdf).pvalue < 1e-10
     for path, x in kernels.items():
         assert abs(np.std(x) / truncnorm.std() - 1) < 5 / np.sqrt(2 * x.size), path
 
 
 def test_init_draws_its_kernels_in_blocks_of_one_shape_which_compile_fast() -> None:
-    """One draw for each of 64 kernels takes XLA 29 s of a CPU to compile, and blocks take 5 s."""
+    """One draw for each of 64 kernels takes XLA 29 seconds of CPU time to compile; blocks take 5 seconds."""
     program = str(jax.make_jaxpr(GoogLeNet().init)(jax.random.key(0), jnp.zeros((1, 15, 15, 3), jnp.float32)))
     draws = re.findall(r"random_bits\[.*?shape=\((.*?)\)", program, re.DOTALL)
     assert set(draws) == {f"{2**20},", "1000,", "1024,"}
@@ -263,7 +259,7 @@ def test_linear_biases_start_as_torchs_and_batch_norm_at_1_and_0(initial: dict[s
             np.testing.assert_array_equal(x, 1 if path[-1] in ("scale", "var") else 0, err_msg=str(path))
 
 
-def test_any_batch_is_taken_also_an_empty_and_a_symbolic_one(variables: dict[str, Any]) -> None:
+def test_the_batch_may_be_empty_or_of_symbolic_size(variables: dict[str, Any]) -> None:
     nothing = np.zeros((0, 32, 32, 3), np.float32)
     assert jax.jit(GoogLeNet().apply)(variables, nothing).logits.shape == (0, 1000)
     (batch,) = jax.export.symbolic_shape("batch")
@@ -312,7 +308,7 @@ def test_training_without_the_variables_of_an_aux_head_is_refused_with_the_way_o
                 headless,
             )
         images = np.zeros((1, 32, 32, 3), np.float32)
-        jax.eval_shape(GoogLeNet().apply, headless, images)  # inference does without them
+        jax.eval_shape(GoogLeNet().apply, headless, images)  # inference does not need them
 
 
 def test_the_smallest_size_is_torchvisions() -> None:
@@ -332,7 +328,7 @@ def test_bfloat16_computes_with_float32_parameters_and_statistics(
     assert {x.dtype for x in output} == {jnp.dtype("bfloat16")}
     assert {x.dtype for x in jax.tree.leaves(updates)} == {jnp.dtype("float32")}
 
-    # Eight bits over 21 layers cost several per cent of the largest logit; PyTorch's autocast says how many are due.
+    # Eight bits through 21 layers cost several per cent of the largest logit. PyTorch's autocast shows how many.
     truth = reference.stages(torch64, images.astype(np.float64))["fc"]
     with torch.autocast("cpu", torch.bfloat16):
         theirs = torch32(torch.from_numpy(images).permute(0, 3, 1, 2)).detach().float().numpy()
@@ -363,7 +359,7 @@ def test_precision_reaches_every_convolution_and_matrix_product() -> None:
         return model.apply(variables, images, train=True, rngs={"dropout": jax.random.key(0)}, mutable=["batch_stats"])
 
     found = products(jax.make_jaxpr(train)(shapes, images).jaxpr)
-    # On a CPU one more: Winograd's transform of conv3's kernel.
+    # On a CPU there is one more, the transform of conv3's kernel for Winograd's algorithm.
     assert len(found) == 59 + 5 + (jax.default_backend() == "cpu")
     highest = jax.lax.Precision.HIGHEST
     assert {eqn.params["precision"] for eqn in found} == {(highest, highest)}
