@@ -1,49 +1,45 @@
-"""How training drifts: the loss of JAX and of PyTorch, step by step, against PyTorch in float64.
+"""Measure how training drifts: the loss of JAX and of PyTorch, step by step, against PyTorch in float64.
 
-All start from the same random weights and see the same random images, dropout off. Training is chaotic: what rounding
-changes in one step, the next steps enlarge. In float32 both are as far from the true course after five steps as they
-will ever be; in float64 JAX and PyTorch go together for some fifty. Prints a table and writes a picture.
+All runs start from the same random weights and see the same random images, without dropout. Training is chaotic: the
+next steps amplify what rounding changes in one step. In float32, both libraries have drifted as far as they ever will
+after five steps. In float64, JAX and PyTorch stay together for about fifty steps. Prints a table and writes a picture.
 
     pip install -e ".[benchmark]"
     python benchmarks/drift.py docs/drift.png
 """
 
 import argparse
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import matplotlib.pyplot as plt
 import numpy as np
-import optax
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "convert"))
-import reference
+from side_by_side import LEARNING_RATE, MOMENTUM, optax_sgd, torch_sgd
 
 import flax_googlenet
 from flax_googlenet.training import create_train_state, train_step
 
+import reference  # isort: skip  # side_by_side puts convert/ on the path
+
 BATCH_SIZE, SIZE = 8, 64
-LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.001, 0.9, 1e-4
 
 Step = Callable[[np.ndarray, np.ndarray], float]
-"""images NHWC, labels -> the loss before the step."""
+"""Takes images NHWC and labels, and returns the loss before the step."""
 
 
 def pytorch(state_dict: dict[str, np.ndarray], dtype: type[np.floating]) -> Step:
     torch_dtype = {np.float32: torch.float32, np.float64: torch.float64}[dtype]
     model = reference.build_for_training(state_dict, torch_dtype)
-    optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, MOMENTUM, weight_decay=WEIGHT_DECAY)
+    optimizer = torch_sgd(model)
     return lambda images, labels: reference.train_step(model, optimizer, images.astype(dtype), labels)
 
 
 def flax(state_dict: dict[str, np.ndarray], dtype: type[np.floating]) -> Step:
     model = flax_googlenet.GoogLeNet(dropout=0.0, dropout_aux=0.0, dtype=dtype, param_dtype=dtype)
     variables = jax.tree.map(lambda x: x.astype(dtype), flax_googlenet.from_torchvision(state_dict))
-    sgd = optax.chain(optax.add_decayed_weights(WEIGHT_DECAY), optax.sgd(LEARNING_RATE, MOMENTUM))
-    state = create_train_state(model, variables, sgd)
+    state = create_train_state(model, variables, optax_sgd())
 
     def step(images: np.ndarray, labels: np.ndarray) -> float:
         nonlocal state
@@ -85,7 +81,7 @@ def main() -> None:
         print(
             f"{name:>15} " + " ".join(f"{drift[min(i, len(drift) - 1)]:8.1e}" for i in (0, 9, 19, 29, len(drift) - 1))
         )
-        # A loss that is equal to the last bit has no place on a logarithmic axis: a gap.
+        # Losses that are equal in every bit have no place on a logarithmic axis: they leave a gap.
         axes.semilogy(np.arange(1, len(drift) + 1), np.where(drift > 0, drift, np.nan), label=name)
     axes.set(
         xlabel=f"step of SGD (learning rate {LEARNING_RATE}, momentum {MOMENTUM})",

@@ -1,8 +1,9 @@
-"""Inference on a CPU, side by side: this library, PyTorch, ONNX Runtime and OpenVINO.
+"""Compare inference on a CPU, side by side: this library, PyTorch, ONNX Runtime and OpenVINO.
 
-Each engine has a process of its own, and they take turns: in every round each computes the same images once uncounted
-and then counted, the others idle, in an order that changes. Each gets its input in the layout that it likes best,
-outside the time. Printed are medians over all rounds, ratios, start, memory and the error against float64.
+Each engine has a process of its own, and they take turns in random order while the others are idle. In every round,
+each engine computes the same images once without and then with measuring the time. Converting the input to the layout
+that suits the engine best is not measured. The tables have medians over all rounds, ratios, the time to start, the peak
+memory, and the error against float64.
 
     pip install -e ".[benchmark]"
     python benchmarks/inference.py
@@ -36,7 +37,7 @@ from side_by_side import (
 ERROR_BATCH = 8
 
 Engine = tuple[Callable[[np.ndarray], Any], Callable[[Any], np.ndarray]]
-"""From images NHWC to the input, uncounted, and from the input to the logits, counted."""
+"""A function from images NHWC to the engine's input, not measured, and one from there to the logits, measured."""
 
 
 def pytorch(folder: Path, channels_last: bool = False, compiled: bool = False) -> Engine:
@@ -52,12 +53,12 @@ def pytorch(folder: Path, channels_last: bool = False, compiled: bool = False) -
         import torch._inductor.config
 
         torch._inductor.config.freezing = True
-        # dynamic=False, or the second batch size would get a slower graph
+        # dynamic=False, because otherwise the second batch size would get a slower graph
         if is_quick():
             model.conv1 = torch.compile(model.conv1, dynamic=False)
         else:
             model = torch.compile(model, dynamic=False)
-    mode = torch.no_grad if compiled else torch.inference_mode  # freezing does not take inference tensors
+    mode = torch.no_grad if compiled else torch.inference_mode  # freezing refuses inference tensors
 
     def run(images: "torch.Tensor") -> np.ndarray:
         with mode():
@@ -110,7 +111,7 @@ READ_ONNX = {"ONNX Runtime", "OpenVINO"}
 
 
 def main() -> None:
-    """Runs the benchmark and prints its tables in Markdown."""
+    """Run the benchmark and print its tables in Markdown."""
     arguments = parse_arguments(__doc__, ENGINES, batches=[1, 8, 32], rounds=15)
     if arguments.work:
         serve(lambda: load(arguments.engines[0], arguments.work, arguments.size))
@@ -130,7 +131,7 @@ def main() -> None:
 
 
 def make_inputs(folder: Path, engines: list[str], size: int) -> None:
-    """Writes the weights in each engine's format, and the logits in float64."""
+    """Write the weights in each engine's format, and the true logits, computed in float64."""
     import reference
     import torch
 
@@ -148,7 +149,10 @@ def make_inputs(folder: Path, engines: list[str], size: int) -> None:
 
 
 def load(name: str, folder: Path, size: int) -> Callable[..., dict[str, Any]]:
-    """The engine as a function that answers: what ``calls`` calls on ``batch`` images took, after one uncounted."""
+    """Return a function that runs the engine on ``batch`` images and returns the seconds of each of ``calls`` calls.
+
+    One call before them is not measured. Without ``calls``, the function returns the logits.
+    """
     to_input, run = ENGINES[name](folder)
 
     def answer(batch: int, calls: int) -> dict[str, Any]:
@@ -164,7 +168,7 @@ def load(name: str, folder: Path, size: int) -> Callable[..., dict[str, Any]]:
 
 
 def error(worker: Worker, folder: Path) -> float:
-    """The largest error of the logits against float64, relative to the largest logit."""
+    """Return the largest error of the logits against float64, relative to the largest logit."""
     truth = np.load(folder / "truth.npy")
     logits = np.asarray(worker.ask(batch=ERROR_BATCH, calls=0)["logits"])
     return float(np.abs(logits - truth).max() / np.abs(truth).max())
@@ -173,7 +177,7 @@ def error(worker: Worker, folder: Path) -> float:
 def measure(
     workers: dict[str, Worker], batches: list[int], rounds: int
 ) -> dict[tuple[str, int], tuple[list[float], float]]:
-    """Seconds an image of every call, and the peak memory so far in MB, by engine and batch."""
+    """Return the seconds per image of every call, and the peak memory in MB, by engine and batch size."""
     order = random.Random(0)
     results: dict[tuple[str, int], tuple[list[float], float]] = {}
     for batch in batches:
@@ -192,7 +196,7 @@ def report(
     results: dict[tuple[str, int], tuple[list[float], float]],
     errors: dict[str, float],
 ) -> None:
-    """Prints the tables."""
+    """Print the tables."""
     packages = ("jax", "jaxlib", "flax", "torch", "torchvision", "onnxruntime", "openvino")
     print(machine(*packages) + "\n")
     baseline = BASELINE if BASELINE in starts else next(iter(starts))
@@ -204,7 +208,7 @@ def report(
             ratio = statistics.median(results[baseline, batch][0]) / median
             cells.append(f"{1000 * median:.1f} ({ratio:.2f}x)")
         print_row(name, *cells)
-    print(f"\nIn brackets: times faster than {baseline}.\n")
+    print(f"\nIn brackets: how many times as fast as {baseline}.\n")
     peaks = [f"peak MB, batch {batch}" for batch in batches]
     print_header("", "import and load, s", "first call, s", "in a second process, s", *peaks, "error / largest logit")
     for name, (first, second) in starts.items():
@@ -213,7 +217,7 @@ def report(
 
 
 def start(name: str, folder: Path, processes: contextlib.ExitStack) -> tuple[tuple[float, float], Worker]:
-    """Starts a process; returns it, after the seconds until it is loaded and from there to one image's logits."""
+    """Start a process, and return the seconds until it is loaded, the seconds of its first call, and the process."""
     begin = time.perf_counter()
     worker = processes.enter_context(Worker(name, folder))
     loaded = time.perf_counter()

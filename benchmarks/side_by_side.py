@@ -1,4 +1,4 @@
-"""What the benchmarks share: engines in processes of their own, which take turns, and tables in Markdown."""
+"""Shared by the benchmarks: engines in processes of their own, SGD for both libraries, and tables in Markdown."""
 
 import argparse
 import contextlib
@@ -22,17 +22,32 @@ sys.path.insert(0, str(ROOT / "convert"))
 THREADS = len(os.sched_getaffinity(0))
 
 QUICK_SIZE = 64
-"""Height and width of the images of --quick, in pixels."""
+"""Height and width of the images with --quick, in pixels."""
+
+LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.001, 0.9, 1e-4
+
+
+def torch_sgd(model: "torch.nn.Module") -> "torch.optim.SGD":
+    import torch
+
+    return torch.optim.SGD(model.parameters(), LEARNING_RATE, MOMENTUM, weight_decay=WEIGHT_DECAY)
+
+
+def optax_sgd(learning_rate: float = LEARNING_RATE) -> "optax.GradientTransformation":
+    """Return the optimizer of ``torch_sgd``, which adds the decay to the gradient before the momentum."""
+    import optax
+
+    return optax.chain(optax.add_decayed_weights(WEIGHT_DECAY), optax.sgd(learning_rate, MOMENTUM))
 
 
 def is_quick() -> bool:
-    """Return whether the benchmark was started with --quick, in a worker, too."""
+    """Return whether the benchmark was started with --quick. A worker gets the option from its parent."""
     return "--quick" in sys.argv
 
 
 @contextlib.contextmanager
 def scratch() -> Iterator[Path]:
-    """Make a temporary folder without blanks and commas in its path, where torch.compile's g++ would split it."""
+    """Make a temporary folder without blanks and commas in its path, at which torch.compile's g++ would split it."""
     place = tempfile.gettempdir()
     with tempfile.TemporaryDirectory(dir="/tmp" if re.search(r"[\s,]", place) else place) as folder:
         yield Path(folder)
@@ -46,11 +61,11 @@ def folders(name: str, folder: Path) -> dict[str, str]:
 
 
 class Worker:
-    """A process that is one engine; a context that ends it.
+    """A process that runs one engine; a context manager that ends it.
 
     Args:
-        name: the engine's.
-        folder: for inputs, and for what each engine compiles and finds again; passed on as ``--work``.
+        name: the engine's name.
+        folder: the folder of the inputs and of the engines' caches; the process gets it as ``--work``.
     """
 
     def __init__(self, name: str, folder: Path) -> None:
@@ -66,7 +81,7 @@ class Worker:
         self._answer()
 
     def ask(self, **request: Any) -> dict[str, Any]:
-        """Sends the request to the function that the process serves, and returns its answer."""
+        """Send a request to the function that the process serves, and return its answer."""
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         return self._answer()
@@ -90,19 +105,19 @@ class Worker:
 def parse_arguments(
     description: str | None, engines: Mapping[str, Any], batches: list[int], rounds: int
 ) -> argparse.Namespace:
-    """Return the options of a benchmark; ``size`` is that of the images, and ``work`` is None except in a worker."""
+    """Return the options of a benchmark. ``size`` is the size of the images; ``work`` is None except in a worker."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     sizes = " ".join(map(str, batches))
-    parser.add_argument("--batches", type=int, nargs="+", default=batches, help=f"images at once ({sizes})")
-    parser.add_argument("--rounds", type=int, default=rounds, help=f"turns of each engine at each batch ({rounds})")
+    parser.add_argument("--batches", type=int, nargs="+", default=batches, help=f"batch sizes to measure ({sizes})")
+    parser.add_argument("--rounds", type=int, default=rounds, help=f"turns of each engine per batch size ({rounds})")
     parser.add_argument("--engines", nargs="+", choices=engines, default=list(engines), help="default: all of them")
     parser.add_argument(
         "--quick",
         action="store_true",
-        help=f"only try whether everything runs, on two images of {QUICK_SIZE}x{QUICK_SIZE} and with only a part of "
-        "the network compiled; the times mean nothing",
+        help=f"only check that everything runs, on two images of {QUICK_SIZE}x{QUICK_SIZE} and with a part of the "
+        "network compiled; the times mean nothing",
     )
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)  # the folder of a process that is one engine
     arguments = parser.parse_args()
@@ -113,7 +128,7 @@ def parse_arguments(
 
 
 def write_weights(folder: Path) -> dict[str, np.ndarray]:
-    """Writes the same random weights as weights.pth and weights.safetensors; returns PyTorch's state dict."""
+    """Write random weights as weights.pth and as weights.safetensors, and return PyTorch's state dict of them."""
     import reference
     import torch
 
@@ -128,8 +143,8 @@ def write_weights(folder: Path) -> dict[str, np.ndarray]:
 
 
 def serve(load: Callable[[], Callable[..., dict[str, Any]]]) -> None:
-    """In a worker: loads the engine, and answers requests on standard input until it ends."""
-    answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
+    """Load the engine of a worker, and answer the requests on standard input until it is closed."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # libraries may print; only answers go to standard output
     answer = load()
     print(json.dumps("ready"), file=answers, flush=True)
     for line in sys.stdin:
@@ -137,13 +152,13 @@ def serve(load: Callable[[], Callable[..., dict[str, Any]]]) -> None:
 
 
 def peak_memory() -> float:
-    """The most memory that this process has had, in MB. getrusage would count that of the parent at the fork."""
+    """Return the peak memory of this process in MB. getrusage would include the parent's memory at the fork."""
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) / 1024
 
 
 def machine(*packages: str) -> str:
-    """The processor, the number of threads, and the versions of the packages."""
+    """Return the processor, the number of threads, and the versions of the packages, in one line."""
     return f"{_processor()}, {THREADS} threads; " + ", ".join(f"{name} {version(name)}" for name in packages)
 
 
@@ -156,16 +171,16 @@ def _processor() -> str:
 
 
 def print_row(*cells: str) -> None:
-    """Prints a row of a table."""
+    """Print a row of a table."""
     print("| " + " | ".join(cells) + " |")
 
 
 def print_header(*cells: str) -> None:
-    """Prints the first row of a table, and the line below it."""
+    """Print the header of a table."""
     print_row(*cells)
     print_row(*["---"] * len(cells))
 
 
 def progress(message: str) -> None:
-    """Says on standard error how far it is; on a terminal in place of what it said before."""
+    """Print the progress on standard error; on a terminal, it replaces the line before."""
     print(f"\r\x1b[2K{message}", end="" if sys.stderr.isatty() else "\n", file=sys.stderr, flush=True)

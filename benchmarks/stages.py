@@ -1,10 +1,10 @@
-"""What bounds a step of training on a CPU: each stage alone, forwards and backwards, side by side with PyTorch.
+"""Measure what bounds a training step on a CPU: each stage alone, forwards and backwards, side by side with PyTorch.
 
-A stage computes in training, in float32, on random input of the shape that it gets from images of 224x224, with the
-gradients of its parameters and, but for the images, of its input. What is left out takes little: the average pool, the
-last layer, the loss and the optimizer. Each engine has a process of its own, PyTorch's in channels_last, and both keep
-their memory as keep_memory() does; they take turns. Printed are medians, and how many times faster than the first
-engine that is.
+A stage computes in training mode, in float32, on random input of the shape that it gets from images of 224x224, with
+the gradients of its parameters and, except for the images, of its input. The average pool, the last layer, the loss and
+the optimizer are left out, because they take little time. Each engine has a process of its own, PyTorch's in
+channels_last, and both reuse memory as after keep_memory(). They take turns. The table has medians, and how many times
+as fast as the first engine that is.
 
     pip install -e ".[benchmark]"
     python benchmarks/stages.py
@@ -34,14 +34,14 @@ from side_by_side import (
 from flax_googlenet.training.memory import keep_memory, tune_malloc  # imports no JAX
 
 QUICK_STAGES = ("conv1", "maxpool1", "inception5b", "aux1")
-"""The stages of --quick: one of each kind."""
+"""The stages that --quick measures: one of each kind."""
 
 Compute = Callable[[], None]
-"""Computes one stage, forwards and backwards."""
+"""A function that computes one stage, forwards and backwards."""
 
 
 def input_shapes(batch: int, size: int) -> dict[str, list[int]]:
-    """The shape of each stage's input, NHWC, in the order of computation and the auxiliary heads last."""
+    """Return the shape of each stage's input, NHWC, in the order of computation, with the auxiliary heads last."""
     import jax
     import reference
 
@@ -51,7 +51,7 @@ def input_shapes(batch: int, size: int) -> dict[str, list[int]]:
 
     def outputs(variables: Any, images: Any) -> Any:
         stages = endpoints(model, variables, images)
-        order.extend(stages)  # jax.eval_shape sorts them
+        order.extend(stages)  # jax.eval_shape would sort them
         return stages
 
     images = jax.ShapeDtypeStruct((batch, size, size, 3), np.float32)
@@ -117,7 +117,7 @@ def flax(name: str, features: np.ndarray) -> Compute:
 
 
 def submodules() -> dict[str, Any]:
-    """The network's blocks, by name, each a module of its own."""
+    """Return the blocks of the network by name, each as a module of its own."""
     from flax import linen as nn
 
     from flax_googlenet.model import GoogLeNet, variable_shapes
@@ -138,7 +138,7 @@ ENGINES: dict[str, Callable[[str, np.ndarray], Compute]] = {"PyTorch channels_la
 
 
 def main() -> None:
-    """Runs the benchmark and prints its table in Markdown."""
+    """Run the benchmark and print its table in Markdown."""
     arguments = parse_arguments(__doc__, ENGINES, batches=[16], rounds=7)
     if arguments.work:
         serve(lambda: load(arguments.engines[0]))
@@ -149,7 +149,7 @@ def main() -> None:
 
 
 def load(name: str) -> Callable[..., dict[str, Any]]:
-    """The engine as a function that answers how many seconds a stage took."""
+    """Return a function that computes a stage with the engine and returns the seconds that it took."""
     (keep_memory if ENGINES[name] is flax else tune_malloc)()
 
     @functools.lru_cache(maxsize=1)
@@ -169,7 +169,7 @@ def load(name: str) -> Callable[..., dict[str, Any]]:
 
 
 def measure(engines: list[str], batch: int, rounds: int, size: int) -> None:
-    """Prints the table of one number of images."""
+    """Print the table for one batch size."""
     print_header(f"milliseconds at batch {batch}", *engines)
     totals = dict.fromkeys(engines, 0.0)
     with scratch() as folder, contextlib.ExitStack() as processes:

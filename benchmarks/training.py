@@ -1,9 +1,9 @@
-"""A step of training on a CPU, side by side: this library and PyTorch.
+"""Compare training steps on a CPU, side by side: this library and PyTorch.
 
-A step is all of it: three heads, backward, SGD with momentum and weight decay, float32, 224x224. Each engine has a
-process of its own, and they take turns, the others idle. "Memory kept" is after keep_memory(), in PyTorch's process
-after the part of it that is not about JAX: the C library keeps what a step frees for the next one. Printed are medians
-over all rounds, ratios, the first step and memory.
+A step has three heads, the backward pass, and SGD with momentum and weight decay, in float32 at 224x224. Each engine
+has a process of its own, and they take turns while the others are idle. The engines with "memory kept" call
+keep_memory() first, PyTorch's only the part that is not about JAX: the C library then reuses the memory that a step
+frees. The table has medians over all rounds, ratios, the time of the first step, and the peak memory.
 
     pip install -e ".[benchmark]"
     python benchmarks/training.py
@@ -23,6 +23,7 @@ from side_by_side import (
     Worker,
     is_quick,
     machine,
+    optax_sgd,
     parse_arguments,
     peak_memory,
     print_header,
@@ -30,16 +31,16 @@ from side_by_side import (
     progress,
     scratch,
     serve,
+    torch_sgd,
     write_weights,
 )
 
 from flax_googlenet.training.memory import keep_memory, tune_malloc  # imports no JAX
 
-LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.001, 0.9, 1e-4
 AUX_WEIGHT = 0.3
 
 Step = Callable[[np.ndarray, np.ndarray], float]
-"""One step on images NHWC and labels; returns the loss."""
+"""Takes a step on images NHWC and labels, and returns the loss."""
 
 
 def pytorch(folder: Path, channels_last: bool = False, compiled: bool = False) -> Step:
@@ -51,7 +52,7 @@ def pytorch(folder: Path, channels_last: bool = False, compiled: bool = False) -
     model.load_state_dict(torch.load(folder / "weights.pth"))
     layout = torch.channels_last if channels_last else torch.contiguous_format
     model = model.train().to(memory_format=layout)
-    optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
+    optimizer = torch_sgd(model)
     loss = torch.nn.functional.cross_entropy
 
     def objective(images: "torch.Tensor", labels: "torch.Tensor") -> "torch.Tensor":
@@ -79,7 +80,6 @@ def pytorch(folder: Path, channels_last: bool = False, compiled: bool = False) -
 
 def flax(folder: Path) -> Step:
     import jax
-    import optax
 
     import flax_googlenet
     from flax_googlenet.model import BLOCKS
@@ -87,8 +87,7 @@ def flax(folder: Path) -> Step:
 
     model, variables = flax_googlenet.load(folder / "weights.safetensors")
     frozen = BLOCKS[: BLOCKS.index("inception5b")] if is_quick() else ()  # compiles in a third of the time
-    optimizer = optax.chain(optax.add_decayed_weights(WEIGHT_DECAY), optax.sgd(LEARNING_RATE, MOMENTUM))
-    state = create_train_state(model, variables, optimizer, frozen=frozen, aux_weight=AUX_WEIGHT)
+    state = create_train_state(model, variables, optax_sgd(), frozen=frozen, aux_weight=AUX_WEIGHT)
 
     def step(images: np.ndarray, labels: np.ndarray) -> float:
         nonlocal state
@@ -109,7 +108,7 @@ ENGINES |= {name + KEPT: ENGINES[name] for name in ("PyTorch channels_last", "tr
 
 
 def main() -> None:
-    """Runs the benchmark and prints its table in Markdown."""
+    """Run the benchmark and print its table in Markdown."""
     arguments = parse_arguments(__doc__, ENGINES, batches=[16, 64], rounds=5)
     if arguments.work:
         serve(lambda: load(arguments.engines[0], arguments.work, arguments.size))
@@ -123,7 +122,7 @@ def main() -> None:
 
 
 def load(name: str, folder: Path, size: int) -> Callable[..., dict[str, Any]]:
-    """The engine as a function that answers how many seconds a step took, its loss, and the peak memory in MB."""
+    """Return a function that takes a step and returns its seconds, its loss, and the peak memory so far in MB."""
     if name.endswith(KEPT):
         (keep_memory if ENGINES[name] is flax else tune_malloc)()
     step = ENGINES[name](folder)
@@ -139,7 +138,7 @@ def load(name: str, folder: Path, size: int) -> Callable[..., dict[str, Any]]:
 
 
 def measure(engines: list[str], folder: Path, batch: int, rounds: int) -> dict[tuple[str, int], list[dict[str, Any]]]:
-    """All answers by engine and batch; the first is of the step that compiles."""
+    """Return all answers, by engine and batch size. The first answer is for the step that compiles."""
     order = random.Random(0)
     with contextlib.ExitStack() as processes:
         workers, answers = {}, {}
@@ -155,7 +154,7 @@ def measure(engines: list[str], folder: Path, batch: int, rounds: int) -> dict[t
 
 
 def report(engines: list[str], batches: list[int], results: dict[tuple[str, int], list[dict[str, Any]]]) -> None:
-    """Prints the table."""
+    """Print the table."""
     print(machine("jax", "jaxlib", "flax", "optax", "torch", "torchvision") + "\n")
     columns = [
         f"{title}, batch {batch}" for batch in batches for title in ("seconds a step", "first step, s", "peak MB")
@@ -174,7 +173,7 @@ def report(engines: list[str], batches: list[int], results: dict[tuple[str, int]
                 f"{answers[-1]['peak']:.0f}",
             ]
         print_row(name, *cells)
-    print("\nIn brackets: times faster than the faster of PyTorch's eager layouts as they are.")
+    print("\nIn brackets: how many times as fast as the faster of PyTorch's eager layouts without memory kept.")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The benchmarks run on a new machine, with empty caches and blanks in the path of the temporary folder."""
+"""The benchmarks run on a new machine, with empty caches, and with blanks in the path of the temporary folder."""
 
 import os
 import re
