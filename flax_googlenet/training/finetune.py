@@ -18,23 +18,23 @@ _LAST_LAYERS = (("fc",), ("aux1", "fc2"), ("aux2", "fc2"))
 def new_head(
     model: GoogLeNet, variables: Variables, num_classes: int, key: jax.Array
 ) -> tuple[GoogLeNet, dict[str, Any]]:
-    """The network for another number of classes: its last layers start anew, all else is kept.
+    """Return the network for another number of classes, with new last layers and everything else kept.
 
     Args:
         model: the network.
-        variables: its variables; without auxiliary heads, none are added.
+        variables: its variables, with or without auxiliary heads.
         num_classes: number of logits.
         key: a random key.
 
     Returns:
-        The network, and its variables: ``fc`` and the ``fc2`` of the auxiliary heads start anew, as ``model.init`` has
-        them, and the other arrays are those that were given.
+        The network and its variables. ``fc``, and ``fc2`` of the auxiliary heads in ``variables``, are initialised as
+        by ``model.init``. The other arrays are the given ones.
     """
     model, variables = model.clone(num_classes=num_classes), plain_dicts(variables)
     params = flatten_dict(variables["params"])
     replaced = [path for path in params if path[:-1] in _LAST_LAYERS]
 
-    @jax.jit  # the layers that are kept are not computed
+    @jax.jit  # leaves out what is not returned: the kept layers are not computed
     def init(key: jax.Array) -> dict[tuple[str, ...], jax.Array]:
         images = jnp.zeros((1, MIN_SIZE, MIN_SIZE, 3), jnp.float32)
         initial = flatten_dict(model.clone(aux_logits=True).init(key, images)["params"])
@@ -48,7 +48,7 @@ def reorder_head(variables: Variables, order: Int[np.ndarray, "num_classes"]) ->
 
     Args:
         variables: the variables, with or without auxiliary heads.
-        order: for each class of the result, its place in ``variables``.
+        order: for each class of the result, its number in ``variables``.
     """
     params = flatten_dict(dict(variables["params"]))
     params = {path: x[..., order] if path[:-1] in _LAST_LAYERS else x for path, x in params.items()}
@@ -56,17 +56,17 @@ def reorder_head(variables: Variables, order: Int[np.ndarray, "num_classes"]) ->
 
 
 def freeze(optimizer: optax.GradientTransformation, frozen: Sequence[str]) -> optax.GradientTransformation:
-    """The optimizer for all blocks but those named, which it leaves as they are, and of which it keeps no state.
+    """Return the optimizer for all blocks but the frozen ones, which it does not change and keeps no state for.
 
-    ``create_train_state`` applies it to its ``frozen``. A zero gradient would not do: weight decay goes on then.
+    ``create_train_state`` calls it. A zero gradient would not be enough, because weight decay would go on.
 
     Args:
-        optimizer: the one of the other blocks.
-        frozen: names in the first level of the parameters.
+        optimizer: the optimizer of the other blocks.
+        frozen: names of blocks, in the first level of the parameters.
 
     Raises:
-        TypeError: by the optimizer's ``init``, if ``frozen`` is a string.
-        ValueError: by the optimizer's ``init``, if the parameters have no block of such a name.
+        TypeError: in the returned optimizer's ``init``, if ``frozen`` is a string.
+        ValueError: in the returned optimizer's ``init``, if ``frozen`` has a name that no block of the parameters has.
     """
     if not frozen:
         return optimizer
@@ -79,7 +79,7 @@ def freeze(optimizer: optax.GradientTransformation, frozen: Sequence[str]) -> op
 
 
 def scale_heads(optimizer: optax.GradientTransformation, multiple: float) -> optax.GradientTransformation:
-    """The optimizer with another learning rate for the heads, ``fc``, ``aux1`` and ``aux2``: a multiple of its own.
+    """Return the optimizer with a multiple of its learning rate for the heads, ``fc``, ``aux1`` and ``aux2``.
 
     It multiplies their updates, as the learning rate of a parameter group does in PyTorch.
     """
@@ -87,10 +87,10 @@ def scale_heads(optimizer: optax.GradientTransformation, multiple: float) -> opt
 
 
 def balanced_class_weights(labels: Int[np.ndarray, " n"], num_classes: int) -> Float[np.ndarray, " num_classes"]:
-    """Return weights for ``create_train_state`` that make all classes count alike, however few images they have.
+    """Return ``class_weights`` for ``create_train_state`` with which all classes weigh the same in the loss.
 
-    A class with ``n_c`` of the ``n`` images gets ``n / (num_classes * n_c)``, as in scikit-learn's
-    ``compute_class_weight("balanced")``; a class without images is taken to have one.
+    A class with ``n_c`` of the ``n`` images gets the weight ``n / (num_classes * n_c)``, as in scikit-learn's
+    ``compute_class_weight("balanced")``. A class without images gets the weight of a class with one image.
 
     Args:
         labels: the label of each training image.
@@ -103,9 +103,9 @@ def balanced_class_weights(labels: Int[np.ndarray, " n"], num_classes: int) -> F
 def reestimate_batch_norm(
     model: GoogLeNet, variables: Variables, batches: Iterable[Mapping[str, Any]], frozen: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """New running statistics: the mean of those of the batches, as ``torch.optim.swa_utils.update_bn`` does it.
+    """Estimate the running statistics anew, as the mean over batches, like ``torch.optim.swa_utils.update_bn``.
 
-    For weights that meet other images than they were trained on, or that are an average of several.
+    Use it for weights that are an average of several, or that will see other images than in training.
 
     Args:
         model: the network.
@@ -128,7 +128,7 @@ def reestimate_batch_norm(
         _, updates = model.apply(
             {**variables, "batch_stats": zeros}, images, train=True, frozen=frozen, mutable=["batch_stats"]
         )
-        # From zeros a step takes 1 - momentum of the batch's statistics: the whole of them again.
+        # An update that starts from zeros gives 1 - momentum times the statistics of the batch.
         stats = jax.tree.map(lambda x: x / (1 - BatchNorm.momentum), updates["batch_stats"])
         return stats | kept
 
@@ -136,5 +136,5 @@ def reestimate_batch_norm(
     for count, batch in enumerate(batches, start=1):
         mean = jax.tree.map(lambda old, new, n=count: old + (new - old) / n, mean, statistics(batch["image"]))
     if not count:
-        raise ValueError("BatchNorm statistics can be estimated from one batch at least, got none")
+        raise ValueError("batches: expected one batch or more to estimate BatchNorm statistics from, got none")
     return {**variables, "batch_stats": mean}

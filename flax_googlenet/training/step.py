@@ -1,4 +1,4 @@
-"""The step of training and the one of evaluation: pure functions of a state and a batch."""
+"""The training step and the evaluation step: pure functions of a state and a batch."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -30,7 +30,7 @@ from flax_googlenet.training.finetune import freeze
 Batch = Mapping[str, jax.Array]
 """``{"image": [N, H, W, 3], "label": int [N]}``: images as for the model, labels from 0 to num_classes - 1.
 
-Labels may be soft, too: floating point [N, num_classes], the probability of each class, as of mixup or one-hot.
+Labels may also be soft: floating point [N, num_classes], the probability of each class, as mixup makes them.
 """
 
 Metrics = dict[str, jax.Array]
@@ -38,17 +38,17 @@ Metrics = dict[str, jax.Array]
 
 
 class TrainState(struct.PyTreeNode):
-    """All that a training step changes, and beside it what stays: the network, the optimizer and the loss.
+    """The training state, and the static configuration that the step needs.
 
     Attributes:
         params: the parameters.
         batch_stats: the running statistics of BatchNorm; empty without BatchNorm.
         opt_state: the optimizer's state.
-        step: int32, the number of steps done; one that was not finite is not done.
+        step: int32, the number of steps taken. A step whose loss or gradient was not finite does not count.
         average: the moving average of ``{"params": ..., "batch_stats": ...}``, or None.
         class_weights: [num_classes], the weight of each class in the loss, or None.
         model: the network.
-        optimizer: the gradient transformation, with the frozen blocks left out.
+        optimizer: the gradient transformation, which leaves frozen blocks alone.
         frozen: the names of the blocks that do not train.
         label_smoothing: the share of a label that is spread evenly over all classes.
         aux_weight: the weight of the loss of each auxiliary head.
@@ -70,7 +70,7 @@ class TrainState(struct.PyTreeNode):
 
     @property
     def eval_variables(self) -> dict[str, Any]:
-        """The variables to evaluate and to save: the average where there is one, else the last ones."""
+        """The variables to evaluate and to save: the average if there is one, otherwise the current variables."""
         variables = {"params": self.params, "batch_stats": self.batch_stats} if self.average is None else self.average
         return {name: tree for name, tree in variables.items() if tree}
 
@@ -90,25 +90,26 @@ def create_train_state(
 
     Args:
         model: the network.
-        variables: its variables. They are copied: a step that donates its state leaves the caller's alone.
-        optimizer: an optimizer of optax that needs the gradient and the loss, which it is given as ``value``;
-            ``optax.contrib.reduce_on_plateau`` in an ``optax.chain`` is one. With
-            ``optax.MultiSteps(...).gradient_transformation()`` a step is one of the small ones.
-        frozen: names of blocks that do not train. A step changes neither their parameters, by weight decay either, nor
-            their BatchNorm statistics, with which they normalise.
-        label_smoothing: as in ``torch.nn.CrossEntropyLoss``.
-        class_weights: the weight of each class in the loss of every head, as ``weight`` of
-            ``torch.nn.CrossEntropyLoss``: the loss is the weighted mean over the batch, and with soft labels the sum
-            divided by N, as there. None weighs all classes alike.
-        aux_weight: the weight of the loss of each auxiliary head; 0.3 is the paper's.
+        variables: its variables. They are copied, because ``train_step`` donates the arrays of its state.
+        optimizer: an optax optimizer that needs only the gradient and, as ``value``, the loss. For example,
+            ``optax.contrib.reduce_on_plateau`` in an ``optax.chain`` uses the loss. With
+            ``optax.MultiSteps(...).gradient_transformation()``, each call of ``train_step`` accumulates one gradient.
+        frozen: names of blocks that do not train. A step changes neither their parameters, not even by weight decay,
+            nor their BatchNorm statistics, by which they normalise.
+        label_smoothing: the share of a label that is spread evenly over all classes, as in
+            ``torch.nn.CrossEntropyLoss``.
+        class_weights: the weight of each class in the loss of every head, as ``weight`` in
+            ``torch.nn.CrossEntropyLoss``. As there, the loss is the weighted mean over the batch, but with soft labels
+            the sum divided by N. None gives all classes the same weight.
+        aux_weight: the weight of the loss of each auxiliary head; 0.3 in the paper.
         average_decay: the decay of an exponential moving average of parameters and BatchNorm statistics, which
-            ``eval_step`` then uses. It starts as ``(1 + step) / (10 + step)`` if that is less, so that the initial
-            parameters are soon forgotten. None keeps no average.
+            ``eval_step`` then uses. The decay starts at ``(1 + step) / (10 + step)`` if that is less, so that the
+            average soon forgets the initial parameters. None keeps no average.
 
     Raises:
         TypeError: if ``frozen`` is a string.
-        ValueError: if the heads in the variables do not fit the model; if ``frozen`` has names that the
-            parameters have not; if ``class_weights`` is not of shape [num_classes]; if the optimizer needs more than
+        ValueError: if the heads in the variables do not fit the model; if ``frozen`` has a name that no block of the
+            parameters has; if ``class_weights`` has another shape than [num_classes]; if the optimizer needs more than
             the gradient and the loss, as ``optax.lbfgs`` does.
     """
     variables = plain_dicts(variables)
@@ -120,7 +121,7 @@ def create_train_state(
             f"class_weights: expected one weight for each of {model.num_classes} classes, got shape {shape}"
         )
     optimizer = optax.with_extra_args_support(freeze(optimizer, frozen))
-    opt_state = jax.jit(optimizer.init)(params)  # otherwise each shape of a parameter is compiled for: 8 s
+    opt_state = jax.jit(optimizer.init)(params)  # without jit, JAX compiles for each shape of a parameter: 8 seconds
     _check_needs(optimizer, opt_state, params)
     state = TrainState(
         params=params,
@@ -136,14 +137,14 @@ def create_train_state(
         aux_weight=aux_weight,
         average_decay=average_decay,
     )
-    return jax.tree.map(jnp.array, state)  # a copy of each: no buffer is the caller's, and none is donated twice
+    return jax.tree.map(jnp.array, state)  # copies, so that no buffer is the caller's or donated twice
 
 
 def train_step(state: TrainState, batch: Batch, dropout_key: jax.Array) -> tuple[TrainState, Metrics]:
-    """Take one step: the loss of all heads, its gradient, the optimizer, the statistics and the average.
+    """Take one training step: update the parameters, the statistics, the optimizer's state and the average.
 
-    It is jitted, on a CPU with the options that make its convolutions fast, and the arrays of the state that it was
-    given are gone afterwards; inside the caller's ``jax.jit`` it is a plain function.
+    The function is compiled, on a CPU with the options that make its convolutions fast. It donates the arrays of
+    ``state``, which cannot be used afterwards. Inside the caller's ``jax.jit`` it is part of the caller's program.
 
     Example::
 
@@ -152,21 +153,21 @@ def train_step(state: TrainState, batch: Batch, dropout_key: jax.Array) -> tuple
             state, metrics = train_step(state, batch, jax.random.key(0))
 
     Args:
-        state: the state before.
-        batch: the images and their labels. A label that is no class makes the loss NaN.
-        dropout_key: a random key, which may be the same in every step: the number of the step is folded in.
+        state: the state before the step.
+        batch: the images and their labels. A label that is not a class makes the loss NaN.
+        dropout_key: a random key. It may be the same in every step, because the number of the step is folded in.
 
     Returns:
-        The state after, and scalars: ``loss``, the one that is minimised, auxiliary heads and label smoothing included,
-        ``accuracy`` in training, ``grad_norm``, the length of the gradient, and ``finite``. If the loss or the gradient
-        is not finite, ``finite`` is False and the state after is the state before, in every bit. Of soft labels, the
-        likeliest class counts for the accuracy.
+        The state after the step, and scalars: ``loss``, which is minimised, with auxiliary heads and label smoothing;
+        ``accuracy`` of the outputs in training, where the likeliest class of a soft label counts; ``grad_norm``, the
+        Euclidean norm of the gradient; and ``finite``. If the loss or the gradient is not finite, ``finite`` is False
+        and the returned state equals ``state`` in every bit.
 
     Raises:
-        TypeError: if the batch is no mapping, the images or labels no arrays of JAX or NumPy, or ``dropout_key`` no
-            random key.
-        ValueError: if the batch lacks the images or the labels, or they do not have the shape and dtype that ``Batch``
-            says; if the state has been given to a step before.
+        TypeError: if the batch is not a mapping, the images or labels are not arrays of JAX or NumPy, or
+            ``dropout_key`` is not a random key.
+        ValueError: if the batch has no images or no labels, or their shapes and dtypes are not those of ``Batch``; if
+            the state has been given to ``train_step`` before.
     """
     _check_key(dropout_key)
     return _train_step(state, _checked(state, batch), dropout_key)
@@ -177,7 +178,7 @@ def _train_step(state: TrainState, batch: Batch, dropout_key: jax.Array) -> tupl
     state = _on_mesh_of(batch["image"], state)
 
     def objective(params: dict[str, Any]) -> tuple[jax.Array, tuple[jax.Array, dict[str, Any]]]:
-        # Nothing is computed backwards into a frozen block, or below the lowest that is not.
+        # Saves the backward pass into frozen blocks, and below the lowest block that trains.
         params = {k: jax.lax.stop_gradient(v) if k in state.frozen else v for k, v in params.items()}
         output: Any
         output, updates = state.model.apply(
@@ -194,7 +195,7 @@ def _train_step(state: TrainState, batch: Batch, dropout_key: jax.Array) -> tupl
     grad_norm = optax.tree.norm(jax.tree.map(_float32, grads))
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
-    with jax.numpy_dtype_promotion("standard"):  # optax's schedules and MultiSteps mix integers and floats
+    with jax.numpy_dtype_promotion("standard"):  # optax's schedules and MultiSteps mix integers with floats
         updates, opt_state = state.optimizer.update(grads, state.opt_state, state.params, value=loss)
     params, step = optax.apply_updates(state.params, updates), state.step + 1
     new_state = state.replace(
@@ -210,19 +211,19 @@ def _train_step(state: TrainState, batch: Batch, dropout_key: jax.Array) -> tupl
 
 
 def eval_step(state: TrainState, batch: Batch) -> Metrics:
-    """Return the figures of one batch at inference, by ``state.eval_variables``.
+    """Return the loss and the accuracies of one batch at inference, with ``state.eval_variables``.
 
     Args:
-        state: the state; it is not changed and not donated.
-        batch: the images and their labels. Rows with label -1 only fill the batch up, and count nowhere.
+        state: the state, which is not donated.
+        batch: the images and their labels. Rows with the label -1 only fill up the batch and do not count.
 
     Returns:
-        Scalars: means over the other rows of ``loss``, the cross entropy of the main head without label smoothing and
-        class weights, of ``accuracy`` and of ``top5``; and ``count``, int32, how many rows these are. All are 0 if
-        there is none.
+        Scalars: ``count``, int32, the number of rows that count, and the means over these rows of ``loss``, the cross
+        entropy of the main head without label smoothing and class weights, of ``accuracy`` and of ``top5``. All are 0
+        if no row counts.
 
     Raises:
-        TypeError, ValueError: as ``train_step`` does.
+        TypeError, ValueError: for the same reasons as ``train_step``.
     """
     return _eval_step(state, _checked(state, batch))
 
@@ -256,30 +257,30 @@ def cross_entropy(
 ) -> Float[Array, " n"]:
     """Return the cross entropy of each row, in float32 at least.
 
-    It is ``torch.nn.CrossEntropyLoss(weight=class_weights, label_smoothing=..., reduction="none")``. A label that is no
-    class gives NaN, where indexing alone would take -1 for the last class.
+    The values are those of ``torch.nn.CrossEntropyLoss(weight=class_weights, label_smoothing=..., reduction="none")``.
+    A label that is not a class gives NaN; -1 is not taken for the last class.
 
     Args:
         logits: the logits.
-        labels: the number of the class of each row, or the probabilities of all classes.
+        labels: the class of each row, or the probability of each class in each row.
         label_smoothing: the share of a label that is spread evenly over all classes.
         class_weights: the weight of each class.
 
     Raises:
-        TypeError: if ``labels`` is no array of JAX or NumPy.
+        TypeError: if ``labels`` is not an array of JAX or NumPy.
         ValueError: if ``labels`` has another shape or dtype.
     """
     _check_labels(labels, logits.shape)
     costs = -jax.nn.log_softmax(_float32(logits))  # [n, classes]
     if class_weights is not None:
         costs *= class_weights.astype(costs.dtype)[None]
-    targets = _probabilities(labels, costs)
+    targets = _probabilities(labels, costs)  # [n, classes]
     return (((1 - label_smoothing) * targets + label_smoothing / costs.shape[-1]) * costs).sum(-1)
 
 
 def _loss(state: TrainState, output: GoogLeNetOutput, labels: jax.Array) -> jax.Array:
     def mean(logits: jax.Array) -> jax.Array:
-        rows = cross_entropy(logits, labels, state.label_smoothing, state.class_weights)
+        rows = cross_entropy(logits, labels, state.label_smoothing, state.class_weights)  # [n]
         if state.class_weights is None or _are_soft(labels):
             return rows.mean()
         weights = _probabilities(labels, _float32(logits)) * state.class_weights.astype(rows.dtype)[None]
@@ -294,27 +295,27 @@ def _are_soft(labels: jax.Array) -> bool:
 
 
 def _probabilities(labels: jax.Array, logits: jax.Array) -> jax.Array:
-    """Return the labels as [n, classes] of the logits' dtype; a label that is no class gives a row of NaN."""
+    """Return the labels as [n, classes] of the logits' dtype. A label that is not a class gives a row of NaN."""
     if _are_soft(labels):
         return labels.astype(logits.dtype)
     num_classes = logits.shape[-1]
-    labels = labels.astype(jnp.int32)  # 8 bits would not hold the number of classes
-    is_class = (labels >= 0) & (labels < num_classes)
-    # A label that is no class adds the root of -1, others add 0. With a constant NaN in its place, jax_debug_nans would
-    # stop sound batches. XLA makes a product or quotient with one_hot a choice between the other factor and 0, not NaN.
-    nothing = jnp.sqrt(jnp.where(is_class, 1, -1).astype(logits.dtype)) - 1  # [n]
-    return jax.nn.one_hot(labels, num_classes, dtype=logits.dtype) + nothing[:, None]  # [n, classes]
+    labels = labels.astype(jnp.int32)  # 8 bits would be too few for all classes
+    labels = jnp.where(labels < 0, num_classes, labels)  # an index of -1 would be the last class
+    # A lookup beyond the classes gives NaN, any other 0. With jnp.nan in a jnp.where instead, jax_debug_nans would stop
+    # every batch that is computed without jax.jit.
+    zero = jnp.take_along_axis(jnp.zeros_like(logits), labels[:, None], axis=-1, mode="fill")  # [n, 1]
+    return jax.nn.one_hot(labels, num_classes, dtype=logits.dtype) + zero  # [n, classes]
 
 
 def _hits(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
-    """Return which of the labels are among the ``k`` likeliest classes of their row: bool [N]."""
+    """Return whether each label is among the ``k`` likeliest classes of its row: bool [N]."""
     _, likeliest = jax.lax.top_k(logits, min(k, logits.shape[-1]))
     labels = labels.argmax(-1) if _are_soft(labels) else labels
     return (likeliest == labels.astype(jnp.int32)[:, None]).any(-1)
 
 
 def _on_mesh_of(images: jax.Array, state: TrainState) -> TrainState:
-    """Return the state on all devices of the images' mesh if its axes are explicit: JAX itself does not move it."""
+    """Return the state on all devices of the images' mesh if its axes are explicit. JAX does not move it by itself."""
     if not is_explicit(images):
         return state
     everywhere = NamedSharding(jax.typeof(images).sharding.mesh, PartitionSpec())
@@ -324,8 +325,8 @@ def _on_mesh_of(images: jax.Array, state: TrainState) -> TrainState:
 def _average(state: TrainState, variables: dict[str, Any], step: jax.Array) -> dict[str, Any] | None:
     if state.average_decay is None:
         return None
-    steps = step.astype(float)  # float64 where JAX has it
-    # As tf.train.ExponentialMovingAverage with num_updates, with which Inception was trained.
+    steps = step.astype(float)  # float64 if JAX has 64 bits enabled
+    # The rule of tf.train.ExponentialMovingAverage with num_updates, with which Inception was trained.
     weight = 1 - jnp.minimum(state.average_decay, (1 + steps) / (10 + steps))
     return jax.tree.map(lambda old, new: old + weight.astype(old.dtype) * (new - old), state.average, variables)
 
@@ -355,13 +356,13 @@ def _check_needs(optimizer: optax.GradientTransformationExtraArgs, opt_state: op
             jax.eval_shape(optimizer.update, params, opt_state, params, value=jnp.float32(0))
     except TypeError as error:  # a keyword argument is missing
         raise ValueError(
-            f"optimizer: a step gives it the gradient and the loss, and it needs more ({error}): choose one without a "
-            "line search, which optax.lbfgs has"
+            f"optimizer: train_step passes the gradient and the loss, and this optimizer needs more ({error}): choose "
+            "one without a line search, such as optax.sgd"
         ) from error
 
 
 def _checked(state: TrainState, batch: Any) -> Batch:
-    """Return the images and labels of a batch, once the batch and the state are fit for a step. Costs microseconds."""
+    """Check that a step can take the batch and the state, in microseconds; return the images and the labels."""
     wanted = 'expected a batch {"image": [N, H, W, 3], "label": int [N]}'
     if not isinstance(batch, Mapping):
         raise TypeError(f'{wanted}, got a {type(batch).__name__}: pass {{"image": images, "label": labels}}')
@@ -371,17 +372,17 @@ def _checked(state: TrainState, batch: Any) -> Batch:
         )
     check_images(batch["image"])
     _check_labels(batch["label"], (batch["image"].shape[0], state.model.num_classes))
-    step = state.step  # a state of NumPy's arrays, as one from a file, is taken, too
+    step = state.step  # in a state from a file, it may be an array of NumPy
     if isinstance(step, jax.Array) and not isinstance(step, jax.core.Tracer) and step.is_deleted():
         raise ValueError(
-            "the arrays of this state are gone, because train_step has had it before: go on with the state that it "
-            "returned, as in state, metrics = train_step(state, batch, key)"
+            "the arrays of this state were donated to an earlier train_step: continue with the state that it returned, "
+            "as in state, metrics = train_step(state, batch, key)"
         )
     return {name: batch[name] for name in ("image", "label")}
 
 
 def _check_labels(labels: Any, shape: tuple[int, ...]) -> None:
-    """Raise TypeError or ValueError, with the way out, unless ``labels`` fit logits of ``shape`` [N, num_classes]."""
+    """Raise TypeError or ValueError, with the way out, unless ``labels`` fit logits of ``shape``, [N, num_classes]."""
     check_array(labels, "labels")
     is_integer, is_floating = (jnp.issubdtype(labels.dtype, kind) for kind in (jnp.integer, jnp.floating))
     if (is_integer and labels.shape == shape[:1]) or (is_floating and labels.shape == shape):
