@@ -30,6 +30,7 @@ def test_help_shows_the_recipe_that_the_command_line_asks_for(
     with pytest.raises(SystemExit, match="0"):
         cli.main(["train", *arguments, "--help"])
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert f"--preset {'|'.join(PRESETS)} Recipe" in shown
     for name in ("epochs", "batch_size", "learning_rate", "weight_decay", "held_out"):
         assert f"--recipe.{name.replace('_', '-')}" in shown
     assert f"Number of passes over the training images. (default: {PRESETS[preset].epochs})" in shown
