@@ -28,9 +28,9 @@ def augment(image: Image.Image, recipe: Recipe, rng: np.random.Generator) -> Flo
 
     Args:
         image: RGB image of any size.
-        recipe: the recipe, of which ``image_size``, ``crop_area``, ``crop_aspect``, ``interpolation``, ``flip`` and
-            ``distortion`` matter.
-        rng: source of all randomness.
+        recipe: The recipe, from which ``image_size``, ``crop_area``, ``crop_aspect``, ``interpolation``, ``flip`` and
+            ``distortion`` are used.
+        rng: Source of all randomness.
 
     Returns:
         float32 [image_size, image_size, 3], normalised as for inference.
@@ -51,11 +51,11 @@ def random_crop(
     The distribution is that of torchvision's RandomResizedCrop.
 
     Args:
-        width: width of the image.
-        height: height of the image.
-        area: range of the box's share of the image's area, which is uniform.
-        aspect: range of the box's width / height, whose logarithm is uniform.
-        rng: source of randomness.
+        width: Width of the image.
+        height: Height of the image.
+        area: Range of the box's share of the image's area, which is uniform.
+        aspect: Range of the box's width / height, whose logarithm is uniform.
+        rng: Source of randomness.
 
     Returns:
         The box. If ten attempts give no box that fits, it is the largest box in the middle of the image whose aspect

@@ -1,4 +1,4 @@
-"""Images in class folders, and the names by which folders are recognised as the parts of a data set."""
+"""Finds the parts of a data set, such as train/ and val/, by their usual names, and reads images in class folders."""
 
 import itertools
 import os
@@ -38,7 +38,7 @@ class Parts(NamedTuple):
     held_out: str | None
     """Name of the folder with the images to evaluate on."""
     unused: tuple[str, ...]
-    """Everything else in the folder, as a message lists it: the names of other folders, and the number of images."""
+    """Names of the other folders, and the number of images beside them, as a message lists both."""
 
     def path(self, name: str) -> str:
         """Return the folder that holds a part's class folders; archives often nest it: seg_train/seg_train."""
@@ -48,18 +48,18 @@ class Parts(NamedTuple):
 
     @property
     def unused_note(self) -> str:
-        """The end of a message that lists what is not used, if there is anything."""
+        """End of a message that lists what is not used, or an empty string."""
         return f"; not used: {', '.join(self.unused)}" if self.unused else ""
 
 
 def find_parts(data: str) -> Parts | None:
     """Return the parts of a data set, or None if the folder has class folders.
 
-    Folders are parts if their names differ only in the word that tells which part they are (seg_train, seg_test). A
-    single folder whose whole name is such a word is a part if there are folders in it; otherwise it may be a class.
+    Folders are parts if their names differ only in the word for the part (seg_train, seg_test). A single folder is a
+    part if its name is nothing but such a word and if it has folders in it. Otherwise it may be a class.
 
     Raises:
-        DataError: if the folder is missing, or if several of its folders may be the same part.
+        DataError: If the folder is missing, or if several of its folders may be the same part.
     """
     if not os.path.isdir(data):
         raise DataError(f"{data}: no such folder; {EXPECTED}")
@@ -91,10 +91,10 @@ def find_parts(data: str) -> Parts | None:
 
 
 def read_parts(parts: Parts) -> tuple[Dataset, Dataset]:
-    """Return the images to train on and those to evaluate on.
+    """Return the images to train on, and the images to evaluate on.
 
     Raises:
-        DataError: if a part is missing or has no class folders, if the parts have different classes, and for the same
+        DataError: If a part is missing or has no class folders, if the parts have different classes, and for the same
             reasons as ``read_class_folders``.
     """
     data, train_name, held_out_name = parts.folder, parts.train, parts.held_out
@@ -130,12 +130,12 @@ def read_parts(parts: Parts) -> tuple[Dataset, Dataset]:
 def read_class_folders(folder: str) -> Dataset:
     """Return all images of the class folders in one folder.
 
-    Hidden files and folders are passed over, and so are files without an image's name. Folders whose names differ only
-    in their Unicode form are one class.
+    Hidden files and folders are left out, and so are files whose names do not end like those of images. Folders whose
+    names differ only in their Unicode form are one class.
 
     Raises:
-        DataError: if there are fewer than two class folders, or if classes have no images; the message lists all of
-            them.
+        DataError: If there are fewer than two class folders, or if a class has no images; the message lists all such
+            classes.
     """
     folders: dict[str, list[str]] = {}  # by class name: macOS may write é as two characters, other systems as one
     names, outside = _contents(folder)
@@ -174,12 +174,12 @@ def _did_you_mean(folder: str) -> str:
 
 
 def subfolders(folder: str) -> list[str]:
-    """Return the sorted names of the folders in a folder, without hidden ones."""
+    """Return the sorted names of the folders in a folder, except hidden ones."""
     return _contents(folder)[0]
 
 
 def _contents(folder: str) -> tuple[list[str], int]:
-    """Return the sorted names of the folders in a folder, and the number of pictures beside them; no hidden ones."""
+    """Return the sorted names of the folders in a folder and the number of pictures beside them, except hidden ones."""
     try:
         with os.scandir(folder) as entries:
             names = [(entry.is_dir(), entry.name) for entry in entries if not is_hidden(entry.name)]

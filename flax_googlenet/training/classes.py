@@ -1,4 +1,4 @@
-"""Matching the classes of a data set with those of weights."""
+"""Matches the classes of a data set with the classes of weights."""
 
 import re
 import unicodedata
@@ -23,7 +23,7 @@ class ClassMatch(NamedTuple):
     """Which class of a data set each class of a network stands for."""
 
     labels: Int[np.ndarray, "num_classes"]
-    """For each class of the weights, the label in the data of the class that it stands for, or -1 for none."""
+    """For each class of the weights, the label of the same class in the data, or -1 if the data lack it."""
     notes: tuple[str, ...]
     """Messages for the user about the match."""
 
@@ -34,7 +34,7 @@ class ClassMatch(NamedTuple):
 
 
 def find_classes(class_names: Sequence[str], data: str, weights: Weights, path: str) -> ClassMatch:
-    """Match the classes of data with those of weights by their names.
+    """Match the classes of data with the classes of weights by their names.
 
     The Unicode form of a name does not matter. A name that several classes of the weights share stands for all of them.
     Classes are matched by their order in two cases only, if both sides have the same number of classes: if the weights
@@ -42,13 +42,13 @@ def find_classes(class_names: Sequence[str], data: str, weights: Weights, path: 
     whose sorted order is the order of ImageNet's classes.
 
     Args:
-        class_names: class names of the data; some classes of the weights may be missing.
-        data: name of the data in messages.
-        weights: the weights.
-        path: name of the weights in messages.
+        class_names: Class names of the data; some classes of the weights may be missing.
+        data: Name of the data in messages.
+        weights: The weights.
+        path: Name of the weights in messages.
 
     Raises:
-        DataError: if a class cannot be found.
+        DataError: If a class cannot be found.
     """
     names, count = weights.class_names, weights.model.num_classes
     if names is None:

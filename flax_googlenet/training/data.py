@@ -49,12 +49,12 @@ def train_batches(
     out of it. An image that cannot be read is replaced by the next one in ``dataset`` that can.
 
     Args:
-        dataset: the images.
-        recipe: the recipe; its ``batch_size`` counts the images of all processes.
-        start: number of the first batch, to go on after as many batches.
-        stopped: returns whether to stop waiting for a batch; the iterator then raises a ``WaitStoppedError``.
-        process_index: index of this process, which gets an equal share of the rows of each batch.
-        process_count: number of processes.
+        dataset: The images.
+        recipe: The recipe; its ``batch_size`` counts the images of all processes.
+        start: Number of the first batch, to go on after as many batches.
+        stopped: Returns whether to stop waiting for a batch; the iterator then raises a ``WaitStoppedError``.
+        process_index: Index of this process, which gets an equal share of the rows of each batch.
+        process_count: Number of processes.
 
     Returns:
         An iterator over batches with ``image`` float32 [b, size, size, 3], normalised; ``label`` int32 [b]; ``index``
@@ -63,7 +63,7 @@ def train_batches(
         images in a row cannot be read, if a worker process died, or if no batch comes for 10 minutes.
 
     Raises:
-        DataError: if there are fewer images than a batch needs, or the processes cannot share a batch evenly.
+        DataError: If there are fewer images than a batch needs, or the processes cannot share a batch evenly.
     """
     steps = recipe.steps_per_epoch(len(dataset))
     if steps == 0:
@@ -93,12 +93,12 @@ def eval_batches(
     """Yield every image once and in order, preprocessed as for inference.
 
     Args:
-        dataset: the images.
-        recipe: the recipe, of which ``batch_size``, ``image_size`` and ``workers`` matter.
-        fail: receives the message about an image of this process that cannot be read.
-        stopped: returns whether to stop waiting for a batch; the iterator then raises a ``WaitStoppedError``.
-        process_index: index of this process, which gets an equal share of the rows of each batch.
-        process_count: number of processes. All of them get the same number of batches.
+        dataset: The images.
+        recipe: The recipe, from which ``batch_size``, ``image_size`` and ``workers`` are used.
+        fail: Takes the message about an image of this process that cannot be read.
+        stopped: Returns whether to stop waiting for a batch; the iterator then raises a ``WaitStoppedError``.
+        process_index: Index of this process, which gets an equal share of the rows of each batch.
+        process_count: Number of processes. All of them get the same number of batches.
 
     Yields:
         Batches with ``image`` float32 [b, size, size, 3], normalised; ``label`` int32 [b]; and ``index`` int64 [b]. An
@@ -106,7 +106,7 @@ def eval_batches(
         last batch; their index is -1, too.
 
     Raises:
-        DataError: if the processes cannot share a batch evenly, if a worker process died, or if no batch comes for 10
+        DataError: If the processes cannot share a batch evenly, if a worker process died, or if no batch comes for 10
             minutes.
     """
     rows = _rows(recipe.batch_size, process_index, process_count)
@@ -199,7 +199,7 @@ def _signals_blocked() -> Iterator[None]:
 
 
 def _start_worker(worker: int, count: int) -> None:
-    """Make a worker end with its parent: signals to the process group are for the parent alone to act upon."""
+    """Make a worker process end with its parent, which alone reacts to signals to the process group."""
     jax.config.update("jax_platforms", "cpu")  # so that no use of JAX in a worker takes memory of the GPU
     parent = multiprocessing.parent_process()
     assert parent is not None  # noqa: S101  every worker has a parent

@@ -99,7 +99,7 @@ def read_idx_files(folder: str) -> tuple[Dataset, Dataset]:
     """Return the training images and the test images of a data set in IDX files; their classes are numbers.
 
     Raises:
-        DataError: if one of the four files is missing or damaged, or if they do not belong together.
+        DataError: If one of the four files is missing or damaged, or if they do not belong together.
     """
     (pixels, labels), (test_pixels, test_labels) = (_read_idx_part(folder, part) for part in ("train", "t10k"))
     if test_labels.max() > labels.max():

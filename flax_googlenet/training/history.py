@@ -1,4 +1,4 @@
-"""Which images some weights were trained on, as the metadata of their file tells."""
+"""Reads from the metadata of a file of weights which images the weights were trained on."""
 
 import json
 from collections.abc import Mapping
@@ -19,11 +19,11 @@ class Training(NamedTuple):
     trained_on: str | None
     """The fingerprint of the images that the weights were trained on, or None if it is not known."""
     before: "tuple[Training, ...]" = ()
-    """The earlier trainings of the same weights, as far as they are known."""
+    """The known trainings of the same weights, the last one first. This training may be among them."""
 
 
 def last_training(path: str, metadata: Mapping[str, Any]) -> Training:
-    """Return the training that made the weights in a file, with the earlier ones in ``before``.
+    """Return the training that made the weights in a file, with all known trainings in ``before``.
 
     The held-out images of a file without a recipe are assumed to be those of the preset ``digits``.
 

@@ -1,4 +1,4 @@
-"""The recipe of a run: a frozen dataclass from which the command line and its help are made, too."""
+"""Recipes: the frozen dataclass that says how to train, and from which the command line and its help are made."""
 
 import dataclasses
 import inspect
@@ -14,7 +14,7 @@ import jax
 from flax_googlenet.errors import GoogLeNetError
 from flax_googlenet.model import BLOCKS, MIN_SIZE
 
-if TYPE_CHECKING:  # --help shows the recipe even if the extra "train" is not installed
+if TYPE_CHECKING:  # --help shows the recipes, and need not wait for optax
     import optax
 
 
@@ -30,7 +30,7 @@ class Recipe:
     than 1.
 
     Raises:
-        RecipeError: if a field has a value that makes no sense.
+        RecipeError: If a field has a value that makes no sense.
     """
 
     seed: int = 0
@@ -98,9 +98,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         problems = [
-            f"{field.name} must be {_named(field.type)}"
+            f"{field.name} must be {_type_name(field.type)}"
             for field in dataclasses.fields(self)
-            if not _is(getattr(self, field.name), field.type)
+            if not _has_type(getattr(self, field.name), field.type)
         ]
         if problems := problems or [message for message, holds in self._rules().items() if not holds]:
             raise RecipeError("; ".join(problems))
@@ -150,7 +150,7 @@ class Recipe:
         Missing fields get their defaults, which is how an earlier version without these fields trained.
 
         Raises:
-            RecipeError: if a field is unknown or its value makes no sense; the message names it.
+            RecipeError: If a field is unknown or its value makes no sense; the message names it.
         """
         try:
             values = json.loads(text)
@@ -165,25 +165,25 @@ class Recipe:
             raise RecipeError(f"not a recipe that to_json wrote: {error}") from error
 
 
-def _is(value: object, kind: Any) -> bool:
+def _has_type(value: object, kind: Any) -> bool:
     """Return whether a value has the type of a field. An int may stand for a float; floats must be finite."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
         return value in args
     if origin is types.UnionType:
-        return any(_is(value, kind) for kind in args)
+        return any(_has_type(value, kind) for kind in args)
     if origin is tuple:
         if not isinstance(value, tuple):
             return False
         kinds = args[:1] * len(value) if args[-1] is ... else args
-        return len(value) == len(kinds) and all(map(_is, value, kinds))
+        return len(value) == len(kinds) and all(map(_has_type, value, kinds))
     if kind is float:
         # Compared, as math.isfinite raises for an int that is too large for a float. A comparison with NaN is False.
         return type(value) in (int, float) and abs(value) <= sys.float_info.max  # type: ignore[arg-type]
     return type(value) is kind
 
 
-def _named(kind: Any) -> str:
+def _type_name(kind: Any) -> str:
     if typing.get_origin(kind) is Literal:
         return f"one of {', '.join(typing.get_args(kind))}"
     return inspect.formatannotation(kind).replace("float", "finite float")
@@ -241,8 +241,8 @@ def schedule(recipe: Recipe, steps_per_epoch: int) -> "optax.Schedule":
     """Return the learning rate as a function of the number of weight updates; ``accumulate`` steps make one update.
 
     Args:
-        recipe: the recipe.
-        steps_per_epoch: number of batches in an epoch, at least one.
+        recipe: The recipe.
+        steps_per_epoch: Number of batches in an epoch, at least one.
     """
     import optax
 
@@ -265,13 +265,13 @@ def schedule(recipe: Recipe, steps_per_epoch: int) -> "optax.Schedule":
 
 
 def make_optimizer(recipe: Recipe, steps_per_epoch: int) -> "optax.GradientTransformation":
-    """Return SGD as the recipe describes it; as in PyTorch, momentum accumulates the weight decay, too.
+    """Return SGD as the recipe describes it. As in PyTorch, weight decay is added before the momentum.
 
     ``create_train_state`` excludes the frozen blocks.
 
     Args:
-        recipe: the recipe.
-        steps_per_epoch: number of batches in an epoch, at least one.
+        recipe: The recipe.
+        steps_per_epoch: Number of batches in an epoch, at least one.
     """
     import optax
 

@@ -1,4 +1,4 @@
-"""Which images of a data set a run trains on, and which are held out to evaluate on."""
+"""Decides which images of a data set a run trains on, and which ones weights are evaluated on."""
 
 import os
 from collections.abc import Sequence
@@ -13,21 +13,21 @@ from flax_googlenet.training.history import Training
 
 
 def open_data(data: str, *, held_out: float, seed: int, earlier: Sequence[Training] = ()) -> tuple[Dataset, Dataset]:
-    """Return the images to train on, and those to evaluate on.
+    """Return the images to train on, and the images to evaluate on.
 
     Args:
-        data: a folder in one of the layouts that ``class_folders.EXPECTED`` lists, or ``digits``; ``./digits`` is a
+        data: A folder in one of the layouts that ``class_folders.EXPECTED`` lists, or ``digits``; ``./digits`` is a
             folder of that name. The parts of a data set may have other usual names than train/ and val/, such as
             Training/ and Testing/ or seg_train/ and seg_test/, in upper or lower case; of train/, val/ and test/ the
             last is not used.
-        held_out: the share of each class to evaluate on, for class folders and ``digits``. At least one image of a
+        held_out: The share of each class to evaluate on, for class folders and ``digits``. At least one image of a
             class is held out and at least one is not; the only image of a class is not held out.
-        seed: the seed of the choice of held-out images.
-        earlier: the trainings of the weights that a run starts from. If they used images that are held out now, a note
+        seed: The seed of the choice of held-out images.
+        earlier: The trainings of the weights that a run starts from. If they used images that are held out now, a note
             of the training images warns of it.
 
     Raises:
-        DataError: if the data have none of the layouts, if two folders may be the same part, if a class is empty or is
+        DataError: If the data have none of the layouts, if two folders may be the same part, if a class is empty or is
             missing in one of the parts (the message lists all such classes), if an IDX file is missing or damaged, or
             if nothing would be held out.
     """
@@ -46,22 +46,22 @@ def open_data(data: str, *, held_out: float, seed: int, earlier: Sequence[Traini
 
 
 def find_data(data: str, trainings: Sequence[Training]) -> tuple[Dataset, list[str]]:
-    """Return the images to evaluate weights on, without those that any of the weights was trained on.
+    """Return the images to evaluate weights on, and leave out the images that the weights were trained on.
 
-    If the data have a part of their own for evaluation, such as ``val/`` or the test files of IDX, these are all images
-    of that part. Class folders give all their images except those of each training whose fingerprint shows that it used
-    these folders. ``digits`` gives its images except those of each training, whatever the fingerprint is.
+    If the data have a part for evaluation, such as ``val/`` or the test files of IDX, all images of that part are
+    returned. From class folders, the images of a training are left out if its fingerprint shows that it used these
+    folders. From ``digits``, the images of each training are left out, whatever its fingerprint is.
 
     Args:
-        data: as for ``open_data``; ``val/`` needs no ``train/`` beside it.
-        trainings: one for each of the weights that are evaluated together.
+        data: As for ``open_data``; ``val/`` needs no ``train/`` beside it.
+        trainings: One for each of the weights that are evaluated together.
 
     Returns:
         The images, and messages for the user about which images they are. If a single network is evaluated and was
         trained on all of the images, all of them are returned, with a warning.
 
     Raises:
-        DataError: for the same reasons as ``open_data``, and if several networks are evaluated that were together
+        DataError: For the same reasons as ``open_data``, and if several networks are evaluated that were together
             trained on all of the images.
     """
     kind, unused_note = "images", ""
@@ -111,7 +111,7 @@ def find_data(data: str, trainings: Sequence[Training]) -> tuple[Dataset, list[s
 def _hold_out(
     dataset: Dataset, data: str, fraction: float, seed: int, earlier: Sequence[Training]
 ) -> tuple[Dataset, Dataset]:
-    """Return the images to train on, and those to evaluate on; ``data`` is the name of the dataset in messages."""
+    """Return the images to train on, and the held-out images; ``data`` is the name of the dataset in messages."""
     if not 0 < fraction < 1:
         raise DataError(f"the share of {data} to hold out must be between 0 and 1, not {fraction}")
     held_out = _choose_held_out(dataset, fraction, seed)
@@ -139,12 +139,12 @@ def _choose_held_out(dataset: Dataset, fraction: float, seed: int) -> Bool[np.nd
 
 
 def _used_in(training: Training, dataset: Dataset, *, is_certain: bool = False) -> Bool[np.ndarray, "n"]:
-    """Return which images were trained on: none of them if the training was not on this dataset.
+    """Return which images a training used: none of them if it was not on this dataset.
 
     Args:
-        training: the training.
-        dataset: all images, before any are held out.
-        is_certain: whether the training was on this dataset even if the fingerprint does not show it.
+        training: The training.
+        dataset: All images, before any are held out.
+        is_certain: Whether it is known, even without the fingerprint, that the training was on this dataset.
     """
     if dataset.fingerprint == training.trained_on:
         return np.ones(len(dataset), bool)
