@@ -259,7 +259,7 @@ class GoogLeNet(nn.Module):
 
     @nn.compact
     def __call__(
-        self, images: Float[Array, "n h w 3"], *, train: bool = False, frozen: Sequence[str] = ()
+        self, images: Float[Array | np.ndarray, "n h w 3"], *, train: bool = False, frozen: Sequence[str] = ()
     ) -> GoogLeNetOutput:
         """Compute the logits.
 
@@ -339,7 +339,9 @@ class GoogLeNet(nn.Module):
         return GoogLeNetOutput(logits, aux_logits2, aux_logits1)
 
 
-def endpoints(model: GoogLeNet, variables: Variables, images: Float[Array, "n h w 3"]) -> dict[str, jax.Array]:
+def endpoints(
+    model: GoogLeNet, variables: Variables, images: Float[Array | np.ndarray, "n h w 3"]
+) -> dict[str, jax.Array]:
     """Compute all stages at inference, to use them as features or to compare them with torchvision's.
 
     Args:

@@ -10,6 +10,7 @@ from typing import Any
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import jax
+import jaxtyping
 import numpy as np
 import pytest
 import reference
@@ -73,6 +74,14 @@ def _children_hear_ctrl_c() -> Iterator[None]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def unchecked_annotations() -> Iterator[None]:
+    """For a test that passes what an annotation forbids, to see how the library itself refuses it."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="session")

@@ -130,8 +130,8 @@ def test_flaxs_own_batch_norm_would_miss_the_unbiased_variance() -> None:
     expected = torch_norm.running_var.numpy()
 
     def running_var(norm: nn.Module, *args: Any) -> np.ndarray:
-        variables = norm.init(jax.random.key(0), x, *args)
-        return norm.apply(variables, x, *args, mutable=["batch_stats"])[1]["batch_stats"]["var"]
+        variables = norm.init(jax.random.key(0), jnp.asarray(x), *args)
+        return norm.apply(variables, jnp.asarray(x), *args, mutable=["batch_stats"])[1]["batch_stats"]["var"]
 
     options = {"dtype": jnp.float64, "param_dtype": jnp.float64, "momentum": 0.9, "epsilon": 1e-3}
     np.testing.assert_allclose(running_var(BatchNorm(**options), True), expected, rtol=1e-15)
@@ -143,8 +143,8 @@ def test_flaxs_own_batch_norm_would_miss_the_unbiased_variance() -> None:
 def test_the_variance_of_a_large_mean_does_not_cancel() -> None:
     x = (1e4 + np.random.default_rng(0).standard_normal((4, 8, 8, 3))).astype(np.float32)
     norm = BatchNorm()
-    variables = norm.init(jax.random.key(0), x, True)
-    _, updates = norm.apply(variables, x, True, mutable=["batch_stats"])
+    variables = norm.init(jax.random.key(0), jnp.asarray(x), True)
+    _, updates = norm.apply(variables, jnp.asarray(x), True, mutable=["batch_stats"])
     truth = 0.9 + 0.1 * x.astype(np.float64).var((0, 1, 2), ddof=1)
     np.testing.assert_allclose(updates["batch_stats"]["var"], truth, rtol=1e-5)
     fast = np.square(x).mean((0, 1, 2)) - np.square(x.mean((0, 1, 2)))  # E[x^2] - E[x]^2 in float32
@@ -268,6 +268,7 @@ def test_the_batch_may_be_empty_or_of_symbolic_size(variables: dict[str, Any]) -
     assert exported.out_avals[0].shape == (batch, 1000)
 
 
+@pytest.mark.usefixtures("unchecked_annotations")
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
@@ -285,11 +286,13 @@ def test_images_of_another_shape_are_refused(shape: tuple[int, ...], message: st
         GoogLeNet().apply(variables, np.zeros(shape, np.float32))
 
 
+@pytest.mark.usefixtures("unchecked_annotations")
 def test_raw_pixels_are_refused(variables: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="uint8: scale to"):
         GoogLeNet().apply(variables, np.zeros((1, 32, 32, 3), np.uint8))
 
 
+@pytest.mark.usefixtures("unchecked_annotations")
 def test_a_tensor_of_pytorchs_is_refused_with_the_way_out(variables: dict[str, Any]) -> None:
     message = "expected an array of JAX or NumPy, got torch.Tensor: pass numpy.asarray(images)"
     with pytest.raises(TypeError, match=re.escape(message)):

@@ -66,7 +66,7 @@ def _winograd_kernel(conv: Mapping[str, Any], m: int) -> dict[str, Any]:
     return {"kernel": transformed.astype(kernel.dtype), "bias": conv["bias"]}
 
 
-def _pair_columns(kernel: jax.Array) -> np.ndarray:
+def _pair_columns(kernel: Float[Array | np.ndarray, "7 7 3 out"]) -> Float[np.ndarray, "7 4 6 out"]:
     """Return the 7x7 kernel of conv1 as the 7x4 kernel of ``_stem``, which reads two columns of 3 channels as one of 6.
 
     conv1 has stride 2 and padding 3, so its output column j reads the input columns 2j - 3 to 2j + 3. With a column of

@@ -3,12 +3,16 @@
 import functools
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
+import numpy as np
 from flax import linen as nn
 from jax import lax
 from jax import numpy as jnp
 from jaxtyping import Array, Float
+
+Size = Any  # an int, or a symbolic dimension in an export for images of any size
 
 
 def max_pool(x: Float[Array, "n h w c"], window: int, stride: int, padding: int = 0) -> Float[Array, "n h2 w2 c"]:
@@ -37,13 +41,13 @@ def max_pool(x: Float[Array, "n h w c"], window: int, stride: int, padding: int 
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
-def _max_pool(x: jax.Array, window: int, stride: int, pads: Sequence[tuple[int, int]]) -> jax.Array:
+def _max_pool(x: jax.Array, window: int, stride: int, pads: Sequence[tuple[Size, Size]]) -> jax.Array:
     return nn.max_pool(x, (window, window), (stride, stride), pads)
 
 
 @_max_pool.defjvp
 def _max_pool_jvp(
-    window: int, stride: int, pads: Sequence[tuple[int, int]], primals: tuple[jax.Array], tangents: tuple[jax.Array]
+    window: int, stride: int, pads: Sequence[tuple[Size, Size]], primals: tuple[jax.Array], tangents: tuple[jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
     """Differentiate the pool with code that a CPU vectorises: 5 to 30 times as fast there as XLA's own gradient.
 
@@ -62,7 +66,7 @@ def _max_pool_jvp(
     return best, output_tangent
 
 
-def _argmax(x: jax.Array, window: int, stride: int, pads: Sequence[tuple[int, int]]) -> tuple[jax.Array, jax.Array]:
+def _argmax(x: jax.Array, window: int, stride: int, pads: Sequence[tuple[Size, Size]]) -> tuple[jax.Array, jax.Array]:
     """Return the maximum of each window and its index in the window, in row-major order.
 
     Of equal values the first wins. NaN wins over all values, and the last of several NaNs wins, as in PyTorch.
@@ -82,8 +86,8 @@ def _input_gradient(
     winner: jax.Array,
     window: int,
     stride: int,
-    pads: Sequence[tuple[int, int]],
-    size: Sequence[int],
+    pads: Sequence[tuple[Size, Size]],
+    size: Sequence[Size],
 ) -> jax.Array:
     """Return the gradient of the input: for each pixel, the sum over the windows in which it is the maximum.
 
@@ -132,7 +136,9 @@ def _input_gradient(
     return padded[:, top : top + size[0], left : left + size[1]]  # [n, h, w, c]
 
 
-def per_channel(values: Float[Array, " c"], x: Float[Array, "*batch c"]) -> Float[Array, "*ones c"]:
+def per_channel(
+    values: Float[Array | np.ndarray, " c"], x: Float[Array | np.ndarray, "*batch c"]
+) -> Float[Array, "*ones c"]:
     """Return ``values`` with the rank of ``x``, for users who set ``jax_numpy_rank_promotion`` to "raise"."""
     return lax.expand_dims(values, range(x.ndim - 1))
 
@@ -143,7 +149,7 @@ def strided_slices(x: jax.Array, window: int, stride: int, axis: int) -> list[ja
     return [lax.slice_in_dim(x, i, i + last + 1, stride, axis) for i in range(window)]
 
 
-def ceil_mode_padding(size: int, window: int, stride: int, padding: int) -> tuple[int, int]:
+def ceil_mode_padding(size: Size, window: int, stride: int, padding: int) -> tuple[Size, Size]:
     """Return the padding before and after ``size`` pixels with which a plain pool gives the results of PyTorch's.
 
     Raises:

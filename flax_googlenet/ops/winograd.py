@@ -39,9 +39,9 @@ class Transforms(NamedTuple):
     transformed along its rows and then along its columns. Lavin and Gray call the matrices B^T, G and A^T.
     """
 
-    input: Float[np.ndarray, "m+2 m+2"]
-    kernel: Float[np.ndarray, "m+2 3"]
-    output: Float[np.ndarray, "m m+2"]
+    input: Float[np.ndarray, "tile tile"]
+    kernel: Float[np.ndarray, "tile 3"]
+    output: Float[np.ndarray, "m tile"]
 
 
 @functools.cache
@@ -78,7 +78,7 @@ def is_precise(dtype: Dtype) -> bool:
 
 def transform_kernel(
     kernel: Float[_Array, "3 3 in out"], m: int, precision: lax.PrecisionLike = None
-) -> Float[_Array, "m+2 m+2 in out"]:
+) -> Float[_Array, "{m}+2 {m}+2 in out"]:
     """Return the kernel that ``conv3x3`` takes, for tiles of m x m results.
 
     Args:
@@ -94,7 +94,7 @@ def transform_kernel(
 
 
 def conv3x3(
-    x: Float[Array, "n h w in"], kernel: Float[Array, "m+2 m+2 in out"], precision: lax.PrecisionLike = None
+    x: Float[Array, "n h w in"], kernel: Float[Array, "tile tile in out"], precision: lax.PrecisionLike = None
 ) -> Float[Array, "n h w out"]:
     """Convolve ``x`` with a 3x3 kernel that ``transform_kernel`` has transformed, with stride 1 and padding 1.
 

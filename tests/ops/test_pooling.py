@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax import numpy as jnp
 
 from flax_googlenet.ops.pooling import adaptive_avg_pool, max_pool
 
@@ -40,7 +41,7 @@ def test_max_pool_is_torchs(h: int, w: int, pool: tuple[int, int, int]) -> None:
     except RuntimeError as error:
         assert "too small" in str(error)
         with pytest.raises(ValueError, match="too few"):
-            max_pool(x, window, stride, padding)
+            max_pool(jnp.asarray(x), window, stride, padding)
         return
     actual = jax.jit(max_pool, static_argnums=(1, 2, 3))(x, window, stride, padding)
     np.testing.assert_array_equal(actual, nhwc(expected))
@@ -81,8 +82,8 @@ def test_max_pool_carries_nan_as_torch_does() -> None:
     tensor = nchw(x).requires_grad_()
     expected = torch.nn.functional.max_pool2d(tensor, 3, 2, 1, ceil_mode=True)
     expected.sum().backward()
-    np.testing.assert_array_equal(max_pool(x, 3, 2, 1), nhwc(expected))
-    pooled, pullback = jax.vjp(lambda x: max_pool(x, 3, 2, 1), x)
+    np.testing.assert_array_equal(max_pool(jnp.asarray(x), 3, 2, 1), nhwc(expected))
+    pooled, pullback = jax.vjp(lambda x: max_pool(x, 3, 2, 1), jnp.asarray(x))
     np.testing.assert_array_equal(pooled, nhwc(expected))
     assert tensor.grad is not None
     np.testing.assert_array_equal(pullback(np.ones_like(pooled))[0], nhwc(tensor.grad))  # to the last NaN of a window
@@ -90,16 +91,16 @@ def test_max_pool_carries_nan_as_torch_does() -> None:
 
 def test_max_pool_drops_a_window_that_starts_in_the_padding() -> None:
     # ceil((2 + 2 - 2) / 2) + 1 = 2 windows. With a size of 2 and a padding of 1, the second starts at pixel 1: kept.
-    assert max_pool(images(2, 2), window=2, stride=2, padding=1).shape == (2, 2, 2, 3)
+    assert max_pool(jnp.asarray(images(2, 2)), window=2, stride=2, padding=1).shape == (2, 2, 2, 3)
     # ceil((1 + 2 - 2) / 2) + 1 = 2 windows. The second would start after the only pixel: dropped.
-    assert max_pool(images(1, 1), window=2, stride=2, padding=1).shape == (2, 1, 1, 3)
+    assert max_pool(jnp.asarray(images(1, 1)), window=2, stride=2, padding=1).shape == (2, 1, 1, 3)
 
 
 def test_max_pool_refuses_padding_above_half_a_window_as_torch_does() -> None:
     with pytest.raises(RuntimeError, match="half of"):
         torch.nn.functional.max_pool2d(nchw(images(5, 5)), 3, 1, 2)
     with pytest.raises(ValueError, match="half the window, got padding 2 and window 3"):
-        max_pool(images(5, 5), window=3, stride=1, padding=2)
+        max_pool(jnp.asarray(images(5, 5)), window=3, stride=1, padding=2)
 
 
 @settings(max_examples=25, deadline=None)
@@ -115,5 +116,5 @@ def test_adaptive_avg_pool_is_torchs(h: int, w: int, output_size: int) -> None:
 def test_adaptive_windows_from_14_to_4_start_at_0_3_7_and_10() -> None:
     x = np.zeros((1, 14, 14, 1))
     x[0, (0, 3, 7, 10), 0, 0] = (1, 20, 300, 4000)
-    column = np.asarray(adaptive_avg_pool(x, 4))[0, :, 0, 0] * 16
+    column = np.asarray(adaptive_avg_pool(jnp.asarray(x), 4))[0, :, 0, 0] * 16
     np.testing.assert_allclose(column, [1 + 20, 20, 300 + 4000, 4000], rtol=1e-15)
