@@ -23,7 +23,10 @@ from flax_googlenet.model import BatchNorm
 
 MODEL64 = GoogLeNet(dtype=jnp.float64, param_dtype=jnp.float64)
 NO_DROPOUT64 = MODEL64.clone(dropout=0.0, dropout_aux=0.0)
-SIZES = [(224, 224), (15, 15), (97, 131), (225, 223), (64, 300)]
+SIZES = [
+    (15, 15),
+    *(pytest.param(*size, marks=pytest.mark.slow) for size in [(224, 224), (97, 131), (225, 223), (64, 300)]),
+]
 
 Images = Callable[..., np.ndarray]
 
@@ -103,6 +106,7 @@ def training(state_dict: dict[str, np.ndarray], variables64: dict[str, Any], ran
     }
 
 
+@pytest.mark.slow
 def test_all_heads_in_training_are_torchvisions_by_name(training: dict[str, Any]) -> None:
     assert training["output"]._fields == training["expected"]._fields == ("logits", "aux_logits2", "aux_logits1")
     for name in training["output"]._fields:
@@ -110,12 +114,14 @@ def test_all_heads_in_training_are_torchvisions_by_name(training: dict[str, Any]
         assert relative_error(getattr(training["output"], name), expected) < 1e-12, name  # 4e-14 measured
 
 
+@pytest.mark.slow
 def test_gradients_of_all_parameters_are_torchvisions(training: dict[str, Any]) -> None:
     assert len(training["expected_grads"]) == 187
     for name, expected in training["expected_grads"].items():
         assert relative_error(training["grads"][name], expected) < 1e-10, name  # 3e-13 measured
 
 
+@pytest.mark.slow
 def test_batch_norm_statistics_after_a_step_are_torchvisions(training: dict[str, Any]) -> None:
     names = [name for name in training["expected_stats"] if not name.endswith("num_batches_tracked")]
     assert len(names) == 2 * 59
@@ -164,6 +170,7 @@ def test_training_on_one_value_a_channel_raises_as_torch_does(
         )
 
 
+@pytest.mark.slow
 def test_dropout_has_the_stated_rates(variables64: dict[str, Any], random_images: Images) -> None:
     """The last layers are identities, so the logits show the share of zeros in their inputs."""
     images = random_images(8, 32, 32)
@@ -318,6 +325,7 @@ def test_the_smallest_size_is_torchvisions() -> None:
     assert reference.IMAGENET.meta["min_size"] == (flax_googlenet.model.MIN_SIZE,) * 2
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_with_float32_parameters_and_statistics(
     variables: dict[str, Any], torch32: TorchGoogLeNet, torch64: TorchGoogLeNet, random_images: Images
 ) -> None:
@@ -390,6 +398,7 @@ def test_without_batch_norm_the_convolutions_have_a_bias(variables64: dict[str, 
     assert relative_error(jax.jit(model.apply)(folded_variables, images).logits, expected) < 1e-12
 
 
+@pytest.mark.slow
 def test_nnx_bridge_gives_the_same_logits(variables: dict[str, Any], random_images: Images) -> None:
     images = random_images(2, 32, 32).astype(np.float32)
     expected = GoogLeNet().apply(variables, images).logits

@@ -101,6 +101,7 @@ def images_of(output: str) -> list[str]:
 # The answers.
 
 
+@pytest.mark.slow
 def test_images_are_of_the_size_of_the_training_and_all_classes_are_named_where_these_are_few(
     here: Path, model: GoogLeNet, variables: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -381,6 +382,7 @@ def json_rows(here: Path, capsys: pytest.CaptureFixture[str]) -> list[Row]:
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
+@pytest.mark.slow
 def test_every_kind_of_output_has_the_same_rows(
     here: Path, json_rows: list[Row], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -635,6 +637,7 @@ def wait_for_rows(process: subprocess.Popen[str], growing: Path) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("output", "number"),
     [
@@ -699,6 +702,7 @@ main()
     assert (process.returncode, out, err) == (130, "", "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["--json"]])
 def test_a_closed_pipe_is_quiet(here: Path, many: list[str], options: list[str], environment: dict[str, str]) -> None:
     process = start(*many, *options, environment=environment)
@@ -708,6 +712,7 @@ def test_a_closed_pipe_is_quiet(here: Path, many: list[str], options: list[str],
     process.stderr.close()
 
 
+@pytest.mark.slow
 def test_answers_go_to_the_file_and_progress_to_the_terminal(
     here: Path, many: list[str], environment: dict[str, str]
 ) -> None:
@@ -766,6 +771,7 @@ def test_the_library_loads_nothing_that_only_commands_or_training_need() -> None
     assert heavy.isdisjoint(loaded)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_possible", [True, False])
 def test_what_is_compiled_is_kept_where_that_is_possible(
     here: Path, is_possible: bool, environment: dict[str, str]

@@ -124,6 +124,7 @@ def same_figures(figures: dict[str, Any], probabilities: Sequence[np.ndarray], p
 # The figures.
 
 
+@pytest.mark.slow
 def test_with_one_crop_every_answer_is_torchvisions(
     here: Path, torch_model: TorchGoogLeNet, figures: Callable[..., dict[str, Any]]
 ) -> None:
@@ -181,6 +182,7 @@ def test_an_image_too_long_for_many_crops_is_named() -> None:
         crops(strip, 10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [10, 144])
 def test_the_softmax_of_the_crops_is_averaged_at_the_size_of_the_training(
     here: Path, torch_model: TorchGoogLeNet, figures: Callable[..., dict[str, Any]], count: int
@@ -197,6 +199,7 @@ def test_the_softmax_of_the_crops_is_averaged_at_the_size_of_the_training(
     same_figures(result, expected, images())
 
 
+@pytest.mark.slow
 def test_an_ensemble_is_the_mean_of_its_networks(
     here: Path, torch_model: TorchGoogLeNet, figures: Callable[..., dict[str, Any]]
 ) -> None:
@@ -409,6 +412,7 @@ def test_where_a_training_left_no_image_one_network_is_warned_of_and_several_are
         find_data("photos", [Training("b.safetensors", 0.2, 0, None), on_all])
 
 
+@pytest.mark.slow
 def test_of_digits_it_is_what_the_recipe_holds_out(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     recipe = dataclasses.replace(PRESETS["digits"], held_out=0.02, image_size=16)
     save(Path("ten.safetensors"), num_classes=10, class_names=[*map(str, range(10))], recipe=dataclasses.asdict(recipe))

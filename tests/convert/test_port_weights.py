@@ -53,6 +53,7 @@ def ported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.C
     return folder, command("random", "--report", "report.html", cwd=folder)
 
 
+@pytest.mark.slow
 def test_random_is_ported_proven_and_written(ported: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     folder, process = ported
     assert (process.returncode, process.stderr) == (0, "")
@@ -74,6 +75,7 @@ def test_random_is_ported_proven_and_written(ported: tuple[Path, subprocess.Comp
     assert all(errors["float64"] < 1e-12 for errors in metadata["parity"].values())
 
 
+@pytest.mark.slow
 def test_the_report_shows_the_same_run(ported: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     folder, _ = ported
     page = (folder / "report.html").read_text()
@@ -82,6 +84,7 @@ def test_the_report_shows_the_same_run(ported: tuple[Path, subprocess.CompletedP
     assert all(name in page for name in flax_googlenet.load_metadata(folder / "googlenet-random.safetensors")["parity"])
 
 
+@pytest.mark.slow
 def test_the_way_back_gives_a_checkpoint_that_torchvision_loads(
     ported: tuple[Path, subprocess.CompletedProcess[str]], here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,6 +105,7 @@ def test_the_way_back_gives_a_checkpoint_that_torchvision_loads(
     torchvision.models.googlenet(weights=None, init_weights=False).load_state_dict(state_dict, strict=True)
 
 
+@pytest.mark.slow
 def test_a_training_checkpoint_is_ported_with_its_key_and_the_result_printed_as_json(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -171,6 +175,7 @@ def test_class_names_that_do_not_fit_are_refused(
     assert str(caught.value).startswith(message)
 
 
+@pytest.mark.slow
 def test_without_pytorch_one_line_says_what_to_install(here: Path) -> None:
     code = "import sys; sys.modules['torch'] = None; import port_weights; sys.exit(port_weights.main(['random']))"
     environment = {**os.environ, "PYTHONPATH": f"{SCRIPT.parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
@@ -221,6 +226,7 @@ def test_a_bad_file_is_refused(
     assert error.startswith(message)
 
 
+@pytest.mark.slow
 def test_a_bad_file_ends_a_real_process_without_a_traceback(here: Path) -> None:
     torch.save(torch.nn.Linear(2, 2), "model.pth")
     process = command("model.pth", "--json", cwd=here)
@@ -391,6 +397,7 @@ def server(tmp_path: Path) -> Iterator[tuple[str, Path]]:
         http.shutdown()
 
 
+@pytest.mark.slow
 def test_a_url_with_a_hash_is_downloaded_checked_cached_and_ported(
     here: Path, server: tuple[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -433,6 +440,7 @@ def changed_code(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch
     jax.clear_caches()
 
 
+@pytest.mark.slow
 def test_a_port_that_differs_is_not_written(
     here: Path, capsys: pytest.CaptureFixture[str], changed_code: pytest.MonkeyPatch
 ) -> None:
@@ -483,6 +491,7 @@ def change_a_weight(variables: Any) -> None:
     variables["params"]["inception5a"]["branch1"]["conv"]["kernel"][0, 0, 0, 0] += 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("edit", "stage", "cause", "explanation"),
     [
@@ -507,6 +516,7 @@ def test_diagnose_names_the_stage_and_the_cause_in_a_wrong_file(
     assert Path("wrong.safetensors").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_diagnose_names_transform_input(here: Path, variables: Any, capsys: pytest.CaptureFixture[str]) -> None:
     flax_googlenet.save("wrong.safetensors", GoogLeNet(), variables)
     found = diagnosis(["random", "--transform-input", "--output", "wrong.safetensors"], capsys)
@@ -514,6 +524,7 @@ def test_diagnose_names_transform_input(here: Path, variables: Any, capsys: pyte
     assert "with transform_input=True the stage agrees" in found["explanation"]
 
 
+@pytest.mark.slow
 def test_diagnose_names_a_low_precision(here: Path, variables: Any, capsys: pytest.CaptureFixture[str]) -> None:
     flax_googlenet.save("wrong.safetensors", GoogLeNet(dtype=jnp.bfloat16), variables)
     found = diagnosis(["random", "--output", "wrong.safetensors"], capsys)
@@ -521,6 +532,7 @@ def test_diagnose_names_a_low_precision(here: Path, variables: Any, capsys: pyte
     assert "dtype bfloat16" in found["explanation"]
 
 
+@pytest.mark.slow
 def test_diagnose_names_floor_mode_pooling(
     here: Path, capsys: pytest.CaptureFixture[str], changed_code: pytest.MonkeyPatch
 ) -> None:
@@ -529,6 +541,7 @@ def test_diagnose_names_floor_mode_pooling(
     assert (found["stage"], found["cause"], found["error"]) == ("maxpool1", "padding", None)
 
 
+@pytest.mark.slow
 def test_diagnose_names_same_padding(
     here: Path, capsys: pytest.CaptureFixture[str], changed_code: pytest.MonkeyPatch
 ) -> None:
@@ -545,6 +558,7 @@ def test_diagnose_names_same_padding(
     assert '"SAME"' in found["explanation"]
 
 
+@pytest.mark.slow
 def test_diagnose_describes_in_words_how_a_stage_differs(
     here: Path, variables: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -42,6 +42,7 @@ def on_a_terminal(*arguments: str, moment: float, cwd: Path) -> tuple[int, str]:
     return process.returncode, screen.decode().replace("\r\n", "\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", [*np.linspace(0, 3, 12).round(2).tolist(), 8.0])
 def test_ctrl_c_ends_the_command_at_any_moment(moment: float, tmp_path: Path) -> None:
     status, screen = on_a_terminal("random", moment=moment, cwd=tmp_path)
@@ -93,6 +94,7 @@ with ends_on_ctrl_c(as_json=True), cleans_up():
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_a_download_without_a_hash_leaves_nothing(tmp_path: Path) -> None:
     scratch = tmp_path / "scratch"
     scratch.mkdir()

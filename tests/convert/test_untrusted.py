@@ -221,6 +221,7 @@ except untrusted.UntrustedFileError:
     return 1024 * int(subprocess.run(command, env=environment, check=True, capture_output=True).stdout)
 
 
+@pytest.mark.slow
 def test_a_zip_bomb_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
     path = tmp_path / "bomb.pth"
     with (
@@ -233,6 +234,7 @@ def test_a_zip_bomb_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
     assert memory_growth(path) < 100e6
 
 
+@pytest.mark.slow
 def test_a_zip_of_overlapping_entries_is_refused(tmp_path: Path) -> None:
     """A zip bomb without compression: many entries of the directory share one place in the file."""
     path = tmp_path / "bomb.pth"
@@ -244,6 +246,7 @@ def test_a_zip_of_overlapping_entries_is_refused(tmp_path: Path) -> None:
     assert memory_growth(path) < 100e6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(5,), (10**12,), (1000, 1000, 1000, 1000)])
 @pytest.mark.parametrize("is_zip", [True, False])
 def test_a_stride_of_0_is_refused_before_any_copy(
@@ -429,6 +432,7 @@ def test_a_truncated_file_is_refused(is_zip: bool, tensors: Tensors, tmp_path: P
         assert "is damaged or cut off" in refusal(path)
 
 
+@pytest.mark.slow
 def test_200_flipped_bits_in_a_zip_are_refused_or_change_nothing(
     tensors: Tensors, zipped: Path, tmp_path: Path
 ) -> None:

@@ -13,7 +13,7 @@ import flax_googlenet
 from flax_googlenet.inference import cpu
 from flax_googlenet.inference.folding import fold_batch_norm
 
-SIZES = [(2, 224, 224), (1, 15, 15), (3, 97, 131)]
+SIZES = [(1, 15, 15), *(pytest.param(size, marks=pytest.mark.slow) for size in [(2, 224, 224), (3, 97, 131)])]
 
 
 @pytest.fixture(scope="module")

@@ -75,6 +75,7 @@ sys.meta_path.insert(0, Blocker())
 # The file.
 
 
+@pytest.mark.slow
 def test_jax_alone_computes_the_models_logits(
     variables: dict[str, Any], photographs: np.ndarray, tmp_path: Path
 ) -> None:
@@ -108,12 +109,14 @@ def test_too_small_images_are_refused_by_the_file(any_size: Path) -> None:
     assert "constraint h >= 15" in str(error.value.__cause__)
 
 
+@pytest.mark.slow
 def test_the_file_names_its_platforms(small: tuple[GoogLeNet, Any], any_size: Path, tmp_path: Path) -> None:
     assert read(any_size).platforms == ("cpu", "cuda", "tpu")
     flax_googlenet.export(tmp_path / "g", *small, ["rocm", "cpu"])
     assert set(read(tmp_path / "g").platforms) == {"rocm", "cpu"}
 
 
+@pytest.mark.slow
 def test_the_same_input_makes_the_same_bytes_with_no_path_in_them(
     small: tuple[GoogLeNet, Any], any_size: Path, tmp_path: Path
 ) -> None:
@@ -128,6 +131,7 @@ def test_the_same_input_makes_the_same_bytes_with_no_path_in_them(
     assert jax.config.values["jax_traceback_in_locations_limit"] == option
 
 
+@pytest.mark.slow
 def test_uint8_images_are_scaled_and_normalised_inside(
     small: tuple[GoogLeNet, Any], pixels: np.ndarray, tmp_path: Path
 ) -> None:
@@ -137,6 +141,7 @@ def test_uint8_images_are_scaled_and_normalised_inside(
     assert relative_error(program.call(pixels), logits_of(small, normalised(pixels))) < RTOL
 
 
+@pytest.mark.slow
 def test_the_gradient_is_in_the_file_on_request(
     small: tuple[GoogLeNet, Any], any_size: Path, pixels: np.ndarray, tmp_path: Path
 ) -> None:
@@ -154,6 +159,7 @@ def test_the_gradient_is_in_the_file_on_request(
         jax.eval_shape(jax.grad(lambda images: read(any_size).call(images).sum()), images)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "images"), [(jnp.bfloat16, "float32"), (jnp.float64, "float64")])
 def test_the_file_computes_in_the_models_dtype(
     small: tuple[GoogLeNet, Any], dtype: Any, images: str, tmp_path: Path
@@ -197,6 +203,7 @@ def weights(small: tuple[GoogLeNet, Any], tmp_path: Path, monkeypatch: pytest.Mo
     return tmp_path / "weights.safetensors"
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_lines_that_run_its_file_and_top_is_numpys(
     small: tuple[GoogLeNet, Any], weights: Path, pixels: np.ndarray, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -37,6 +37,7 @@ def _logits(model: flax_googlenet.GoogLeNet, variables: dict[str, Any], images: 
     return jax.jit(model.apply)(variables, images).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transform_input", [False, True])
 def test_predictor_computes_the_models_logits_in_float64(
     variables64: dict[str, Any], random_images: Images, transform_input: bool
@@ -47,7 +48,9 @@ def test_predictor_computes_the_models_logits_in_float64(
     assert error < 1e-13  # measured: 1.2e-14
 
 
-@pytest.mark.parametrize(("n", "size"), [(8, 224), (1, 224), (4, 64), (2, 15)])
+@pytest.mark.parametrize(
+    ("n", "size"), [(2, 15), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(8, 224), (1, 224), (4, 64)])]
+)
 def test_float32_error_is_at_most_three_times_pytorchs(
     n: int,
     size: int,
@@ -65,6 +68,7 @@ def test_float32_error_is_at_most_three_times_pytorchs(
     assert relative_error(ours, truth) < 3 * relative_error(pytorch, truth)  # measured: 1.0 to 2.1 times
 
 
+@pytest.mark.slow
 def test_every_number_of_images_gives_the_same_logits(predict: flax_googlenet.Predictor, random_images: Images) -> None:
     images = random_images(17, 32, 32).astype(np.float32)
     expected = predict(images)
@@ -75,6 +79,7 @@ def test_every_number_of_images_gives_the_same_logits(predict: flax_googlenet.Pr
             assert relative_error(logits, expected[:n]) < 1e-5  # measured: 1.5e-6
 
 
+@pytest.mark.slow
 def test_number_of_images_costs_no_compilation_of_its_own(
     predict: flax_googlenet.Predictor, random_images: Images, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -88,6 +93,7 @@ def test_number_of_images_costs_no_compilation_of_its_own(
         assert "Compiling" in caplog.text
 
 
+@pytest.mark.slow
 def test_predictor_can_be_traced(variables64: dict[str, Any], random_images: Images) -> None:
     images, step = random_images(2, 16, 16), 1e-6 * random_images(1, 16, 16)
     predict = make_predictor(MODEL64, variables64)
@@ -104,6 +110,7 @@ def test_predictor_can_be_traced(variables64: dict[str, Any], random_images: Ima
     assert relative_error((gradients * step).sum((1, 2, 3)), difference / 2) < 1e-7  # measured: 1.2e-9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_parameters_in_half_precision_are_not_rounded_again(
     variables: dict[str, Any], random_images: Images, dtype: Any
@@ -114,6 +121,7 @@ def test_parameters_in_half_precision_are_not_rounded_again(
     assert error < 3e-5  # measured: 7e-6
 
 
+@pytest.mark.slow
 def test_predictor_in_bfloat16_is_the_folded_model(variables: dict[str, Any], random_images: Images) -> None:
     images = random_images(2, 32, 32).astype(np.float32)
     model = MODEL.clone(dtype=jnp.bfloat16)
@@ -157,6 +165,7 @@ def test_a_predictor_has_a_readable_repr_and_its_copies_give_the_same_bits(
     np.testing.assert_array_equal(copied(images), predict(images))
 
 
+@pytest.mark.slow
 def test_concurrent_calls_never_mix_their_images(predict: flax_googlenet.Predictor, random_images: Images) -> None:
     images = random_images(64, 32, 32).astype(np.float32)
     batches = [images[i : i + n] for i in range(0, 50, 5) for n in (1, 4, 8)]
@@ -197,6 +206,7 @@ print(json.dumps([len(errors), *errors]))
 """
 
 
+@pytest.mark.slow
 def test_several_devices_give_the_logits_of_one_even_in_another_process(
     variables: dict[str, Any], predict: flax_googlenet.Predictor, random_images: Images, tmp_path: Path
 ) -> None:

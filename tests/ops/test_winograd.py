@@ -143,6 +143,7 @@ print("all-gather" in gradients.lower(*shared).compile().as_text())
 """
 
 
+@pytest.mark.slow
 def test_two_devices_share_a_batch() -> None:
     """On explicit axes, the default of jax.make_mesh, each device computes its own images and sends none."""
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "2", "JAX_PLATFORMS": "cpu"}

@@ -414,6 +414,7 @@ print(sorted(os.listdir(folder)))
 KILLS = 5
 
 
+@pytest.mark.slow
 def test_after_a_kill_at_any_moment_of_a_save_an_undamaged_checkpoint_is_there(tmp_path: Path) -> None:
     code = """
 step = int(sys.argv[2])
@@ -445,6 +446,7 @@ while True:
     assert all(path.name.startswith("step_") and not path.suffix for path in tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_kill_between_the_renames_leaves_the_old_one_or_the_new_one(tmp_path: Path) -> None:
     code = """
 state = {"x": jnp.arange(8, dtype=jnp.float32)}
@@ -483,6 +485,7 @@ state = {k: jax.make_array_from_callback(v.shape, shardings[k], v.__getitem__) f
 """
 
 
+@pytest.mark.slow
 def test_two_processes_save_and_restore_one_checkpoint(tmp_path: Path, address: str) -> None:
     code = """
 for step in (1, 2):
@@ -511,6 +514,7 @@ except CheckpointError as error:
     assert_same_bits(found.state, {"split": split, "whole": whole})
 
 
+@pytest.mark.slow
 def test_if_one_process_cannot_write_all_raise_and_none_waits(tmp_path: Path, address: str) -> None:
     code = """
 try:

@@ -237,6 +237,7 @@ def test_evaluation_names_the_images_that_it_cannot_read(damaged: Dataset) -> No
     assert [damaged.name(i) in message for i, message in zip((2, 3, 7), messages, strict=True)] == [True] * 3
 
 
+@pytest.mark.slow
 def test_no_worker_is_left_after_its_iterator(photographs: Dataset) -> None:
     before = set(multiprocessing.active_children())
     recipe = replace(RECIPE, workers=1)
@@ -250,6 +251,7 @@ def test_no_worker_is_left_after_its_iterator(photographs: Dataset) -> None:
     assert set(multiprocessing.active_children()) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("signal_number", "message"),
     [
@@ -362,17 +364,20 @@ def run_until(word: str, signal_number: int, delay: float) -> tuple[int, str, st
         return process.returncode, output, errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("word", "delay"), [("starting", 0.5), ("running", 0.2)])
 def test_ctrl_c_ends_a_run_and_its_workers_quietly(word: str, delay: float) -> None:
     status, _, errors = run_until(word, signal.SIGINT, delay)
     assert (status, errors) == (130, "")
 
 
+@pytest.mark.slow
 def test_sigterm_to_all_leaves_the_workers_to_the_run() -> None:
     status, output, errors = run_until("running", signal.SIGTERM, 0.2)
     assert (status, output, errors) == (0, "finished\n", "")
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_run_that_is_killed() -> None:
     status, _, _ = run_until("running", signal.SIGKILL, 0.2)
     assert status == -signal.SIGKILL

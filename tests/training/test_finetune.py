@@ -37,6 +37,7 @@ def random_images(batch_size: int, size: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((batch_size, size, size, 3))
 
 
+@pytest.mark.slow
 def test_a_new_head_is_freshly_initialised_and_everything_else_is_kept(variables: dict[str, Any]) -> None:
     model, new = new_head(GoogLeNet(), variables, 7, KEY)
     assert model == GoogLeNet(num_classes=7)
@@ -66,6 +67,7 @@ def test_a_new_head_adds_no_auxiliary_heads(variables: dict[str, Any]) -> None:
     assert new["params"]["fc"]["kernel"].shape == (1024, 7)
 
 
+@pytest.mark.slow
 def test_frozen_blocks_and_a_learning_rate_for_the_heads_are_torchs(
     state_dict: dict[str, np.ndarray], variables64: dict[str, Any]
 ) -> None:
@@ -100,6 +102,7 @@ def test_frozen_blocks_and_a_learning_rate_for_the_heads_are_torchs(
     assert not any(x.shape[:1] == (7,) for x in jax.tree.leaves(state.opt_state)), "conv1 has no momentum"
 
 
+@pytest.mark.slow
 def test_frozen_blocks_have_no_backward_pass(variables64: dict[str, Any]) -> None:
     batch = {"image": random_images(2, 64), "label": np.array([0, 1])}
 
@@ -138,6 +141,7 @@ def test_the_names_may_be_a_list(variables: dict[str, Any]) -> None:
     hash(jax.tree.structure(state))  # jax.jit needs the hash to find the compiled step
 
 
+@pytest.mark.slow
 def test_reestimated_statistics_are_those_of_torchs_update_bn(
     state_dict: dict[str, np.ndarray], variables64: dict[str, Any]
 ) -> None:
@@ -154,6 +158,7 @@ def test_reestimated_statistics_are_those_of_torchs_update_bn(
             assert relative_error(x, expected[name].numpy()) < 1e-12, name  # 1e-13 measured
 
 
+@pytest.mark.slow
 def test_reestimation_leaves_frozen_blocks_alone_and_needs_a_batch(variables64: dict[str, Any]) -> None:
     frozen = tuple(name for name in BLOCKS if name != "inception5b")
     new = reestimate_batch_norm(MODEL64, variables64, [{"image": random_images(2, 64)}], frozen)["batch_stats"]

@@ -182,6 +182,7 @@ with display() as shown, RunLog(Path(sys.argv[1]), 20, **shown) as log:
 """
 
 
+@pytest.mark.slow
 def test_on_a_terminal_a_bar_shows_the_figures_and_the_time_left(tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "100"}

@@ -152,6 +152,7 @@ def free_port() -> int:
 # A run from its beginning to its end.
 
 
+@pytest.mark.slow
 def test_a_run_leaves_metrics_checkpoints_curves_and_weights(whole: Path) -> None:
     metrics = records(whole)
     assert [m["step"] for m in metrics if m["split"] == "train"] == list(range(1, STEPS + 1))
@@ -168,6 +169,7 @@ def test_a_run_leaves_metrics_checkpoints_curves_and_weights(whole: Path) -> Non
     assert flax_googlenet.load_metadata(whole / "best.safetensors") == expected
 
 
+@pytest.mark.slow
 def test_the_first_lines_tell_the_classes_the_images_and_what_becomes_of_the_head(whole: Path, train: Training) -> None:
     assert (whole / "said").read_text().splitlines()[:5] == [
         cli.STARTING,
@@ -178,6 +180,7 @@ def test_the_first_lines_tell_the_classes_the_images_and_what_becomes_of_the_hea
     ]
 
 
+@pytest.mark.slow
 def test_the_last_lines_tell_the_speeds_the_accuracy_and_what_can_be_done_next(whole: Path, data: Path) -> None:
     speeds, best, accuracy, evaluate, port = (whole / "said").read_text().splitlines()[-5:]
     assert re.fullmatch(r"\d+ images a second; the devices waited for images in \d+ of 11 steps", speeds)
@@ -191,6 +194,7 @@ def test_the_last_lines_tell_the_speeds_the_accuracy_and_what_can_be_done_next(w
     assert port == f"  python convert/port_weights.py {whole}/model.safetensors --to-torchvision FILE.pth"
 
 
+@pytest.mark.slow
 def test_the_result_goes_back_to_torchvision_which_gives_the_same_accuracy(
     whole: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -232,6 +236,7 @@ def stop(train: Training, workdir: Path, number: signal.Signals, hangs: bool = F
     return process.returncode, said
 
 
+@pytest.mark.slow
 def test_a_run_stopped_by_ctrl_c_sigterm_and_a_kill_ends_in_the_bits_of_one_never_stopped(
     train: Training, whole: Path, tmp_path: Path
 ) -> None:
@@ -253,6 +258,7 @@ def test_a_run_stopped_by_ctrl_c_sigterm_and_a_kill_ends_in_the_bits_of_one_neve
     assert_same_bits(tmp_path, whole)
 
 
+@pytest.mark.slow
 def test_a_call_that_a_signal_stopped_is_continued_by_the_same_call_and_stops_early_out_of_patience(
     train: Training, tmp_path: Path
 ) -> None:
@@ -281,6 +287,7 @@ def test_a_call_that_a_signal_stopped_is_continued_by_the_same_call_and_stops_ea
 # What goes wrong in a run.
 
 
+@pytest.mark.slow
 def test_a_run_whose_worker_is_killed_names_its_last_checkpoint(train: Training, tmp_path: Path) -> None:
     process = train.start(tmp_path, recipe=["workers=1", "checkpoint-every=1"])
     wait_for_step(1, tmp_path, process)
@@ -332,12 +339,14 @@ def troubled(train: Training, tmp_path_factory: pytest.TempPathFactory) -> tuple
     return corrupt, said
 
 
+@pytest.mark.slow
 def test_a_corrupt_image_is_named_once(troubled: tuple[list[Path], str]) -> None:
     corrupt, said = troubled
     assert [said.count(f"{path} is damaged") for path in corrupt] == [1] * PER_CLASS  # those that are held out, too
     assert "left out of the training: 12 unreadable images and 0 steps that were not finite" in said
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_cannot_be_saved_is_said_and_does_not_count(troubled: tuple[list[Path], str]) -> None:
     _, said = troubled
     warnings = [line for line in said.splitlines() if line.startswith("warning: ") and " was not saved: " in line]
@@ -345,12 +354,14 @@ def test_a_checkpoint_that_cannot_be_saved_is_said_and_does_not_count(troubled: 
     assert all(line.endswith("; there is no checkpoint yet") for line in warnings)
 
 
+@pytest.mark.slow
 def test_weights_that_cannot_be_written_are_said_with_the_last_checkpoint(troubled: tuple[list[Path], str]) -> None:
     _, said = troubled
     error = said.splitlines()[-1]
     assert "/run/model.safetensors: it exists and is not a regular file; there is no checkpoint yet" in error
 
 
+@pytest.mark.slow
 def test_losses_that_are_not_finite_are_skipped_and_5_in_a_row_stop_the_run_with_its_last_checkpoint(
     train: Training, whole: Path, tmp_path: Path
 ) -> None:
@@ -401,6 +412,7 @@ def together(train: Training, workdir: Path, count: int = 2, **variables: str) -
     ]
 
 
+@pytest.mark.slow
 def test_two_devices_give_the_losses_of_one(two_devices: Path, whole: Path) -> None:
     # float32, summed in another order; measured after 12 steps: 7e-7.
     np.testing.assert_allclose(losses(two_devices), losses(whole), rtol=5e-6)

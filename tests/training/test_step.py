@@ -99,6 +99,7 @@ def lockstep(state_dict: dict[str, np.ndarray], variables64: dict[str, Any]) -> 
     }
 
 
+@pytest.mark.slow
 def test_thirty_steps_are_those_of_torch_optim_sgd(lockstep: dict[str, Any]) -> None:
     """Training is chaotic: a difference grows tenfold in about five steps."""
     errors = np.abs(lockstep["losses"] / lockstep["expected_losses"] - 1)
@@ -111,6 +112,7 @@ def test_thirty_steps_are_those_of_torch_optim_sgd(lockstep: dict[str, Any]) -> 
     assert int(lockstep["state"].step) == 30
 
 
+@pytest.mark.slow
 def test_the_average_follows_the_parameters_and_statistics(lockstep: dict[str, Any]) -> None:
     average = copied((lockstep["given"]["params"]["conv1"], lockstep["given"]["batch_stats"]["conv1"]))
     for step, new in enumerate(lockstep["watched"], start=1):
@@ -124,6 +126,7 @@ def test_the_average_follows_the_parameters_and_statistics(lockstep: dict[str, A
     assert state.replace(average=None).eval_variables["params"] is state.params
 
 
+@pytest.mark.slow
 def test_the_callers_variables_outlive_a_donated_state(lockstep: dict[str, Any], variables64: dict[str, Any]) -> None:
     jax.tree.map(np.testing.assert_array_equal, lockstep["given"], variables64)
     state = jax.tree.map(jnp.array, lockstep["state"])
@@ -143,6 +146,7 @@ def overflowing(state: TrainState) -> TrainState:
     return state.replace(params=params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["NaN in an image", "a label that is no class", "the gradient alone"])
 def test_a_loss_or_gradient_that_is_not_finite_changes_no_bit(case: str, lockstep: dict[str, Any]) -> None:
     state = jax.tree.map(jnp.array, lockstep["state"])
@@ -192,6 +196,7 @@ def dropout_masks(variables: dict[str, Any], images: np.ndarray, key: jax.Array)
     return masks
 
 
+@pytest.mark.slow
 def test_with_dropout_smooth_labels_and_class_weights_the_steps_are_torchs_if_it_gets_the_same_masks(
     state_dict: dict[str, np.ndarray], variables64: dict[str, Any]
 ) -> None:
@@ -238,6 +243,7 @@ def torch_loss(model: TorchGoogLeNet, batch: Batch) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(logits, torch.from_numpy(batch["label"]))
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_with_float32_parameters_statistics_and_loss(
     state_dict: dict[str, np.ndarray], variables: dict[str, Any]
 ) -> None:
@@ -262,6 +268,7 @@ def accumulated(optimizer: optax.GradientTransformation) -> optax.GradientTransf
     return optax.MultiSteps(optimizer, every_k_schedule=2, accumulator_dtype=jnp.float64).gradient_transformation()
 
 
+@pytest.mark.slow
 def test_accumulated_gradients_are_those_of_one_large_batch_without_batch_norm(variables64: dict[str, Any]) -> None:
     model, folded = flax_googlenet.fold_batch_norm(TOP64, variables64)
     (whole,) = random_batches(1, 8, 64)
@@ -277,6 +284,7 @@ def test_accumulated_gradients_are_those_of_one_large_batch_without_batch_norm(v
             assert error < 1e-13, (name, path)  # 3e-15 measured
 
 
+@pytest.mark.slow
 def test_accumulated_gradients_with_batch_norm_are_those_of_torch(
     state_dict: dict[str, np.ndarray], variables64: dict[str, Any]
 ) -> None:
@@ -521,6 +529,7 @@ print(json.dumps(results))
 """
 
 
+@pytest.mark.slow
 def test_batches_that_are_split_over_explicit_or_automatic_axes_have_the_losses_of_one_device() -> None:
     done = subprocess.run([sys.executable, "-c", _ON_FOUR_DEVICES], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

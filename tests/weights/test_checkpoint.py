@@ -173,6 +173,7 @@ def test_the_sha256_is_that_of_the_file_with_its_digits_as_zeros(small: Path) ->
     assert hashlib.sha256(data.replace(digest.encode(), b"0" * 64)).hexdigest() == digest
 
 
+@pytest.mark.slow
 def test_any_flipped_bit_is_noticed(small: Path, tmp_path: Path) -> None:
     data = small.read_bytes()
     header_bits = 8 * (8 + int.from_bytes(data[:8], "little"))
@@ -467,6 +468,7 @@ def test_a_write_removes_the_leftovers_of_kills_an_hour_ago_and_nothing_else(tmp
     assert {file.name for file in tmp_path.iterdir()} == kept | {path.name}
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_moment_leaves_the_old_file_or_the_new_one(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     code = f"""

@@ -322,6 +322,7 @@ def test_a_network_without_classes_has_a_wrong_shape(state_dict: StateDict) -> N
         from_torchvision(bad)
 
 
+@pytest.mark.slow
 def test_a_nan_on_one_of_the_images_is_not_proven(state_dict: StateDict, monkeypatch: pytest.MonkeyPatch) -> None:
     images = [image[:1, :32, :32] for image in proof.proof_images()]
     images[1] = np.full_like(images[1], 3e38)  # overflows in both networks, so there is nothing to compare
