@@ -1,7 +1,7 @@
 """Reads checkpoints from untrusted files: a file is refused with one line, or gives exactly the tensors it stores.
 
 Nothing in a file is ever run. PyTorch's zip reader ignores checksums, so zips are checked here first, and PyTorch gets
-a clean copy in memory. Its older format has no checksum: only a hash of the whole file could show a damaged weight.
+a clean copy in memory. Its older format has no checksum: only a hash of the file could show a damaged weight.
 """
 
 import hashlib

@@ -6,7 +6,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from flax_googlenet.commands.status import Status
 
@@ -58,4 +58,6 @@ def aborts_in_one_line() -> Iterator[None]:
             os.dup2(original, 2)
             sys.stderr = stderr  # closes the copy
             log.seek(0)
-            sys.stderr.write(log.read().decode(errors="backslashreplace"))
+            with suppress(BrokenPipeError):  # nobody reads standard error any more
+                sys.stderr.write(log.read().decode(errors="backslashreplace"))
+                sys.stderr.flush()

@@ -35,7 +35,7 @@ def classify(
     The images are resized to the size that the weights were trained for, which is 224x224 unless train was given
     another one. A folder stands for all images in it and in the folders below it, except hidden ones. Photographs in
     HEIC are read where pillow-heif is installed. An --output file grows batch by batch. If the command is interrupted,
-    run it again: it skips the images that have a row in the file, and tries those again that could not be read.
+    run it again: it skips the images that have a row in the file, and tries the unreadable ones again.
 
     Exit status:
       0    all images are classified

@@ -33,7 +33,7 @@ def train(
     distributed: Flag = False,
     override: Flag = False,
     recipe: Any = None,
-) -> int:
+) -> Status:
     """Train a network on your images, or fine-tune weights on them.
 
     The run can be stopped at any time: the same command then continues it. On a CPU a run that was stopped and

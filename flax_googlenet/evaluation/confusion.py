@@ -53,14 +53,17 @@ class Score:
 
     @property
     def count(self) -> int:
+        """Number of images counted."""
         return int(self._matrix.sum())
 
     @property
     def top1(self) -> float:
+        """Share of images whose likeliest class is right."""
         return float(np.trace(self._matrix) / self.count)
 
     @property
     def top5(self) -> float:
+        """Share of images whose right class is among the five likeliest."""
         return self._in_top5 / self.count
 
     @property

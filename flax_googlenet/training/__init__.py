@@ -5,6 +5,7 @@ A name is imported when it is first used: the command's ``--help`` needs the rec
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from flax_googlenet.training.datasets import DataError
     from flax_googlenet.training.finetune import (
         balanced_class_weights,
         freeze,
@@ -14,13 +15,18 @@ if TYPE_CHECKING:
     )
     from flax_googlenet.training.loop import TrainingResult
     from flax_googlenet.training.memory import keep_memory
+    from flax_googlenet.training.recipe import PRESETS, Recipe, RecipeError
     from flax_googlenet.training.run import train
+    from flax_googlenet.training.run_folder import WorkdirError
     from flax_googlenet.training.step import TrainState, create_train_state, cross_entropy, eval_step, train_step
     from flax_googlenet.training.stopping import TrainingStopped
 else:  # where a type checker sees it, it would accept any name
     _MODULES = {
+        "flax_googlenet.training.datasets": ("DataError",),
         "flax_googlenet.training.loop": ("TrainingResult",),
+        "flax_googlenet.training.recipe": ("PRESETS", "Recipe", "RecipeError"),
         "flax_googlenet.training.run": ("train",),
+        "flax_googlenet.training.run_folder": ("WorkdirError",),
         "flax_googlenet.training.memory": ("keep_memory",),
         "flax_googlenet.training.finetune": (
             "balanced_class_weights",
@@ -53,9 +59,14 @@ else:  # where a type checker sees it, it would accept any name
 
 
 __all__ = [
+    "PRESETS",
+    "DataError",
+    "Recipe",
+    "RecipeError",
     "TrainState",
     "TrainingResult",
     "TrainingStopped",
+    "WorkdirError",
     "balanced_class_weights",
     "create_train_state",
     "cross_entropy",

@@ -25,6 +25,7 @@ from jax.experimental import multihost_utils
 from flax_googlenet.errors import GoogLeNetError, printable
 from flax_googlenet.files import read_regular_file, replace_synced
 from flax_googlenet.weights.checkpoint import CheckpointError
+from flax_googlenet.weights.checks import with_problems
 
 _FORMAT = 1
 _MANIFEST = "manifest.sha256"
@@ -221,8 +222,7 @@ def _check(path: Path, wanted: dict[str, Any], stored: dict[str, Any]) -> None:
         ],
     }
     if any(problems.values()):
-        listing = "\n".join(f"{kind}: {names}" for kind, names in problems.items() if names)
-        raise OtherStateError(f"{path} belongs to another network or optimizer:\n{listing}")
+        raise OtherStateError(with_problems(f"{path} belongs to another network or optimizer:", problems))
 
 
 def _content(path: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 
+from flax_googlenet.errors import printable
 from flax_googlenet.files import require_replaceable, write_atomically
 from flax_googlenet.inference.compiling import require_backend
 from flax_googlenet.training.checkpoints import checkpoint_path
@@ -31,6 +32,10 @@ from flax_googlenet.training.run_folder import (
 from flax_googlenet.training.stopping import RunCounts, StopSignals, TooManyFailuresError, TrainingStopped
 
 
+def _print(message: str) -> None:
+    print(printable(message))  # noqa: T201  a notebook has no other place for messages
+
+
 def train(
     data: str | Path,
     workdir: str | Path,
@@ -39,7 +44,7 @@ def train(
     weights: str | Path | None = None,
     distributed: bool = False,
     override: bool = False,
-    report: Callable[[str], None] = print,
+    report: Callable[[str], None] = _print,
     progress: Progress | None = None,
 ) -> TrainingResult:
     """Train a network to the end of a recipe, from the newest checkpoint in ``workdir`` if there is one.
@@ -55,7 +60,7 @@ def train(
         model, variables = flax_googlenet.load(result.best_weights)
 
     Args:
-        data: A folder of images, or ``digits``, as for ``flax-googlenet train``.
+        data: A folder of images, or the string ``digits``, as for ``flax-googlenet train``.
         workdir: The folder of the run. It gets ``recipe.json``, ``checkpoints/``, ``metrics.jsonl``, files for
             TensorBoard, ``best.safetensors`` with the best weights so far, and at the end ``model.safetensors`` and
             ``curves.png``. All processes of a run must see the same folder.
@@ -64,7 +69,7 @@ def train(
         weights: A file of ``flax_googlenet.save`` to start from. New heads replace its own if the classes are others.
         distributed: Whether this is one of several processes that train together, which the environment describes.
         override: Whether to continue the run in ``workdir`` even if the recipe, the data or the weights have changed.
-        report: Called with messages.
+        report: Called with messages. By default they are printed.
         progress: Called after each step with its number, the number of all steps, and the metrics in words. By default
             they are reported in messages, one in ten seconds.
 
@@ -72,6 +77,8 @@ def train(
         TrainingStopped: If the training ended before its end, by a signal or an error; ``path`` is its last checkpoint.
         GoogLeNetError: If it could not begin: a RecipeError, DataError, CheckpointError, WorkdirError or BackendError.
     """
+    if isinstance(data, Path) and str(data) == "digits":
+        data = "./digits"  # a path is a folder
     workdir, weights = Path(workdir), Path(weights) if weights else None
     recipe = recipe or PRESETS["finetune" if weights else "digits" if data == "digits" else "imagenet"]
     with ExitStack() as stack:

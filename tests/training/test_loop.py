@@ -383,6 +383,15 @@ def test_losses_that_are_not_finite_are_skipped_and_5_in_a_row_stop_the_run_with
     assert caught.value.signal is None
 
 
+def test_a_path_is_a_folder_and_only_the_string_digits_is_the_embedded_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(flax_googlenet.training.DataError, match=r"\./digits"):
+        flax_googlenet.training.train(Path("digits"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 # Devices and processes.
 
 
