@@ -31,7 +31,7 @@ from side_by_side import (
     serve,
 )
 
-from flax_googlenet.training.memory import keep_memory, tune_malloc  # imports no JAX
+from flax_googlenet.training.memory import keep_memory  # imports no JAX
 
 QUICK_STAGES = ("conv1", "maxpool1", "inception5b", "aux1")
 """The stages that --quick measures: one of each kind."""
@@ -150,7 +150,7 @@ def main() -> None:
 
 def load(name: str) -> Callable[..., dict[str, Any]]:
     """Return a function that computes a stage with the engine and returns the seconds that it took."""
-    (keep_memory if ENGINES[name] is flax else tune_malloc)()
+    keep_memory()
 
     @functools.lru_cache(maxsize=1)
     def warm(stage: str, shape: tuple[int, ...]) -> Compute:

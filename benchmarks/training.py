@@ -2,8 +2,8 @@
 
 A step has three heads, the backward pass, and SGD with momentum and weight decay, in float32 at 224x224. Each engine
 has a process of its own, and they take turns while the others are idle. The engines with "memory kept" call
-keep_memory() first, PyTorch's only the part that is not about JAX: the C library then reuses the memory that a step
-frees. The table has medians over all rounds, ratios, the time of the first step, and the peak memory.
+keep_memory() first: the C library then reuses the memory that a step frees. The table has medians over all rounds,
+ratios, the time of the first step, and the peak memory.
 
     pip install -e ".[benchmark]"
     python benchmarks/training.py
@@ -35,7 +35,7 @@ from side_by_side import (
     write_weights,
 )
 
-from flax_googlenet.training.memory import keep_memory, tune_malloc  # imports no JAX
+from flax_googlenet.training.memory import keep_memory  # imports no JAX
 
 AUX_WEIGHT = 0.3
 
@@ -124,7 +124,7 @@ def main() -> None:
 def load(name: str, folder: Path, size: int) -> Callable[..., dict[str, Any]]:
     """Return a function that takes a step and returns its seconds, its loss, and the peak memory so far in MB."""
     if name.endswith(KEPT):
-        (keep_memory if ENGINES[name] is flax else tune_malloc)()
+        keep_memory()
     step = ENGINES[name](folder)
 
     def answer(batch: int) -> dict[str, Any]:
