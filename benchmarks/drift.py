@@ -51,12 +51,8 @@ def flax(state_dict: dict[str, np.ndarray], dtype: type[np.floating]) -> Step:
 
 def losses(step: Step, steps: int) -> np.ndarray:
     rng = np.random.default_rng(0)
-    return np.array(
-        [
-            step(rng.standard_normal((BATCH_SIZE, SIZE, SIZE, 3)), rng.integers(0, 1000, BATCH_SIZE))
-            for _ in range(steps)
-        ]
-    )
+    shape = (BATCH_SIZE, SIZE, SIZE, 3)
+    return np.array([step(rng.standard_normal(shape), rng.integers(0, 1000, BATCH_SIZE)) for _ in range(steps)])
 
 
 def main() -> None:
@@ -78,9 +74,8 @@ def main() -> None:
     print(f"{'step':>15} {'first':>8} {'10':>8} {'20':>8} {'30':>8} {'last':>8}")
     for name, run in runs.items():
         drift = np.abs(run / truth - 1)
-        print(
-            f"{name:>15} " + " ".join(f"{drift[min(i, len(drift) - 1)]:8.1e}" for i in (0, 9, 19, 29, len(drift) - 1))
-        )
+        shown = [drift[min(i, len(drift) - 1)] for i in (0, 9, 19, 29, len(drift) - 1)]
+        print(f"{name:>15} " + " ".join(f"{x:8.1e}" for x in shown))
         # Losses that are equal in every bit have no place on a logarithmic axis: they leave a gap.
         axes.semilogy(np.arange(1, len(drift) + 1), np.where(drift > 0, drift, np.nan), label=name)
     axes.set(

@@ -56,10 +56,8 @@ def pytorch(folder: Path, channels_last: bool = False, compiled: bool = False) -
     loss = torch.nn.functional.cross_entropy
 
     def objective(images: "torch.Tensor", labels: "torch.Tensor") -> "torch.Tensor":
-        heads = model(images)
-        return loss(heads.logits, labels) + AUX_WEIGHT * sum(
-            loss(x, labels) for x in (heads.aux_logits2, heads.aux_logits1)
-        )
+        main, *aux = (loss(logits, labels) for logits in model(images))
+        return main + AUX_WEIGHT * sum(aux)
 
     if compiled and is_quick():
         model.conv1 = torch.compile(model.conv1, dynamic=False)
@@ -68,9 +66,8 @@ def pytorch(folder: Path, channels_last: bool = False, compiled: bool = False) -
 
     def step(images: np.ndarray, labels: np.ndarray) -> float:
         optimizer.zero_grad()
-        value = objective(
-            torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(memory_format=layout), torch.from_numpy(labels)
-        )
+        inputs = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(memory_format=layout)
+        value = objective(inputs, torch.from_numpy(labels))
         value.backward()
         optimizer.step()
         return value.item()

@@ -75,8 +75,7 @@ def jit(function: Callable[P, R], donate_argnums: int | tuple[int, ...] = ()) ->
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         # Inside jax.jit every new array is a tracer, inside jax.grad and jax.vmap those that depend on the arguments.
-        traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((jnp.zeros(()), args, kwargs)))
-        on_cpu = not traced and jax.default_backend() == "cpu"
-        return jitted(with_options=on_cpu)(*args, **kwargs)
+        is_outermost = not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((jnp.zeros(()), args, kwargs)))
+        return jitted(with_options=is_outermost and jax.default_backend() == "cpu")(*args, **kwargs)
 
     return call

@@ -5,7 +5,7 @@ on two cores of Zen 3 (AVX2) with jaxlib 0.10.2.
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -24,6 +24,9 @@ Weights = Mapping[str, Any]
 BATCH_SIZES = (8, 4, 1)
 """Numbers of images in one call. From 16 on, the buffers of a call exceed 32 MB: the C library then returns them to the
 operating system and asks for them again in every call, which costs more than larger matrix products save."""
+
+
+_convolution = functools.partial(lax.conv_general_dilated, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
 def prepare(params: Mapping[str, Any]) -> Weights:
@@ -126,15 +129,12 @@ def _inception(x: jax.Array, weights: Weights, name: str) -> jax.Array:
     first = _dense_relu(x, weights["first"])  # [n, h, w, width1 + reduce2 + reduce3]
     branch2 = first[..., width1 : width1 + reduce2]
     branch3 = first[..., width1 + reduce2 :]
-    return jnp.concatenate(
-        [
-            first[..., :width1],
-            _relu_after_bias(winograd.conv3x3(branch2, weights["branch2"]["kernel"]), weights["branch2"]["bias"]),
-            _relu_after_bias(_convolution(branch3, weights["branch3"]["kernel"]), weights["branch3"]["bias"]),
-            _dense_relu(_max_pool(x, 3, 1, padding=1), weights["branch4"]),
-        ],
-        axis=-1,
-    )
+    branch1 = first[..., :width1]
+    branch2 = _relu_after_bias(winograd.conv3x3(branch2, weights["branch2"]["kernel"]), weights["branch2"]["bias"])
+    branch3 = _convolution(branch3, weights["branch3"]["kernel"], (1, 1), padding=((1, 1), (1, 1)))
+    branch3 = _relu_after_bias(branch3, weights["branch3"]["bias"])
+    branch4 = _dense_relu(_max_pool(x, 3, 1, padding=1), weights["branch4"])
+    return jnp.concatenate([branch1, branch2, branch3, branch4], axis=-1)
 
 
 def _dense_relu(x: jax.Array, weights: Weights) -> jax.Array:
@@ -146,15 +146,6 @@ def _relu_after_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
     return jax.nn.relu(x + per_channel(bias, x))
 
 
-def _convolution(
-    x: jax.Array,
-    kernel: jax.Array,
-    strides: Sequence[int] = (1, 1),
-    padding: Sequence[tuple[int, int]] = ((1, 1), (1, 1)),
-) -> jax.Array:
-    return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
-
-
 def _stem(images: jax.Array, kernel: jax.Array) -> jax.Array:
     """Compute conv1 without its bias, with a kernel from ``_pair_columns``.
 
@@ -164,7 +155,7 @@ def _stem(images: jax.Array, kernel: jax.Array) -> jax.Array:
     pairs = (w + 1) // 2 + 3  # one for each output column, and three more under the last kernel
     x = jnp.pad(images, ((0, 0), (0, 0), (4, 2 * pairs - w - 4), (0, 0)))  # [n, h, 2 pairs, 3]
     x = x.reshape(n, h, pairs, 6)
-    return _convolution(x, kernel, strides=(2, 1), padding=((3, 3), (0, 0)))  # [n, ceil(h / 2), ceil(w / 2), 64]
+    return _convolution(x, kernel, (2, 1), padding=((3, 3), (0, 0)))  # [n, ceil(h / 2), ceil(w / 2), 64]
 
 
 def _max_pool(x: jax.Array, window: int, stride: int, padding: int = 0) -> jax.Array:

@@ -23,10 +23,8 @@ def fold_batch_norm(model: GoogLeNet, variables: Variables) -> tuple[GoogLeNet, 
         without BatchNorm, are the given ones.
     """
     variables = plain_dicts(variables)
-    params = {"params": variables["params"]}
-    if model.batch_norm:
-        params = {"params": _fold(variables["params"], variables["batch_stats"])}
-    return model.clone(batch_norm=False), params
+    params = _fold(variables["params"], variables["batch_stats"] if model.batch_norm else {})
+    return model.clone(batch_norm=False), {"params": params}
 
 
 def _fold(params: Mapping[str, Any], batch_stats: Mapping[str, Any]) -> dict[str, Any]:

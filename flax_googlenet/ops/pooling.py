@@ -128,11 +128,8 @@ def _input_gradient(
     padded = padded.reshape(n, (rows + extra) * stride, (columns + extra) * stride, c)
     (top, _), (left, _) = pads
     # With a stride larger than the window, the input can go on after the last cell. Those pixels are in no window.
-    beyond = [
-        max(0, before + length - covered)
-        for before, length, covered in zip((top, left), size, padded.shape[1:3], strict=True)
-    ]
-    padded = jnp.pad(padded, ((0, 0), (0, beyond[0]), (0, beyond[1]), (0, 0)))
+    below, right = max(0, top + size[0] - padded.shape[1]), max(0, left + size[1] - padded.shape[2])
+    padded = jnp.pad(padded, ((0, 0), (0, below), (0, right), (0, 0)))
     return padded[:, top : top + size[0], left : left + size[1]]  # [n, h, w, c]
 
 

@@ -122,12 +122,11 @@ def reestimate_batch_norm(
     model, variables = model.clone(dropout=0.0, dropout_aux=0.0), plain_dicts(variables)
     kept = {name: stats for name, stats in variables["batch_stats"].items() if name in frozen}
     zeros = jax.tree.map(jnp.zeros_like, variables["batch_stats"]) | kept
+    start = {**variables, "batch_stats": zeros}
 
     @jax.jit
     def statistics(images: jax.Array) -> dict[str, Any]:
-        _, updates = model.apply(
-            {**variables, "batch_stats": zeros}, images, train=True, frozen=frozen, mutable=["batch_stats"]
-        )
+        _, updates = model.apply(start, images, train=True, frozen=frozen, mutable=["batch_stats"])
         # An update that starts from zeros gives 1 - momentum times the statistics of the batch.
         stats = jax.tree.map(lambda x: x / (1 - BatchNorm.momentum), updates["batch_stats"])
         return stats | kept
