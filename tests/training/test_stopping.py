@@ -1,5 +1,6 @@
 """What a run counts, and when it stops."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from PIL import Image
 
 from flax_googlenet.training.datasets import Dataset
-from flax_googlenet.training.stopping import RunCounts, TooManyFailuresError
+from flax_googlenet.training.stopping import RunCounts, StopSignals, TooManyFailuresError
 
 
 @pytest.fixture
@@ -74,3 +75,12 @@ def test_of_equal_accuracies_the_first_is_the_best_and_a_repeated_evaluation_cha
         found.append(counts.add_accuracy(accuracy))
     assert found == [True, True, False, False, False, True]
     assert (counts.best_step, counts.best_accuracy) == (20, 0.75)
+
+
+def test_signals_stay_as_they_are_in_another_thread_which_cannot_handle_them() -> None:
+    def train() -> object:
+        with StopSignals() as signals:
+            return signals.received
+
+    with ThreadPoolExecutor() as pool:
+        assert pool.submit(train).result() is None
