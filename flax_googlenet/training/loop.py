@@ -236,7 +236,7 @@ class Run:
         step = self.counts.step
         if not self._save_checkpoint():
             return self.stopped(f"stopped after step {step}")
-        message = f"stopped after step {step} of {self.plan.total_steps}; the same command goes on from there"
+        message = f"stopped after step {step} of {self.plan.total_steps}; the same command or call continues from there"
         received = self.signals.received or signal.SIGTERM  # another process may have received it
         return TrainingStopped(message, self.checkpoint, received)
 

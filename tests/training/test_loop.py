@@ -72,7 +72,7 @@ class Training:
         before: str = "",
         **variables: str,
     ) -> subprocess.Popen[str]:
-        """Starts it; ``before`` is Python code for the process, to run first."""
+        """Start it, after the Python code ``before`` has run in its process."""
         fields = [f"--recipe.{field}" for field in (*RECIPE, *recipe)]
         code = f"{before}\nfrom flax_googlenet.__main__ import main\nraise SystemExit(main())"
         command = [sys.executable, "-c", code, "train", str(data or self.data), "--workdir", str(workdir)]
@@ -85,10 +85,10 @@ class Training:
         )
 
     def __call__(self, workdir: Path, *options: str, **arguments: Any) -> tuple[int, str]:
-        """Runs it to its end; returns the status and what it said."""
+        """Run it to its end, and return its status and its messages."""
         process = self.start(workdir, *options, **arguments)
-        _, said = process.communicate(timeout=600)  # the longest takes 4 minutes
-        return process.returncode, said
+        _, messages = process.communicate(timeout=600)  # the longest takes 4 minutes
+        return process.returncode, messages
 
 
 @pytest.fixture(scope="module")
@@ -104,17 +104,17 @@ def train(data: Path, variables: dict[str, Any], tmp_path_factory: pytest.TempPa
 
 
 @pytest.fixture(scope="module")
-def whole(train: Training, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that was never stopped; ``said`` has what it said."""
-    workdir = tmp_path_factory.mktemp("whole")
-    status, said = train(workdir)
-    (workdir / "said").write_text(said)
-    assert status == 0, said
+def complete(train: Training, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that was never stopped, with its messages in the file ``messages``."""
+    workdir = tmp_path_factory.mktemp("complete")
+    status, messages = train(workdir)
+    (workdir / "messages").write_text(messages)
+    assert status == 0, messages
     return workdir
 
 
 def records(workdir: Path) -> list[dict[str, Any]]:
-    """The metrics, without the times."""
+    """Return the records of the metrics, without the times."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
 
@@ -124,7 +124,7 @@ def losses(workdir: Path) -> np.ndarray:
 
 
 def last_step(workdir: Path) -> int:
-    """The last one in the metrics, which a run writes while they are read."""
+    """Return the last step in the metrics, which a run may be writing."""
     metrics = workdir / "metrics.jsonl"
     text = metrics.read_text() if metrics.exists() else ""
     return max(map(int, re.findall(r'"split": "train", "step": (\d+),', text)), default=0)
@@ -138,10 +138,10 @@ def wait_for_step(step: int, workdir: Path, process: subprocess.Popen[str]) -> N
         time.sleep(0.005)
 
 
-def assert_same_bits(workdir: Path, whole: Path) -> None:
-    assert records(workdir) == records(whole)
-    for name in ("model.safetensors", "best.safetensors", f"checkpoints/step_{last_step(whole):08}/extra.json"):
-        assert (workdir / name).read_bytes() == (whole / name).read_bytes(), name
+def assert_same_bits(workdir: Path, complete: Path) -> None:
+    assert records(workdir) == records(complete)
+    for name in ("model.safetensors", "best.safetensors", f"checkpoints/step_{last_step(complete):08}/extra.json"):
+        assert (workdir / name).read_bytes() == (complete / name).read_bytes(), name
 
 
 def free_port() -> int:
@@ -153,25 +153,27 @@ def free_port() -> int:
 
 
 @pytest.mark.slow
-def test_a_run_leaves_metrics_checkpoints_curves_and_weights(whole: Path) -> None:
-    metrics = records(whole)
+def test_a_run_leaves_metrics_checkpoints_curves_and_weights(complete: Path) -> None:
+    metrics = records(complete)
     assert [m["step"] for m in metrics if m["split"] == "train"] == list(range(1, STEPS + 1))
     assert [m["step"] for m in metrics if m["split"] == "held_out"] == [4, 8, 12]
-    assert sorted(path.name for path in (whole / "checkpoints").iterdir()) == ["step_00000010", "step_00000012"]
-    Image.open(whole / "curves.png").verify()
-    metadata = flax_googlenet.load_metadata(whole / "model.safetensors")
+    assert sorted(path.name for path in (complete / "checkpoints").iterdir()) == ["step_00000010", "step_00000012"]
+    Image.open(complete / "curves.png").verify()
+    metadata = flax_googlenet.load_metadata(complete / "model.safetensors")
     assert metadata["class_names"] == [str(label) for label in range(CLASSES)]
-    assert metadata["recipe"] == json.loads((whole / "recipe.json").read_text())
+    assert metadata["recipe"] == json.loads((complete / "recipe.json").read_text())
     assert metadata["accuracy"] == metrics[-1]["accuracy"]
     best = max((m for m in metrics if m["split"] == "held_out"), key=lambda m: m["accuracy"])  # of equals the first
     expected = metadata | {name: best[name] for name in ("step", "accuracy", "loss", "top5")}
     expected["epoch"] = best["step"] // 4
-    assert flax_googlenet.load_metadata(whole / "best.safetensors") == expected
+    assert flax_googlenet.load_metadata(complete / "best.safetensors") == expected
 
 
 @pytest.mark.slow
-def test_the_first_lines_tell_the_classes_the_images_and_what_becomes_of_the_head(whole: Path, train: Training) -> None:
-    assert (whole / "said").read_text().splitlines()[:5] == [
+def test_the_first_messages_list_the_classes_and_images_and_say_what_happens_to_the_head(
+    complete: Path, train: Training
+) -> None:
+    assert (complete / "messages").read_text().splitlines()[:5] == [
         cli.STARTING,
         "3 classes: 0, 1, 2; 12 images each",
         "36 images to train on, 12 held out, 12 steps, 1 cpu",
@@ -181,31 +183,31 @@ def test_the_first_lines_tell_the_classes_the_images_and_what_becomes_of_the_hea
 
 
 @pytest.mark.slow
-def test_the_last_lines_tell_the_speeds_the_accuracy_and_what_can_be_done_next(whole: Path, data: Path) -> None:
-    speeds, best, accuracy, evaluate, port = (whole / "said").read_text().splitlines()[-5:]
+def test_the_last_messages_have_the_speed_the_accuracy_and_the_next_commands(complete: Path, data: Path) -> None:
+    speeds, best, accuracy, evaluate, port = (complete / "messages").read_text().splitlines()[-5:]
     assert re.fullmatch(r"\d+ images a second; the devices waited for images in \d+ of 11 steps", speeds)
-    at_best = flax_googlenet.load_metadata(whole / "best.safetensors")
+    at_best = flax_googlenet.load_metadata(complete / "best.safetensors")
     assert (
         best
-        == f"the best weights are {whole}/best.safetensors: {at_best['accuracy']:.2%} after epoch {at_best['epoch']}"
+        == f"the best weights are {complete}/best.safetensors: {at_best['accuracy']:.2%} after epoch {at_best['epoch']}"
     )
-    assert f"{records(whole)[-1]['accuracy']:.2%}" in accuracy
-    assert evaluate == f"  flax-googlenet evaluate {whole}/model.safetensors {data}"
-    assert port == f"  python convert/port_weights.py {whole}/model.safetensors --to-torchvision FILE.pth"
+    assert f"{records(complete)[-1]['accuracy']:.2%}" in accuracy
+    assert evaluate == f"  flax-googlenet evaluate {complete}/model.safetensors {data}"
+    assert port == f"  python convert/port_weights.py {complete}/model.safetensors --to-torchvision FILE.pth"
 
 
 @pytest.mark.slow
 def test_the_result_goes_back_to_torchvision_which_gives_the_same_accuracy(
-    whole: Path, data: Path, tmp_path: Path
+    complete: Path, data: Path, tmp_path: Path
 ) -> None:
-    assert port_weights.main([str(whole / "model.safetensors"), "--to-torchvision", str(tmp_path / "back.pth")]) == 0
+    assert port_weights.main([str(complete / "model.safetensors"), "--to-torchvision", str(tmp_path / "back.pth")]) == 0
     network = TorchGoogLeNet(num_classes=CLASSES, aux_logits=False, init_weights=False).eval()
     network.load_state_dict(torch.load(tmp_path / "back.pth"))
     _, held_out = open_data(str(data), held_out=0.25, seed=0)
     (batch,) = eval_batches(held_out, Recipe(batch_size=len(held_out), image_size=32), fail=pytest.fail)
     with torch.no_grad():
         classes = network(torch.from_numpy(batch["image"].transpose(0, 3, 1, 2))).argmax(1).numpy()
-    metadata = flax_googlenet.load_metadata(whole / "model.safetensors")
+    metadata = flax_googlenet.load_metadata(complete / "model.safetensors")
     assert (classes == batch["label"]).mean() == metadata["accuracy"]
 
 
@@ -225,37 +227,37 @@ Dataset.read = read_or_hang
 
 
 def stop(train: Training, workdir: Path, number: signal.Signals, hangs: bool = False) -> tuple[int, str]:
-    """Sends a signal to a run after its first step; returns its status and what it said."""
+    """Send a signal to a run after its first step, and return its status and its messages."""
     before = last_step(workdir)  # of one that was not killed: all of it is in the checkpoint
     process = train.start(workdir, before=HANGS if hangs else "")
     wait_for_step(before + 1, workdir, process)
     time.sleep(hangs)  # until it waits for images
     process.send_signal(number)
-    _, said = process.communicate(timeout=60)
-    assert "Traceback" not in said
-    return process.returncode, said
+    _, messages = process.communicate(timeout=60)
+    assert "Traceback" not in messages
+    return process.returncode, messages
 
 
 @pytest.mark.slow
 def test_a_run_stopped_by_ctrl_c_sigterm_and_a_kill_ends_in_the_bits_of_one_never_stopped(
-    train: Training, whole: Path, tmp_path: Path
+    train: Training, complete: Path, tmp_path: Path
 ) -> None:
-    status, said = stop(train, tmp_path, signal.SIGINT)
+    status, messages = stop(train, tmp_path, signal.SIGINT)
     assert status == 130
-    assert "stopping after this step; Ctrl-C again ends at once" in said
+    assert "stopping after this step; Ctrl-C again ends at once" in messages
 
     status, more = stop(train, tmp_path, signal.SIGTERM, hangs=True)
     assert status == 143
-    for text in (said, more):  # it says where, and there is the checkpoint
+    for text in (messages, more):  # the message names the step of the checkpoint
         step = int(text.splitlines()[-1].removeprefix("stopped after step ").split(" of 12; ")[0])
-        assert (f"continuing from the checkpoint of step {step}" in more) == (text is said)
+        assert (f"continuing from the checkpoint of step {step}" in more) == (text is messages)
     assert (tmp_path / "checkpoints" / f"step_{step:08}").is_dir()
 
     status, _ = stop(train, tmp_path, signal.SIGKILL)
     assert status == -signal.SIGKILL
-    status, said = train(tmp_path)
-    assert status == 0, said
-    assert_same_bits(tmp_path, whole)
+    status, messages = train(tmp_path)
+    assert status == 0, messages
+    assert_same_bits(tmp_path, complete)
 
 
 @pytest.mark.slow
@@ -294,14 +296,14 @@ def test_a_run_whose_worker_is_killed_names_its_last_checkpoint(train: Training,
     children = "".join(path.read_text() for path in Path(f"/proc/{process.pid}/task").glob("*/children")).split()
     (worker,) = (child for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes())
     os.kill(int(worker), signal.SIGKILL)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 4, said
-    error = said.splitlines()[-1]
+    _, messages = process.communicate(timeout=60)
+    assert process.returncode == 4, messages
+    error = messages.splitlines()[-1]
     assert "a worker process that reads images was killed by SIGKILL, as the kernel does when memory runs out" in error
     assert error.endswith(f"; the last checkpoint is {tmp_path}/checkpoints/step_{last_step(tmp_path):08}")
 
 
-def test_data_of_which_nothing_can_be_read_stop_the_run(
+def test_data_without_a_readable_image_stop_the_run(
     train: Training, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = shutil.copytree(train.data, tmp_path / "data")
@@ -309,12 +311,12 @@ def test_data_of_which_nothing_can_be_read_stop_the_run(
         path.write_bytes(b"no image")
     weights = ["--weights", str(train.weights), "--recipe.batch-size=8", "--recipe.frozen", *FROZEN]
     assert cli.main(["train", str(data), "--workdir", str(tmp_path / "run"), *weights]) == 4
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert " images in a row cannot be read, starting with " in said
-    assert said.endswith("; there is no checkpoint yet")
+    messages = capsys.readouterr().err.splitlines()[-1]
+    assert " images in a row cannot be read, starting with " in messages
+    assert messages.endswith("; there is no checkpoint yet")
 
 
-def test_too_little_memory_is_said_with_what_helps() -> None:
+def test_the_message_about_too_little_memory_names_the_way_out() -> None:
     with pytest.raises(jax.errors.JaxRuntimeError) as caught:
         jnp.zeros(2**45, jnp.float32).block_until_ready()
     assert _way_out(caught.value).startswith("the devices' memory is too small: choose a smaller batch_size, with acc")
@@ -322,50 +324,50 @@ def test_too_little_memory_is_said_with_what_helps() -> None:
 
 @pytest.fixture(scope="module")
 def troubled(train: Training, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Path], str]:
-    """A run whose data are partly corrupt and whose results have no place: the corrupt files, and what it said."""
+    """Corrupt files of a run whose results cannot be written either, and its messages."""
     folder = tmp_path_factory.mktemp("troubled")
     data = shutil.copytree(train.data, folder / "data")
     corrupt = sorted((data / "1").iterdir())
     for path in corrupt:
         path.write_bytes(path.read_bytes()[:60])
     process = train.start(folder / "run", recipe=["max-corrupt=0.34"], data=data)  # 12 of 36 are corrupt
-    while not (folder / "run" / "metrics.jsonl").exists():  # where the places are not free it does not begin
+    while not (folder / "run" / "metrics.jsonl").exists():  # once it has begun: it checks these places first
         assert process.poll() is None, process.stderr and process.stderr.read()
         time.sleep(0.05)
     (folder / "run" / "checkpoints").write_text("a file where the folder should be")
     (folder / "run" / "model.safetensors").mkdir()
-    _, said = process.communicate(timeout=600)
-    assert process.returncode == 4, said
-    return corrupt, said
+    _, messages = process.communicate(timeout=600)
+    assert process.returncode == 4, messages
+    return corrupt, messages
 
 
 @pytest.mark.slow
 def test_a_corrupt_image_is_named_once(troubled: tuple[list[Path], str]) -> None:
-    corrupt, said = troubled
-    assert [said.count(f"{path} is damaged") for path in corrupt] == [1] * PER_CLASS  # those that are held out, too
-    assert "left out of the training: 12 unreadable images and 0 steps that were not finite" in said
+    corrupt, messages = troubled
+    assert [messages.count(f"{path} is damaged") for path in corrupt] == [1] * PER_CLASS  # held-out ones included
+    assert "left out of the training: 12 unreadable images and 0 steps that were not finite" in messages
 
 
 @pytest.mark.slow
-def test_a_checkpoint_that_cannot_be_saved_is_said_and_does_not_count(troubled: tuple[list[Path], str]) -> None:
-    _, said = troubled
-    warnings = [line for line in said.splitlines() if line.startswith("warning: ") and " was not saved: " in line]
+def test_a_checkpoint_that_cannot_be_saved_is_reported_and_does_not_count(troubled: tuple[list[Path], str]) -> None:
+    _, messages = troubled
+    warnings = [line for line in messages.splitlines() if line.startswith("warning: ") and " was not saved: " in line]
     assert len(warnings) == 3  # of steps 5, 10 and 12
     assert all(line.endswith("; there is no checkpoint yet") for line in warnings)
 
 
 @pytest.mark.slow
-def test_weights_that_cannot_be_written_are_said_with_the_last_checkpoint(troubled: tuple[list[Path], str]) -> None:
-    _, said = troubled
-    error = said.splitlines()[-1]
+def test_weights_that_cannot_be_written_are_reported_with_the_last_checkpoint(troubled: tuple[list[Path], str]) -> None:
+    _, messages = troubled
+    error = messages.splitlines()[-1]
     assert "/run/model.safetensors: it exists and is not a regular file; there is no checkpoint yet" in error
 
 
 @pytest.mark.slow
 def test_losses_that_are_not_finite_are_skipped_and_5_in_a_row_stop_the_run_with_its_last_checkpoint(
-    train: Training, whole: Path, tmp_path: Path
+    train: Training, complete: Path, tmp_path: Path
 ) -> None:
-    model, variables = flax_googlenet.load(whole / "model.safetensors")
+    model, variables = flax_googlenet.load(complete / "model.safetensors")
     variables["params"]["fc"]["bias"] = variables["params"]["fc"]["bias"] + np.float32(np.inf)
     flax_googlenet.save(tmp_path / "infinite.safetensors", model, variables)
     recipe = dataclasses.replace(SHORT, frozen=BLOCKS[: BLOCKS.index("fc")], checkpoint_every=2)
@@ -399,14 +401,14 @@ def test_a_path_is_a_folder_and_only_the_string_digits_is_the_embedded_data(
 def two_devices(train: Training, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run on two devices."""
     workdir = tmp_path_factory.mktemp("two_devices")
-    status, said = train(workdir, JAX_NUM_CPU_DEVICES="2")
-    assert status == 0, said
-    assert "2 cpu" in said
+    status, messages = train(workdir, JAX_NUM_CPU_DEVICES="2")
+    assert status == 0, messages
+    assert "2 cpu" in messages
     return workdir
 
 
 def together(train: Training, workdir: Path, count: int = 2, **variables: str) -> list[subprocess.Popen[str]]:
-    """Processes that train as one."""
+    """Start processes that train together."""
     address = f"127.0.0.1:{free_port()}"
     return [
         train.start(
@@ -422,9 +424,9 @@ def together(train: Training, workdir: Path, count: int = 2, **variables: str) -
 
 
 @pytest.mark.slow
-def test_two_devices_give_the_losses_of_one(two_devices: Path, whole: Path) -> None:
+def test_two_devices_give_the_losses_of_one(two_devices: Path, complete: Path) -> None:
     # float32, summed in another order; measured after 12 steps: 7e-7.
-    np.testing.assert_allclose(losses(two_devices), losses(whole), rtol=5e-6)
+    np.testing.assert_allclose(losses(two_devices), losses(complete), rtol=5e-6)
 
 
 @pytest.mark.fault
@@ -451,10 +453,10 @@ def test_two_processes_give_the_losses_of_two_devices_though_one_is_killed_and_a
         assert "; the last checkpoint is " in error
 
     processes = together(train, tmp_path)
-    said = [process.communicate(timeout=300)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], said
-    assert "2 cpu of 2 processes" in said[0]
-    assert "continuing from the checkpoint of step 5" in said[0]
+    messages = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], messages
+    assert "2 cpu of 2 processes" in messages[0]
+    assert "continuing from the checkpoint of step 5" in messages[0]
     assert_same_bits(tmp_path, two_devices)
 
 
@@ -463,14 +465,14 @@ def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step(train: 
     processes = together(train, tmp_path)
     wait_for_step(4, tmp_path, processes[0])
     processes[1].send_signal(signal.SIGTERM)
-    said = [process.communicate(timeout=60)[1] for process in processes]
-    assert [process.returncode for process in processes] == [143, 143], said
-    assert "stopped after step " in said[0]
+    messages = [process.communicate(timeout=60)[1] for process in processes]
+    assert [process.returncode for process in processes] == [143, 143], messages
+    assert "stopped after step " in messages[0]
 
 
 @pytest.mark.fault
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
-def test_a_process_that_waits_for_the_others_hears_signals(
+def test_a_process_that_waits_for_the_others_handles_signals(
     number: signal.Signals, status: int, train: Training, tmp_path: Path
 ) -> None:
     port = free_port()
@@ -484,8 +486,8 @@ def test_a_process_that_waits_for_the_others_hears_signals(
             assert process.poll() is None
             time.sleep(0.05)
     process.send_signal(number)
-    _, said = process.communicate(timeout=10)
-    assert (process.returncode, said) == (status, f"{cli.STARTING}\n")
+    _, messages = process.communicate(timeout=10)
+    assert (process.returncode, messages) == (status, f"{cli.STARTING}\n")
 
 
 @pytest.mark.fault
@@ -498,9 +500,9 @@ def test_sigterm_before_the_first_step_ends_one_process_at_once_and_then_the_oth
     second.send_signal(signal.SIGTERM)
     second.communicate(timeout=10)
     assert second.returncode == -signal.SIGTERM
-    _, said = first.communicate(timeout=90)
-    assert first.returncode == 4, said
-    assert "another process of the run is gone" in said.splitlines()[-1]
+    _, messages = first.communicate(timeout=90)
+    assert first.returncode == 4, messages
+    assert "another process of the run is gone" in messages.splitlines()[-1]
 
 
 # The heavy loop, by `pytest -m fault`.
@@ -510,10 +512,10 @@ def test_sigterm_before_the_first_step_ends_one_process_at_once_and_then_the_oth
 def test_50_kills_of_them_20_during_saves_change_no_bit(train: Training, tmp_path: Path) -> None:
     recipe = ["epochs=40", "checkpoint-every=1"]
     start = time.monotonic()
-    status, said = train(tmp_path / "whole", recipe=recipe)
-    assert status == 0, said
-    whole = time.monotonic() - start
-    one_step = whole / last_step(tmp_path / "whole")  # mostly its checkpoint
+    status, messages = train(tmp_path / "complete", recipe=recipe)
+    assert status == 0, messages
+    seconds = time.monotonic() - start
+    one_step = seconds / last_step(tmp_path / "complete")  # mostly its checkpoint
     workdir, rng = tmp_path / "killed", random.Random(0)
 
     def half_written() -> set[Path]:
@@ -529,13 +531,13 @@ def test_50_kills_of_them_20_during_saves_change_no_bit(train: Training, tmp_pat
                 time.sleep(0.001)
             time.sleep(rng.uniform(0, one_step / 2))
         else:
-            time.sleep(rng.uniform(0, whole / 10))  # importing, restoring, compiling, training, evaluating
+            time.sleep(rng.uniform(0, seconds / 10))  # importing, restoring, compiling, training, evaluating
         assert process.poll() is None, process.stderr and process.stderr.read()
         process.kill()
         process.communicate()
         during_saves += bool(half_written() - before)
         print(f"kill {kill + 1}: {during_saves} during saves, after step {last_step(workdir)}", flush=True)
     assert during_saves >= 20
-    status, said = train(workdir, recipe=recipe)
-    assert status == 0, said
-    assert_same_bits(workdir, tmp_path / "whole")
+    status, messages = train(workdir, recipe=recipe)
+    assert status == 0, messages
+    assert_same_bits(workdir, tmp_path / "complete")
