@@ -75,7 +75,8 @@ def train(
 
     Raises:
         TrainingStopped: If the training ended before its end, by a signal or an error; ``path`` is its last checkpoint.
-        GoogLeNetError: If it could not begin: a RecipeError, DataError, CheckpointError, WorkdirError or BackendError.
+        GoogLeNetError: If it could not begin: a RecipeError, DataError, CheckpointError, WorkdirError, BackendError or
+            DistributedError.
     """
     if isinstance(data, Path) and str(data) == "digits":
         data = "./digits"  # a path is a folder
