@@ -229,7 +229,7 @@ class GoogLeNet(nn.Module):
     Example::
 
         model = GoogLeNet(num_classes=10)
-        variables = model.init(jax.random.key(0), images)
+        variables = jax.jit(model.init)(jax.random.key(0), images)  # without jit, each layer is compiled on its own
         output = model.apply(variables, images)
         output, updates = model.apply(variables, images, train=True, rngs={"dropout": key}, mutable=["batch_stats"])
 
