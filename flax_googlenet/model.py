@@ -129,8 +129,8 @@ class BatchNorm(nn.Module):
         mean, multiplier, bias = (per_channel(v, x) for v in (mean, multiplier, bias.astype(compute_dtype)))
         return ((x - mean) * multiplier + bias).astype(self.dtype)
 
-    def _update(self, running: jax.Array, batch: jax.Array) -> jax.Array:
-        return self.momentum * running + (1 - self.momentum) * batch.astype(running.dtype)
+    def _update(self, running: jax.Array | np.ndarray, batch: jax.Array) -> jax.Array:
+        return jnp.asarray(self.momentum * running + (1 - self.momentum) * batch.astype(running.dtype))
 
 
 class ConvBN(nn.Module):

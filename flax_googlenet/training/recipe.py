@@ -234,6 +234,7 @@ PRESETS = {
         checkpoint_every=100,
     ),
 }
+"""The recipes of ``--preset`` by name."""
 """Recipes by name."""
 
 

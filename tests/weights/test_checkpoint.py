@@ -95,6 +95,7 @@ def test_metadata_comes_back(tmp_path: Path) -> None:
     assert flax_googlenet.load_metadata(path) == metadata
 
 
+@pytest.mark.usefixtures("unchecked_annotations")  # the number of classes is NumPy's, too
 def test_arrays_and_tuples_in_metadata_are_stored_as_json_and_nan_as_null(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     metadata = {
