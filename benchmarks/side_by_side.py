@@ -64,8 +64,8 @@ class Worker:
     """A process that runs one engine; a context manager that ends it.
 
     Args:
-        name: the engine's name.
-        folder: the folder of the inputs and of the engines' caches; the process gets it as ``--work``.
+        name: The engine's name.
+        folder: The folder of the inputs and of the engines' caches; the process gets it as ``--work``.
     """
 
     def __init__(self, name: str, folder: Path) -> None:

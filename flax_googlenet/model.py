@@ -98,7 +98,7 @@ class BatchNorm(nn.Module):
         """Normalise ``x``, in training by the statistics of the batch, with which it updates the running ones.
 
         Raises:
-            ValueError: in training on one value per channel, which has no unbiased variance. PyTorch raises, too.
+            ValueError: In training on one value per channel, which has no unbiased variance. PyTorch raises, too.
         """
         channels = (x.shape[-1],)
         stats_dtype = at_least_float32(self.param_dtype)
@@ -234,16 +234,16 @@ class GoogLeNet(nn.Module):
         output, updates = model.apply(variables, images, train=True, rngs={"dropout": key}, mutable=["batch_stats"])
 
     Attributes:
-        num_classes: number of logits.
-        aux_logits: whether the two auxiliary classifiers exist. ``init`` always makes their variables; only training
+        num_classes: Number of logits.
+        aux_logits: Whether the two auxiliary classifiers exist. ``init`` always makes their variables; only training
             computes them.
-        transform_input: whether to map ImageNet-normalised images to [-1, 1] first, as the ImageNet checkpoint needs.
-        dropout: dropout rate before the last layer.
-        dropout_aux: dropout rate inside the auxiliary classifiers.
+        transform_input: Whether to map ImageNet-normalised images to [-1, 1] first, as the ImageNet checkpoint needs.
+        dropout: Dropout rate before the last layer.
+        dropout_aux: Dropout rate inside the auxiliary classifiers.
         batch_norm: False for the folded network, whose convolutions have a bias and no BatchNorm.
-        dtype: dtype of the computation. BatchNorm computes in float32 at least.
-        param_dtype: dtype of the parameters. BatchNorm statistics start in float32 at least.
-        precision: precision of convolutions and matrix products. GPUs and TPUs compute float32 in TF32 or bfloat16
+        dtype: Dtype of the computation. BatchNorm computes in float32 at least.
+        param_dtype: Dtype of the parameters. BatchNorm statistics start in float32 at least.
+        precision: Precision of convolutions and matrix products. GPUs and TPUs compute float32 in TF32 or bfloat16
             unless this is "highest".
     """
 
@@ -264,16 +264,16 @@ class GoogLeNet(nn.Module):
         """Compute the logits.
 
         Args:
-            images: floating point [N, H, W, 3], RGB, ImageNet-normalised; H and W at least 15.
-            train: whether to normalise by the statistics of the batch, to drop out, and to compute the auxiliary
+            images: Floating point [N, H, W, 3], RGB, ImageNet-normalised; H and W at least 15.
+            train: Whether to normalise by the statistics of the batch, to drop out, and to compute the auxiliary
                 logits. Training needs ``mutable=["batch_stats"]`` and, for dropout rates above 0,
                 ``rngs={"dropout": key}``.
-            frozen: names of blocks (``BLOCKS``) that compute in training as at inference, as blocks in ``eval()`` mode
+            frozen: Names of blocks (``BLOCKS``) that compute in training as at inference, as blocks in ``eval()`` mode
                 do in PyTorch: their BatchNorm normalises with the running statistics and does not update them.
 
         Raises:
-            TypeError: if ``images`` is not an array of JAX or NumPy, or ``frozen`` is a string.
-            ValueError: if ``images`` has another rank, layout, number of channels or dtype, or is smaller than 15x15;
+            TypeError: If ``images`` is not an array of JAX or NumPy, or ``frozen`` is a string.
+            ValueError: If ``images`` has another rank, layout, number of channels or dtype, or is smaller than 15x15;
                 if ``frozen`` has a name that no block has; in training with ``aux_logits``, if the variables have no
                 auxiliary heads.
         """
@@ -345,9 +345,9 @@ def endpoints(
     """Compute all stages at inference, to use them as features or to compare them with torchvision's.
 
     Args:
-        model: the network.
-        variables: its variables.
-        images: floating point [N, H, W, 3], as for the model.
+        model: The network.
+        variables: Its variables.
+        images: Floating point [N, H, W, 3], as for the model.
 
     Returns:
         ``{"conv1": ..., "maxpool1": ..., ..., "inception5b": ..., "avgpool": ..., "fc": ...}``, by torchvision's module

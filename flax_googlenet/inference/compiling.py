@@ -27,7 +27,7 @@ def require_backend() -> None:
     """Start the platform that JAX computes on, so that a platform that cannot start is reported before any work.
 
     Raises:
-        BackendError: if it cannot start, as with ``JAX_PLATFORMS=cuda`` on a machine without a GPU.
+        BackendError: If it cannot start, as with ``JAX_PLATFORMS=cuda`` on a machine without a GPU.
     """
     try:
         jax.default_backend()

@@ -33,7 +33,7 @@ def prepare(params: Mapping[str, Any]) -> Weights:
     """Return the weights for ``logits``, with all kernels in the form in which it uses them.
 
     Args:
-        params: the parameters of the folded network (what is under ``"params"``). The auxiliary heads are not used.
+        params: The parameters of the folded network (what is under ``"params"``). The auxiliary heads are not used.
 
     Returns:
         Arrays of the parameters' dtype. Kernels for Winograd's algorithm are transformed in float64 and rounded once.
@@ -83,8 +83,8 @@ def logits(weights: Weights, images: Float[Array, "n h w 3"]) -> Float[Array, "n
     """Compute the logits.
 
     Args:
-        weights: the weights from ``prepare``.
-        images: the input of the first convolution: ImageNet-normalised, or in [-1, 1] for a network with
+        weights: The weights from ``prepare``.
+        images: The input of the first convolution: ImageNet-normalised, or in [-1, 1] for a network with
             ``transform_input``.
     """
     # One image at a time up to maxpool3, so that the large activations stay in the cache: 1.3x.

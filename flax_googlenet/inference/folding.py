@@ -14,8 +14,8 @@ def fold_batch_norm(model: GoogLeNet, variables: Variables) -> tuple[GoogLeNet, 
     The result is for inference. It has no statistics of a batch to train with.
 
     Args:
-        model: the network.
-        variables: its variables, concrete arrays.
+        model: The network.
+        variables: Its variables, concrete arrays.
 
     Returns:
         The network with ``batch_norm=False``, and its variables. Kernels and biases of convolutions are NumPy arrays,

@@ -29,9 +29,9 @@ def make_predictor(model: GoogLeNet, variables: Variables, devices: Sequence[jax
         logits = predict(images)
 
     Args:
-        model: the network.
-        variables: its variables, concrete arrays. The auxiliary heads are not used.
-        devices: the devices that share each batch, all of one platform; by default all devices of this process. After
+        model: The network.
+        variables: Its variables, concrete arrays. The auxiliary heads are not used.
+        devices: The devices that share each batch, all of one platform; by default all devices of this process. After
             ``jax.config.update("jax_num_cpu_devices", 2)``, a CPU counts as two devices.
     """
     platform = (jax.local_devices() if devices is None else devices)[0].platform
@@ -54,8 +54,8 @@ class Predictor:
     devices of the platform if ``make_predictor`` was not given any.
 
     Attributes:
-        model: the network that ``make_predictor`` was given.
-        devices: the devices that compute.
+        model: The network that ``make_predictor`` was given.
+        devices: The devices that compute.
     """
 
     def __init__(
@@ -83,14 +83,14 @@ class Predictor:
         platform of ``devices`` and with the caller's compiler options. Concrete images are computed at once even there.
 
         Args:
-            images: floating point [N, H, W, 3], RGB, ImageNet-normalised, as ``preprocess_batch`` returns them.
+            images: Floating point [N, H, W, 3], RGB, ImageNet-normalised, as ``preprocess_batch`` returns them.
 
         Returns:
             [N, num_classes] of the model's dtype, on the first of the devices.
 
         Raises:
-            TypeError: if ``images`` is not an array of JAX or NumPy.
-            ValueError: if ``images`` has another shape or dtype.
+            TypeError: If ``images`` is not an array of JAX or NumPy.
+            ValueError: If ``images`` has another shape or dtype.
         """
         check_images(images)
         if isinstance(images, jax.core.Tracer):

@@ -23,13 +23,13 @@ def max_pool(x: Float[Array, "n h w c"], window: int, stride: int, padding: int 
     first pixel in row-major order, as in PyTorch.
 
     Args:
-        x: the input, NHWC.
-        window: height and width of a window, in pixels.
-        stride: step between windows, in pixels.
-        padding: pixels added on each side, at most half a window.
+        x: The input, NHWC.
+        window: Height and width of a window, in pixels.
+        stride: Step between windows, in pixels.
+        padding: Pixels added on each side, at most half a window.
 
     Raises:
-        ValueError: if the padding is more than half a window, or the input too small for one window. PyTorch refuses
+        ValueError: If the padding is more than half a window, or the input too small for one window. PyTorch refuses
             both, too.
 
     Reference: https://docs.pytorch.org/docs/stable/generated/torch.nn.MaxPool2d.html
@@ -100,10 +100,10 @@ def _input_gradient(
     Args:
         output_gradient: [n, rows, columns, c], one value for each window.
         winner: int16 [n, rows, columns, c], the index of each window's maximum.
-        window: height and width of a window.
-        stride: step between windows.
-        pads: padding of the input before and after, along height and width.
-        size: height and width of the input.
+        window: Height and width of a window.
+        stride: Step between windows.
+        pads: Padding of the input before and after, along height and width.
+        size: Height and width of the input.
     """
     n, rows, columns, c = output_gradient.shape
     extra = (window - 1) // stride  # a pixel lies in the windows of its own cell and of at most this many before it
@@ -150,7 +150,7 @@ def ceil_mode_padding(size: Size, window: int, stride: int, padding: int) -> tup
     """Return the padding before and after ``size`` pixels with which a plain pool gives the results of PyTorch's.
 
     Raises:
-        ValueError: if no window fits.
+        ValueError: If no window fits.
     """
     length = -((window - size - 2 * padding) // stride) + 1
     if (length - 1) * stride >= size + padding:  # the last window would start in the padding: PyTorch drops it
@@ -172,8 +172,8 @@ def adaptive_avg_pool(x: Float[Array, "n h w c"], output_size: int) -> Float[Arr
     overlap if ``o`` does not divide ``size``: from 14 to 4, windows of 4 pixels start at 0, 3, 7 and 10.
 
     Args:
-        x: the input, NHWC, of any size from 1 up; it may be smaller than the output.
-        output_size: height and width of the output, in pixels.
+        x: The input, NHWC, of any size from 1 up; it may be smaller than the output.
+        output_size: Height and width of the output, in pixels.
 
     Reference: https://docs.pytorch.org/docs/stable/generated/torch.nn.AdaptiveAvgPool2d.html
     """

@@ -82,10 +82,10 @@ def transform_kernel(
     """Return the kernel that ``conv3x3`` takes, for tiles of m x m results.
 
     Args:
-        kernel: the kernel of a 3x3 convolution. A NumPy array is transformed by NumPy, in float64 if it is float64,
+        kernel: The kernel of a 3x3 convolution. A NumPy array is transformed by NumPy, in float64 if it is float64,
             whether JAX has 64 bits enabled or not.
         m: 2 or 4.
-        precision: as for ``jax.lax.conv_general_dilated``; it has no effect on NumPy arrays.
+        precision: As for ``jax.lax.conv_general_dilated``; it has no effect on NumPy arrays.
     """
     matrix = transforms(m).kernel
     rows_and_columns: Any = np.kron(matrix, matrix).astype(kernel.dtype)  # [(m + 2)^2, 9]
@@ -151,12 +151,12 @@ def convolution(
     (medians in float32 on two cores with AVX-512, jaxlib 0.10.2).
 
     Args:
-        x: the input, NHWC.
-        kernel: the kernel, HWIO.
-        strides: the strides along height and width.
-        padding: the padding before and after, along height and width.
-        precision: as for ``jax.lax.conv_general_dilated``.
-        **options: further arguments of ``jax.lax.conv_general_dilated``, which Flax passes.
+        x: The input, NHWC.
+        kernel: The kernel, HWIO.
+        strides: The strides along height and width.
+        padding: The padding before and after, along height and width.
+        precision: As for ``jax.lax.conv_general_dilated``.
+        **options: Further arguments of ``jax.lax.conv_general_dilated``, which Flax passes.
     """
     is_3x3 = kernel.shape[:2] == (3, 3) and (*strides,) == (1, 1) and [*map(tuple, padding)] == [(1, 1), (1, 1)]
     is_large = min(x.shape[1:3]) >= 14 and x.shape[3] >= 64

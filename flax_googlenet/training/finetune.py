@@ -21,10 +21,10 @@ def new_head(
     """Return the network for another number of classes, with new last layers and everything else kept.
 
     Args:
-        model: the network.
-        variables: its variables, with or without auxiliary heads.
-        num_classes: number of logits.
-        key: a random key.
+        model: The network.
+        variables: Its variables, with or without auxiliary heads.
+        num_classes: Number of logits.
+        key: A random key.
 
     Returns:
         The network and its variables. ``fc``, and ``fc2`` of the auxiliary heads in ``variables``, are initialised as
@@ -47,8 +47,8 @@ def reorder_head(variables: Variables, order: Int[np.ndarray, "num_classes"]) ->
     """Return the variables of the same network with its classes in another order.
 
     Args:
-        variables: the variables, with or without auxiliary heads.
-        order: for each class of the result, its number in ``variables``.
+        variables: The variables, with or without auxiliary heads.
+        order: For each class of the result, its number in ``variables``.
     """
     params = flatten_dict(dict(variables["params"]))
     params = {path: x[..., order] if path[:-1] in _LAST_LAYERS else x for path, x in params.items()}
@@ -61,12 +61,12 @@ def freeze(optimizer: optax.GradientTransformation, frozen: Sequence[str]) -> op
     ``create_train_state`` calls it. A zero gradient would not be enough, because weight decay would go on.
 
     Args:
-        optimizer: the optimizer of the other blocks.
-        frozen: names of blocks, in the first level of the parameters.
+        optimizer: The optimizer of the other blocks.
+        frozen: Names of blocks, in the first level of the parameters.
 
     Raises:
-        TypeError: in the returned optimizer's ``init``, if ``frozen`` is a string.
-        ValueError: in the returned optimizer's ``init``, if ``frozen`` has a name that no block of the parameters has.
+        TypeError: In the returned optimizer's ``init``, if ``frozen`` is a string.
+        ValueError: In the returned optimizer's ``init``, if ``frozen`` has a name that no block of the parameters has.
     """
     if not frozen:
         return optimizer
@@ -93,8 +93,8 @@ def balanced_class_weights(labels: Int[np.ndarray, " n"], num_classes: int) -> F
     ``compute_class_weight("balanced")``. A class without images gets the weight of a class with one image.
 
     Args:
-        labels: the label of each training image.
-        num_classes: number of classes.
+        labels: The label of each training image.
+        num_classes: Number of classes.
     """
     counts = np.bincount(labels, minlength=num_classes)
     return len(labels) / (num_classes * np.maximum(counts, 1))
@@ -108,16 +108,16 @@ def reestimate_batch_norm(
     Use it for weights that are an average of several, or that will see other images than in training.
 
     Args:
-        model: the network.
-        variables: its variables.
-        batches: batches with an ``image`` [N, H, W, 3] as for the model, all of one size.
-        frozen: names of blocks that keep their statistics.
+        model: The network.
+        variables: Its variables.
+        batches: Batches with an ``image`` [N, H, W, 3] as for the model, all of one size.
+        frozen: Names of blocks that keep their statistics.
 
     Returns:
         The variables with the new statistics.
 
     Raises:
-        ValueError: if there is no batch.
+        ValueError: If there is no batch.
     """
     model, variables = model.clone(dropout=0.0, dropout_aux=0.0), plain_dicts(variables)
     kept = {name: stats for name, stats in variables["batch_stats"].items() if name in frozen}

@@ -41,18 +41,18 @@ class TrainState(struct.PyTreeNode):
     """The training state, and the static configuration that the step needs.
 
     Attributes:
-        params: the parameters.
-        batch_stats: the running statistics of BatchNorm; empty without BatchNorm.
-        opt_state: the optimizer's state.
+        params: The parameters.
+        batch_stats: The running statistics of BatchNorm; empty without BatchNorm.
+        opt_state: The optimizer's state.
         step: int32, the number of steps taken. A step whose loss or gradient was not finite does not count.
-        average: the moving average of ``{"params": ..., "batch_stats": ...}``, or None.
+        average: The moving average of ``{"params": ..., "batch_stats": ...}``, or None.
         class_weights: [num_classes], the weight of each class in the loss, or None.
-        model: the network.
-        optimizer: the gradient transformation, which leaves frozen blocks alone.
-        frozen: the names of the blocks that do not train.
-        label_smoothing: the share of a label that is spread evenly over all classes.
-        aux_weight: the weight of the loss of each auxiliary head.
-        average_decay: the weight of the old average in the new one, in the long run.
+        model: The network.
+        optimizer: The gradient transformation, which leaves frozen blocks alone.
+        frozen: The names of the blocks that do not train.
+        label_smoothing: The share of a label that is spread evenly over all classes.
+        aux_weight: The weight of the loss of each auxiliary head.
+        average_decay: The weight of the old average in the new one, in the long run.
     """
 
     params: dict[str, Any]
@@ -89,26 +89,26 @@ def create_train_state(
     """Return the state before the first step.
 
     Args:
-        model: the network.
-        variables: its variables. They are copied, because ``train_step`` donates the arrays of its state.
-        optimizer: an optax optimizer that needs only the gradient and, as ``value``, the loss. For example,
+        model: The network.
+        variables: Its variables. They are copied, because ``train_step`` donates the arrays of its state.
+        optimizer: An optax optimizer that needs only the gradient and, as ``value``, the loss. For example,
             ``optax.contrib.reduce_on_plateau`` in an ``optax.chain`` uses the loss. With
             ``optax.MultiSteps(...).gradient_transformation()``, each call of ``train_step`` accumulates one gradient.
-        frozen: names of blocks that do not train. A step changes neither their parameters, not even by weight decay,
+        frozen: Names of blocks that do not train. A step changes neither their parameters, not even by weight decay,
             nor their BatchNorm statistics, by which they normalise.
-        label_smoothing: the share of a label that is spread evenly over all classes, as in
+        label_smoothing: The share of a label that is spread evenly over all classes, as in
             ``torch.nn.CrossEntropyLoss``.
-        class_weights: the weight of each class in the loss of every head, as ``weight`` in
+        class_weights: The weight of each class in the loss of every head, as ``weight`` in
             ``torch.nn.CrossEntropyLoss``. As there, the loss is the weighted mean over the batch, but with soft labels
             the sum divided by N. None gives all classes the same weight.
-        aux_weight: the weight of the loss of each auxiliary head; 0.3 in the paper.
-        average_decay: the decay of an exponential moving average of parameters and BatchNorm statistics, which
+        aux_weight: The weight of the loss of each auxiliary head; 0.3 in the paper.
+        average_decay: The decay of an exponential moving average of parameters and BatchNorm statistics, which
             ``eval_step`` then uses. The decay starts at ``(1 + step) / (10 + step)`` if that is less, so that the
             average soon forgets the initial parameters. None keeps no average.
 
     Raises:
-        TypeError: if ``frozen`` is a string.
-        ValueError: if the heads in the variables do not fit the model; if ``frozen`` has a name that no block of the
+        TypeError: If ``frozen`` is a string.
+        ValueError: If the heads in the variables do not fit the model; if ``frozen`` has a name that no block of the
             parameters has; if ``class_weights`` has another shape than [num_classes]; if the optimizer needs more than
             the gradient and the loss, as ``optax.lbfgs`` does.
     """
@@ -153,9 +153,9 @@ def train_step(state: TrainState, batch: Batch, dropout_key: jax.Array) -> tuple
             state, metrics = train_step(state, batch, jax.random.key(0))
 
     Args:
-        state: the state before the step.
-        batch: the images and their labels. A label that is not a class makes the loss NaN.
-        dropout_key: a random key. It may be the same in every step, because the number of the step is folded in.
+        state: The state before the step.
+        batch: The images and their labels. A label that is not a class makes the loss NaN.
+        dropout_key: A random key. It may be the same in every step, because the number of the step is folded in.
 
     Returns:
         The state after the step, and scalars: ``loss``, which is minimised, with auxiliary heads and label smoothing;
@@ -164,9 +164,9 @@ def train_step(state: TrainState, batch: Batch, dropout_key: jax.Array) -> tuple
         and the returned state equals ``state`` in every bit.
 
     Raises:
-        TypeError: if the batch is not a mapping, the images or labels are not arrays of JAX or NumPy, or
+        TypeError: If the batch is not a mapping, the images or labels are not arrays of JAX or NumPy, or
             ``dropout_key`` is not a random key.
-        ValueError: if the batch has no images or no labels, or their shapes and dtypes are not those of ``Batch``; if
+        ValueError: If the batch has no images or no labels, or their shapes and dtypes are not those of ``Batch``; if
             the state has been given to ``train_step`` before.
     """
     _check_key(dropout_key)
@@ -214,8 +214,8 @@ def eval_step(state: TrainState, batch: Batch) -> Metrics:
     """Return the loss and the accuracies of one batch at inference, with ``state.eval_variables``.
 
     Args:
-        state: the state, which is not donated.
-        batch: the images and their labels. Rows with the label -1 only fill up the batch and do not count.
+        state: The state, which is not donated.
+        batch: The images and their labels. Rows with the label -1 only fill up the batch and do not count.
 
     Returns:
         Scalars: ``count``, int32, the number of rows that count, and the means over these rows of ``loss``, the cross
@@ -223,7 +223,7 @@ def eval_step(state: TrainState, batch: Batch) -> Metrics:
         if no row counts.
 
     Raises:
-        TypeError, ValueError: for the same reasons as ``train_step``.
+        TypeError, ValueError: For the same reasons as ``train_step``.
     """
     return _eval_step(state, _checked(state, batch))
 
@@ -261,14 +261,14 @@ def cross_entropy(
     A label that is not a class gives NaN; -1 is not taken for the last class.
 
     Args:
-        logits: the logits.
-        labels: the class of each row, or the probability of each class in each row.
-        label_smoothing: the share of a label that is spread evenly over all classes.
-        class_weights: the weight of each class.
+        logits: The logits.
+        labels: The class of each row, or the probability of each class in each row.
+        label_smoothing: The share of a label that is spread evenly over all classes.
+        class_weights: The weight of each class.
 
     Raises:
-        TypeError: if ``labels`` is not an array of JAX or NumPy.
-        ValueError: if ``labels`` has another shape or dtype.
+        TypeError: If ``labels`` is not an array of JAX or NumPy.
+        ValueError: If ``labels`` has another shape or dtype.
     """
     _check_labels(labels, logits.shape)
     costs = -jax.nn.log_softmax(_float32(logits))  # [n, classes]
