@@ -49,6 +49,7 @@ def test_every_stage_is_torchvisions_in_float64(
     np.testing.assert_array_equal(jax.jit(MODEL64.apply)(variables64, images).logits, actual["fc"])
 
 
+@pytest.mark.slow
 def test_transform_input_is_torchvisions(
     state_dict: dict[str, np.ndarray], variables64: dict[str, Any], photographs: np.ndarray
 ) -> None:
@@ -235,6 +236,7 @@ def initial() -> dict[str, Any]:
     return jax.tree.map(lambda x: np.asarray(x, np.float64), variables)
 
 
+@pytest.mark.slow
 def test_kernels_start_as_scipys_truncnorm(initial: dict[str, Any]) -> None:
     truncnorm = scipy.stats.truncnorm(-2, 2, scale=0.01)
     kernels = {path: x for path, x in flatten_dict(initial["params"]).items() if path[-1] == "kernel"}
@@ -376,6 +378,7 @@ def test_precision_reaches_every_convolution_and_matrix_product() -> None:
     assert {eqn.params["precision"] for eqn in found} == {(highest, highest)}
 
 
+@pytest.mark.slow
 def test_without_batch_norm_the_convolutions_have_a_bias(variables64: dict[str, Any], random_images: Images) -> None:
     model = MODEL64.clone(batch_norm=False)
     shapes = flax_googlenet.model.variable_shapes(model)

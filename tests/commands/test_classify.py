@@ -117,6 +117,7 @@ def test_images_are_of_the_size_of_the_training_and_all_classes_are_named_where_
     np.testing.assert_allclose(actual, expected, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_the_answers_are_the_networks(
     here: Path, model: GoogLeNet, variables: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -148,6 +149,7 @@ def test_without_names_the_classes_are_numbers(here: Path, capsys: pytest.Captur
     assert capsys.readouterr().out.splitlines()[1].split()[:2] == ["class", str(predictions[0]["index"])]
 
 
+@pytest.mark.slow
 def test_a_person_gets_a_block_with_bars_for_each_image(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert classify(*PHOTOS) == 0
     out, err = capsys.readouterr()
@@ -166,6 +168,7 @@ def test_a_person_gets_a_block_with_bars_for_each_image(here: Path, capsys: pyte
     assert err.endswith(" images/s\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("encoding", "output"), [("ascii", "answers.csv"), ("latin-1", "answers.parquet")])
 def test_names_that_standard_output_or_utf8_does_not_have_are_escaped(
     here: Path, model: GoogLeNet, variables: Any, encoding: str, output: str, monkeypatch: pytest.MonkeyPatch
@@ -184,6 +187,7 @@ def test_names_that_standard_output_or_utf8_does_not_have_are_escaped(
     assert images_of(output) == ["été.jpg"]
 
 
+@pytest.mark.slow
 def test_random_weights_are_called_random(
     here: Path, model: GoogLeNet, variables: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -405,6 +409,7 @@ def test_every_kind_of_output_has_the_same_rows(
     assert not list(here.glob("*.part"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("output", ["answers.csv", "answers.jsonl", "answers.parquet"])
 def test_a_rerun_adds_what_is_new_and_tries_what_was_bad_again(
     here: Path, output: str, capsys: pytest.CaptureFixture[str]
@@ -733,6 +738,7 @@ def test_answers_go_to_the_file_and_progress_to_the_terminal(
     assert b"predictions" not in screen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("output", ["standard output", "answers.csv"])
 def test_a_full_disk_ends_in_one_line(here: Path, output: str, environment: dict[str, str]) -> None:
     options = ["--json"] if output == "standard output" else ["--output", output]

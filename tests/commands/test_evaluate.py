@@ -218,6 +218,7 @@ def test_an_ensemble_is_the_mean_of_its_networks(
         same_figures(figures("weights.safetensors", f"{second}.safetensors", "photos"), expected, images())
 
 
+@pytest.mark.slow
 def test_the_network_whose_answers_are_not_finite_is_named(here: Path) -> None:
     photos, _ = find_data("photos", [])
     logits = {"sound": np.eye(4), "broken": np.where(np.eye(4), np.inf, 0)}
@@ -233,6 +234,7 @@ IMAGENET = list(reference.IMAGENET.meta["categories"])
 WORDNET = [f"n{1440764 + 37 * i:08}" for i in range(1000)]  # in ImageNet's order
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kinds", "data"), [(("nameless", "names", "ids"), "ids"), (("ids", "nameless", "names"), "names")]
 )
@@ -301,6 +303,7 @@ def test_a_wrong_command_line_has_its_own_status(
 # Data.
 
 
+@pytest.mark.slow
 def test_an_unreadable_image_is_named_and_the_others_are_evaluated(
     here: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -334,6 +337,7 @@ def test_of_a_folder_with_val_it_is_val(here: Path) -> None:
     assert which == ["all 11 images of split/val are evaluated"]
 
 
+@pytest.mark.slow
 def test_of_the_folder_of_the_training_it_is_what_was_held_out(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     recipe = dataclasses.replace(PRESETS["digits"], held_out=0.4, seed=3)
     train, held_out = open_data("photos", held_out=0.4, seed=3)
@@ -430,6 +434,7 @@ def test_of_digits_it_is_what_the_recipe_holds_out(here: Path, capfd: pytest.Cap
 # The picture, and what a person reads.
 
 
+@pytest.mark.slow
 def test_the_figures_for_a_person_and_the_picture(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", "weights.safetensors", "photos", "--confusion", "confusion.png", "--batch-size", "1"]) == 0
     captured = capfd.readouterr()

@@ -125,6 +125,7 @@ def test_the_help_of_each_command_documents_the_status_of_a_crash(
     assert re.search(r"70 +an unexpected error", capsys.readouterr().out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("command", "platform"), [(CLASSIFY, "cuda"), (EXPORT, "cuad"), (TRAIN, "tpu"), (PORT, "gpu")])
 @pytest.mark.skipif(bool(list(Path("/dev").glob("nvidia[0-9]*"))), reason="this machine has a GPU")
 def test_a_platform_that_is_not_there_is_refused_by_name_with_status_3(

@@ -170,6 +170,7 @@ def test_a_batch_that_the_devices_cannot_share_is_refused(tmp_path: Path) -> Non
     assert "a batch of 32 cannot be shared evenly by 3 cpu: choose --recipe.batch-size 30, or another multiple" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variables", "message"),
     [

@@ -571,6 +571,7 @@ def test_diagnose_describes_in_words_how_a_stage_differs(
     assert "Likely cause: statistics. mean and var are swapped" in out
 
 
+@pytest.mark.slow
 def test_diagnose_finds_nothing_wrong_with_a_right_port(
     here: Path, variables: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -305,6 +305,7 @@ def test_a_zip_whose_tensors_are_larger_than_their_bytes_is_refused(
     refusal(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("numel", "size"), [(16, (400,)), (10**9, (10**9,)), (10**13, (4,)), (16, (2_500_000_000,))])
 def test_a_legacy_file_whose_tensors_are_larger_than_its_bytes_is_refused(
     numel: int, size: tuple[int, ...], tmp_path: Path
@@ -455,6 +456,7 @@ def test_200_flipped_bits_in_a_zip_are_refused_or_change_nothing(
     assert refused > 150  # most bits carry weights
 
 
+@pytest.mark.slow
 def test_flipped_bits_in_a_legacy_file_never_end_in_anything_but_tensors_or_a_refusal(
     tensors: Tensors, tmp_path: Path
 ) -> None:

@@ -27,6 +27,7 @@ def _stages(weights: cpu.Weights, images: np.ndarray) -> dict[str, np.ndarray]:
     return {**front, **jax.jit(cpu.back)(weights, front["maxpool3"])}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 def test_every_stage_is_the_models_in_float64(
     size: tuple[int, int, int],

@@ -96,6 +96,7 @@ numpy.savez("logits.npz", **{name: predict(images) for name, images in numpy.loa
         assert relative_error(logits[name], logits_of((model, variables), images)) < RTOL
 
 
+@pytest.mark.slow
 def test_the_file_takes_images_of_the_smallest_size(
     small: tuple[GoogLeNet, Any], any_size: Path, random_images: Callable[..., np.ndarray]
 ) -> None:

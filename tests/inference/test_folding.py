@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import pytest
 from jax import numpy as jnp
 from proof import relative_error
 
@@ -15,6 +16,7 @@ MODEL = GoogLeNet()
 MODEL64 = GoogLeNet(dtype=jnp.float64, param_dtype=jnp.float64)
 
 
+@pytest.mark.slow
 def test_folded_network_is_the_same_function(variables64: dict[str, Any], random_images: Images) -> None:
     images = random_images(2, 64, 64)
     model, folded = fold_batch_norm(MODEL64, variables64)

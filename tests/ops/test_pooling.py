@@ -31,6 +31,7 @@ def pools(draw: st.DrawFn, largest: int) -> tuple[int, int, int]:
     return window, draw(st.integers(1, 9)), draw(st.integers(0, window // 2))
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(st.integers(1, 24), st.integers(1, 24), pools(largest=7))
 def test_max_pool_is_torchs(h: int, w: int, pool: tuple[int, int, int]) -> None:
@@ -62,6 +63,7 @@ def test_max_pool_gives_the_gradient_of_a_tie_to_the_same_pixel(h: int, w: int, 
     np.testing.assert_allclose(gradient, nhwc(tensor.grad), rtol=0, atol=1e-14)  # sums of at most 9 in another order
 
 
+@pytest.mark.slow
 def test_max_pool_has_derivatives_of_every_mode() -> None:
     x, v = images(6, 7), np.random.default_rng(1).standard_normal((2, 6, 7, 3))
 

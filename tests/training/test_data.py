@@ -103,6 +103,7 @@ def test_pixels_depend_on_seed_epoch_and_image(photographs: Dataset) -> None:
     assert not set(seen(0)) & set(seen(1))  # and no run those of another seed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("start", "workers"), [(0, 2), (3, 0), (3, 2)])
 def test_batches_are_the_same_from_any_start_and_by_any_number_of_workers(
     start: int, workers: int, photographs: Dataset, expected: list[HostBatch]
@@ -208,6 +209,7 @@ def test_an_image_of_too_many_pixels_is_an_error_by_name(tmp_path: Path, monkeyp
     assert messages[0].startswith(f"{tmp_path}/huge.png has more than 1000 pixels")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_evaluation_sees_each_image_once_in_order_and_pads_the_last_batch(photographs: Dataset, workers: int) -> None:
     recipe = replace(RECIPE, image_size=224, workers=workers)

@@ -337,6 +337,7 @@ def soft(variables64: dict[str, Any]) -> dict[str, Any]:
     return {"batch": batch, "bias": bias, "class_weights": class_weights, "state": after, "metrics": metrics}
 
 
+@pytest.mark.slow
 def test_soft_labels_are_learnt_and_evaluated_as_in_torch(soft: dict[str, Any]) -> None:
     labels = torch.from_numpy(soft["batch"]["label"])
     logits = torch.from_numpy(soft["bias"]).expand(3, -1).clone().requires_grad_()
@@ -348,6 +349,7 @@ def test_soft_labels_are_learnt_and_evaluated_as_in_torch(soft: dict[str, Any]) 
     np.testing.assert_allclose(soft["state"].params["fc"]["bias"], bias, rtol=0, atol=1e-14)
 
 
+@pytest.mark.slow
 def test_an_optimizer_that_needs_the_loss_gets_it(soft: dict[str, Any]) -> None:
     plateau = soft["state"].opt_state.inner_states["trained"].inner_state[1]
     assert float(plateau.best_value) == pytest.approx(float(soft["metrics"]["loss"]), rel=1e-6)  # stored in float32
@@ -466,6 +468,7 @@ def test_class_weights_of_another_number_of_classes_are_refused(variables: dict[
         create_train_state(GoogLeNet(), variables, optax_sgd(), class_weights=np.ones(999))
 
 
+@pytest.mark.slow
 def test_evaluation_is_torchs_with_the_average_and_without_the_rows_that_fill_up_the_batch(
     torch64: TorchGoogLeNet, variables64: dict[str, Any]
 ) -> None:

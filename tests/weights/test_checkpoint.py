@@ -53,6 +53,7 @@ def equal(left: Any, right: Any) -> bool:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model",
     [
@@ -132,6 +133,7 @@ def test_class_names_that_are_not_one_string_for_each_class_are_refused(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float64, "float32", "bfloat16", np.dtype("float16")])
 def test_load_takes_a_dtype_and_keeps_statistics_in_float32_at_least(small: Path, dtype: Any) -> None:
     model, variables = flax_googlenet.load(small, dtype=dtype)
@@ -144,6 +146,7 @@ def test_load_takes_a_dtype_and_keeps_statistics_in_float32_at_least(small: Path
     assert np.array_equal(variables["params"]["fc"]["kernel"], original.astype(dtype))
 
 
+@pytest.mark.slow
 def test_float64_without_64_bits_is_refused_not_rounded(small: Path, tmp_path: Path) -> None:
     path64 = tmp_path / "float64.safetensors"
     model = SMALL.clone(dtype=jnp.float64, param_dtype=jnp.float64)

@@ -217,10 +217,12 @@ def is_noticed(state_dict: StateDict) -> bool:
     return any(not proof.relative_error(port[name], truth[name]) < 1e-3 for name in truth)
 
 
+@pytest.mark.slow
 def test_the_unbroken_rules_are_not_noticed(state_dict: StateDict) -> None:
     assert not is_noticed(state_dict)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BREAK_NAMES)
 def test_breaking_a_name_is_noticed(name: str, state_dict: StateDict, monkeypatch: pytest.MonkeyPatch) -> None:
     assert BREAK_NAMES.keys() == torchvision_map.NAMES.keys()
