@@ -3,7 +3,6 @@
 import math
 import os
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from torch.nn import functional
 from torchvision.models import GoogLeNet as TorchGoogLeNet
 
 from flax_googlenet import CheckpointError, GoogLeNet, endpoints, from_torchvision
-from flax_googlenet.commands.terminal import Messages, draws_progress
+from flax_googlenet.commands.terminal import Messages
 from flax_googlenet.errors import listing
 from flax_googlenet.images.files import display_name
 from flax_googlenet.model import Variables
@@ -70,7 +69,7 @@ def diagnose_port(request: Request, output: Path | None, screen: Console, messag
             raise CheckpointError(f"{path} is not a port of {source.name}: {message}")
     # Without the option, the setting of the reference is known only for imagenet.
     is_known = request.transform_input is not None or request.checkpoint == "imagenet"
-    with messages.console.status("comparing the stages") if draws_progress(messages.console) else nullcontext():
+    with messages.spinner("comparing the stages"):
         found = diagnose(
             source.state_dict,
             model,

@@ -3,13 +3,12 @@
 import argparse
 import json
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 from process import STATUSES, InputError, Result, Status, ends_on_ctrl_c
 
 from flax_googlenet.commands.status import CommandError, describe_crash
-from flax_googlenet.commands.terminal import Messages, draws_progress, prepare_process, write_output
+from flax_googlenet.commands.terminal import Messages, prepare_process, write_output
 from flax_googlenet.errors import GoogLeNetError, printable
 
 DESCRIPTION = """\
@@ -114,11 +113,7 @@ def main(argv: list[str] | None = None) -> int:
         prepare_process()
         messages = Messages()
         try:
-            with (
-                messages.console.status("starting PyTorch and JAX")
-                if draws_progress(messages.console)
-                else nullcontext()
-            ):
+            with messages.spinner("starting PyTorch and JAX"):
                 _import_engines()
             status, facts = _run(args, messages)
         except GoogLeNetError as error:

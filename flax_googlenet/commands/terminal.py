@@ -4,7 +4,7 @@ import io
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -114,6 +114,10 @@ class Messages:
         from rich.text import Text
 
         self.console.print(Text.from_markup(prefix).append(printable(message)))
+
+    def spinner(self, text: str) -> AbstractContextManager[object]:
+        """Return a spinner with a text for the time of a block; it is not drawn where it cannot be shown."""
+        return self.console.status(text) if draws_progress(self.console) else nullcontext()
 
     def progress(self, *columns: "ProgressColumn", hidden: bool = False) -> "Progress":
         """Return a line of progress, which disappears at its end; it is not drawn where it cannot be shown."""
