@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import download
 import numpy as np
 import reference
 import torch
@@ -21,6 +20,7 @@ from flax_googlenet.commands.terminal import Messages
 from flax_googlenet.errors import listing, printable, url_without_secrets
 from flax_googlenet.images.files import display_name
 from flax_googlenet.model import Variables
+from flax_googlenet.weights import download
 from flax_googlenet.weights.checkpoint import Weights, check_class_names, load_weights
 
 IMAGENET_NAME = Path(reference.IMAGENET.url).name

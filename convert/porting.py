@@ -12,7 +12,6 @@ import jax
 import ml_dtypes
 import numpy as np
 import torch
-from download import name_in_url
 from inputs import Request, in_one_line, read_class_names, read_port, read_source
 from process import Result, Status, cleans_up
 from proof import Proof, prove, summary
@@ -31,6 +30,7 @@ from flax_googlenet.files import write_atomically
 from flax_googlenet.images.files import display_name
 from flax_googlenet.model import Variables
 from flax_googlenet.weights.checkpoint import Weights
+from flax_googlenet.weights.download import name_in_url
 
 jax.config.update("jax_enable_x64", True)  # the proof needs float64
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from download import fetch
 
 from flax_googlenet.commands.results import open_results
 from flax_googlenet.training.checkpoints import save_checkpoint, write_manifest
@@ -23,6 +22,7 @@ from flax_googlenet.training.recipe import Recipe, RecipeError
 from flax_googlenet.training.run_folder import WorkdirError, WorkdirInUseError, claim, resume_run, save_run
 from flax_googlenet.training.stopping import RunCounts
 from flax_googlenet.weights.checkpoint import CheckpointError
+from flax_googlenet.weights.download import fetch
 
 # One run at a time.
 

@@ -15,9 +15,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import download
 import pytest
-from download import DownloadError, fetch, hash_in_name
+
+from flax_googlenet.weights import download
+from flax_googlenet.weights.download import DownloadError, fetch, hash_in_name
 
 CONTENT = random.Random(0).randbytes(3 * 2**20 + 17)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -242,8 +243,7 @@ def test_a_killed_download_leaves_the_old_file_and_is_resumed(server: Server, pa
     program = f"""
 import sys
 from pathlib import Path
-sys.path.insert(0, {str(Path(download.__file__).parent)!r})
-from download import fetch
+from flax_googlenet.weights.download import fetch
 report = lambda done, total: print(done, flush=True)
 fetch({server.url!r}, Path({str(path)!r}), sha256={SHA256!r}, max_bytes=10**7, on_progress=report)
 """
