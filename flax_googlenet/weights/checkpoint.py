@@ -1,9 +1,14 @@
 """Saves a model, its variables and metadata in one ``.safetensors`` file, atomically and with a checksum.
 
 A tensor is named by its path in the variables, such as ``params/conv1/conv/kernel``. The metadata of the header has one
-entry, ``flax_googlenet``: a JSON object with ``sha256``, ``model`` and ``metadata``. The digest is computed over the
-entire file, with zeros in place of its own 64 digits. It reveals any flipped bit in the tensors or the header, which
-safetensors itself does not check. The same input gives the same bytes.
+entry, ``flax_googlenet``: a JSON object with ``sha256``, ``version``, ``model`` and ``metadata``. The digest is
+computed over the entire file, with zeros in place of its own 64 digits. It reveals any flipped bit in the tensors or
+the header, which safetensors itself does not check. The same input gives the same bytes.
+
+Earlier and later versions of this library read each other's files wherever both have the network. A field that a later
+version adds to the model is stored only where it differs from its default. So a file without it holds a network that
+every version has, and an unknown field means a network that this version does not have. All other unknown entries are
+ignored.
 
 Anybody can compute the digest, so it does not show where a file comes from. Everything in a file is checked when it is
 read, and any problem raises a ``CheckpointError``.
@@ -28,13 +33,19 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from flax.typing import Dtype
 from jax import numpy as jnp
 
-from flax_googlenet.errors import GoogLeNetError, well_formed
+from flax_googlenet.errors import GoogLeNetError, listing, well_formed
 from flax_googlenet.files import read_regular_file, write_atomically
 from flax_googlenet.images.preprocessing import CROP
 from flax_googlenet.model import MIN_SIZE, GoogLeNet, Variables, variable_shapes
 from flax_googlenet.weights.checks import tensor_problems, with_problems
 
 _DTYPES = {"F64": jnp.float64, "F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}  # safetensors' names
+_VERSION = 2  # of the format; a file of the first version does not state it, and is otherwise the same
+_FIRST_FIELDS = {
+    *("num_classes", "aux_logits", "transform_input", "dropout", "dropout_aux", "batch_norm"),
+    *("dtype", "param_dtype", "precision"),
+}
+"""The fields of the model that every version has. They are always stored."""
 _MAX_BYTES = 2**32  # the size of a file with 170,000 classes in float64
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 _MAX_TENSORS = 10_000  # GoogLeNet has 300; a header can name millions, which would take minutes and gigabytes
@@ -102,7 +113,12 @@ def save(
         TypeError: If JSON cannot hold the metadata.
         OSError: If the file cannot be written. Nothing is left behind.
     """
-    config = _plain(_config(model))
+    defaults = {field.name: field.default for field in dataclasses.fields(model)}
+    config = {
+        name: value
+        for name, value in _plain(_config(model)).items()
+        if name in _FIRST_FIELDS or value != defaults[name]
+    }
     try:
         _model(config)
     except ValueError as error:
@@ -110,7 +126,8 @@ def save(
     try:
         plain_metadata = _plain(dict(metadata or {}))
         # A single entry, because safetensors writes several in an order that changes from run to run.
-        content = json.dumps({"sha256": _NO_DIGEST, "model": config, "metadata": plain_metadata}, allow_nan=False)
+        contents = {"sha256": _NO_DIGEST, "version": _VERSION, "model": config, "metadata": plain_metadata}
+        content = json.dumps(contents, allow_nan=False)
         json.loads(content)
     except (ValueError, RecursionError) as error:  # it contains itself, or its nesting or a number is too long
         raise CheckpointError(f"the metadata cannot be stored: {error}") from error
@@ -166,9 +183,11 @@ def _load(path: str | os.PathLike[str], dtype: Dtype | None) -> Weights:
         dtype = _float_dtype(dtype)
     data, content = _read(path)
     config = content["model"]
-    if config.keys() - _config(GoogLeNet()).keys():
+    if unknown := sorted(config.keys() - _config(GoogLeNet()).keys()):
+        fields = listing(f"{name}={config[name]!r}"[:50] for name in unknown)
         raise CheckpointError(
-            f"{os.fspath(path)} is from another version of flax_googlenet: its model has {sorted(config)}"
+            f"{os.fspath(path)} holds a network with {fields}, which this version of flax_googlenet does not have: "
+            f"install a newer one (the file has format {str(content.get('version', 1))[:20]}, and this is {_VERSION})"
         )
     try:
         model = _model(config)
@@ -290,7 +309,9 @@ def _digest(data: bytes, path: str | os.PathLike[str]) -> tuple[int, str, str]:
     if match is None:
         raise CheckpointError(
             f"{os.fspath(path)} is not a checkpoint of flax_googlenet, or is damaged: it has no sha256; "
-            f"port a checkpoint of PyTorch's with: python convert/port_weights.py {shlex.quote(os.fspath(path))}"
+            "flax_googlenet.from_torchvision(flax_googlenet.read_state_dict(path)) reads a checkpoint of PyTorch's, "
+            "and convert/port_weights.py, in the repository of this project, writes and proves its port: "
+            f"python convert/port_weights.py {shlex.quote(os.fspath(path))}"
         )
     start, stop = match.span(1)
     view = memoryview(data)

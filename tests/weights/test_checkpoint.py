@@ -4,6 +4,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import lzma
 import os
 import random
 import re
@@ -24,6 +25,7 @@ import pytest
 import reference
 import safetensors.numpy
 import torch
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import numpy as jnp
 
 import flax_googlenet
@@ -210,11 +212,13 @@ def test_a_file_of_another_kind_is_refused(contents: bytes, tmp_path: Path) -> N
         flax_googlenet.load(path)
 
 
-def test_a_checkpoint_of_pytorchs_is_refused_with_the_command_that_ports_it(tmp_path: Path) -> None:
+def test_a_checkpoint_of_pytorchs_is_refused_with_the_ways_to_port_it(tmp_path: Path) -> None:
     path = tmp_path / "my model.pth"
     torch.save(reference.random_checkpoint(num_classes=2), path)
-    with pytest.raises(CheckpointError, match=re.escape(f"python convert/port_weights.py '{path}'")):
+    with pytest.raises(CheckpointError, match=re.escape(f"python convert/port_weights.py '{path}'")) as caught:
         flax_googlenet.load(path)
+    assert "from_torchvision(flax_googlenet.read_state_dict(path))" in str(caught.value)
+    assert "in the repository of this project" in str(caught.value)  # the wheel does not have the command
 
 
 def test_a_truncated_file_is_refused(small: Path, tmp_path: Path) -> None:
@@ -242,7 +246,7 @@ def forge(small: Path, path: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("depth", 22, r"is from another version of flax_googlenet: its model has .*'depth'"),
+        ("depth", 22, "a network with depth=22, which this version of flax_googlenet does not have: install a newer"),
         ("dtype", "foo", "holds no model of flax_googlenet: "),
         ("param_dtype", "int32", "holds no model of flax_googlenet: "),
         ("num_classes", "x", "holds no model of flax_googlenet: num_classes cannot be 'x'"),
@@ -276,6 +280,49 @@ def test_a_file_of_an_earlier_version_is_read(small: Path, tmp_path: Path) -> No
     assert equal(weights.variables, made(SMALL))
     assert weights.metadata == metadata
     assert (weights.class_names, weights.image_size) == (None, 224)
+
+
+@pytest.mark.parametrize("version", ["first", "second"])
+def test_a_file_of_every_version_loads_for_ever(version: str, tmp_path: Path) -> None:
+    """``first`` was written before files had a version. The weights repeat 0, 1/8, ... 6/8, so that they pack well."""
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(lzma.decompress(Path(__file__).with_name(f"{version}.safetensors.xz").read_bytes()))
+    model = GoogLeNet(
+        num_classes=3,
+        aux_logits=False,
+        transform_input=True,
+        dropout=0.4,
+        dtype=jnp.bfloat16,
+        param_dtype=jnp.bfloat16,
+        precision="highest",
+    )
+    shapes = sorted(flatten_dict(variable_shapes(model)).items())
+    expected = {
+        names: ((np.arange(np.prod(shape.shape)) + i) % 7 / 8).reshape(shape.shape).astype(shape.dtype)
+        for i, (names, shape) in enumerate(shapes)
+    }
+    weights = load_weights(path)
+    assert weights.model == model
+    assert equal(weights.variables, unflatten_dict(expected))
+    assert weights.metadata == {"class_names": ["daisy", "Größe", "薔薇"], "recipe": {"image_size": 64}}
+    assert (weights.class_names, weights.image_size) == (["daisy", "Größe", "薔薇"], 64)
+
+
+class Later(GoogLeNet):
+    """The network of a version to come, which has one more choice."""
+
+    variant: str = "torchvision"
+
+
+def test_a_file_of_a_later_version_loads_if_its_network_is_known_here(small: Path, tmp_path: Path) -> None:
+    path = tmp_path / "later.safetensors"
+    flax_googlenet.save(path, Later(num_classes=2, aux_logits=False), made(SMALL), {"class_names": ["cat", "dog"]})
+    assert path.read_bytes() == small.read_bytes()
+    forge(small, path, version=99, note="new in version 99", metadata={"new in version 99": [1]})
+    model, variables = flax_googlenet.load(path)
+    assert model == SMALL
+    assert equal(variables, made(SMALL))
+    assert flax_googlenet.load_metadata(path) == {"new in version 99": [1]}
 
 
 @pytest.mark.parametrize("changes", [{"model": 1}, {"metadata": [1]}])
