@@ -11,16 +11,15 @@ from typing import Any
 import numpy as np
 import reference
 import torch
-import untrusted
 from process import InputError, cleans_up
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
 
-from flax_googlenet import CheckpointError, GoogLeNet, PortingError, from_torchvision
+from flax_googlenet import CheckpointError, GoogLeNet, PortingError, StateDictError, from_torchvision
 from flax_googlenet.commands.terminal import Messages
 from flax_googlenet.errors import listing, printable, url_without_secrets
 from flax_googlenet.images.files import display_name
 from flax_googlenet.model import Variables
-from flax_googlenet.weights import download
+from flax_googlenet.weights import download, pth
 from flax_googlenet.weights.checkpoint import Weights, check_class_names, load_weights
 
 IMAGENET_NAME = Path(reference.IMAGENET.url).name
@@ -61,7 +60,7 @@ def read_source(request: Request, messages: Messages) -> Source:
 
     Raises:
         InputError, DownloadError: If the file is not available.
-        UntrustedFileError: If it is damaged, unsafe or not a checkpoint.
+        StateDictError: If it is damaged, unsafe or not a checkpoint.
         PortingError: If it holds another network.
     """
     checkpoint, transform_input = request.checkpoint, request.transform_input
@@ -94,7 +93,7 @@ def read_source(request: Request, messages: Messages) -> Source:
     return Source(name, sha256, state_dict, model, variables, class_names)
 
 
-def _read_file(checkpoint: str, key: str | None, messages: Messages) -> untrusted.Checkpoint:
+def _read_file(checkpoint: str, key: str | None, messages: Messages) -> pth.Checkpoint:
     with cleans_up(), tempfile.TemporaryDirectory() as scratch:
         if checkpoint == "imagenet" or "://" in checkpoint:
             url = reference.IMAGENET.url if checkpoint == "imagenet" else checkpoint
@@ -102,12 +101,12 @@ def _read_file(checkpoint: str, key: str | None, messages: Messages) -> untruste
         else:
             path = Path(checkpoint)
         try:
-            found = untrusted.read(path, key)
+            found = pth.read(path, key)
         except OSError as error:
             raise InputError(f"cannot read {path}: {error.strerror}{_advice(path)}") from error
     if path.name == IMAGENET_NAME and not found.sha256.startswith(IMAGENET_HASH):
         # The file's format has no checksum, so a damaged weight would go unnoticed without the hash in its name.
-        raise untrusted.UntrustedFileError(
+        raise StateDictError(
             f"{path} is damaged: its sha256 is {found.sha256}, and it should start with {IMAGENET_HASH}: "
             "delete it and download it again"
         )
@@ -146,7 +145,7 @@ def _download(url: str, scratch: Path, messages: Messages) -> Path:
                 url,
                 path,
                 sha256=sha256,
-                max_bytes=untrusted.MAX_BYTES,
+                max_bytes=pth.MAX_BYTES,
                 on_progress=lambda done, total: bar.update(task, completed=done, total=total),
                 warn=messages.warn,
             )

@@ -37,7 +37,7 @@ STATUSES = {
     "BackendError": Status.UNAVAILABLE,
     "DownloadError": Status.UNAVAILABLE,
     "InputError": Status.UNAVAILABLE,
-    "GoogLeNetError": Status.REFUSED,  # all others: CheckpointError, PortingError and UntrustedFileError
+    "GoogLeNetError": Status.REFUSED,  # all others: CheckpointError, PortingError and StateDictError
 }
 """Name of an exception -> exit status; the nearest base class counts. Importing the classes would start PyTorch."""
 

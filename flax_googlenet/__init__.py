@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from flax_googlenet.inference.predictor import Predictor, make_predictor
     from flax_googlenet.model import GoogLeNet, GoogLeNetOutput, endpoints
     from flax_googlenet.weights.checkpoint import CheckpointError, load, load_metadata, save
+    from flax_googlenet.weights.pth import StateDictError, read_state_dict
     from flax_googlenet.weights.torchvision import PortingError, from_torchvision, to_torchvision
 
     __version__: str
@@ -27,6 +28,7 @@ else:  # hidden from type checkers, which would accept any name because of __get
         "ImageError": "images.preprocessing",
         "PortingError": "weights.torchvision",
         "Predictor": "inference.predictor",
+        "StateDictError": "weights.pth",
         "endpoints": "model",
         "export": "inference.export",
         "fold_batch_norm": "inference.folding",
@@ -36,6 +38,7 @@ else:  # hidden from type checkers, which would accept any name because of __get
         "make_predictor": "inference.predictor",
         "preprocess": "images.preprocessing",
         "preprocess_batch": "images.preprocessing",
+        "read_state_dict": "weights.pth",
         "save": "weights.checkpoint",
         "to_torchvision": "weights.torchvision",
     }
@@ -65,6 +68,7 @@ __all__ = [
     "ImageError",
     "PortingError",
     "Predictor",
+    "StateDictError",
     "endpoints",
     "export",
     "fold_batch_norm",
@@ -74,6 +78,7 @@ __all__ = [
     "make_predictor",
     "preprocess",
     "preprocess_batch",
+    "read_state_dict",
     "save",
     "to_torchvision",
 ]

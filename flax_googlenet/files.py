@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import io
 import os
 import re
 import secrets
@@ -49,14 +50,25 @@ def read_regular_file(path: str | os.PathLike[str], max_bytes: int) -> bytes:
         OSError: If there is no such file, or if it has more than ``max_bytes`` or is a folder, a pipe or a device.
             Nothing is read from it, and a pipe does not make this function wait.
     """
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EINVAL, "it is not a regular file", os.fspath(path))
-        if status.st_size > max_bytes:
-            reason = f"it has {status.st_size:,} bytes, and at most {max_bytes:,} are read"
+    with open_regular_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > max_bytes:
+            reason = f"it has {size:,} bytes, and at most {max_bytes:,} are read"
             raise OSError(errno.EFBIG, reason, os.fspath(path))
-        return file.read(status.st_size)
+        return file.read(size)
+
+
+def open_regular_file(path: str | os.PathLike[str]) -> io.BufferedReader:
+    """Open a file for reading, without waiting for the other end of a pipe.
+
+    Raises:
+        OSError: If there is no such file, or if it is a folder, a pipe or a device.
+    """
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "it is not a regular file", os.fspath(path))
+    return file
 
 
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
