@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from flax_googlenet.inference.predictor import Predictor, make_predictor
     from flax_googlenet.model import GoogLeNet, GoogLeNetOutput, endpoints
     from flax_googlenet.weights.checkpoint import CheckpointError, load, load_metadata, save
+    from flax_googlenet.weights.download import DownloadError
+    from flax_googlenet.weights.pretrained import pretrained
     from flax_googlenet.weights.pth import StateDictError, read_state_dict
     from flax_googlenet.weights.torchvision import PortingError, from_torchvision, to_torchvision
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 else:  # hidden from type checkers, which would accept any name because of __getattr__
     _MODULES = {
         "CheckpointError": "weights.checkpoint",
+        "DownloadError": "weights.download",
         "ExportError": "inference.export",
         "GoogLeNet": "model",
         "GoogLeNetError": "errors",
@@ -38,6 +41,7 @@ else:  # hidden from type checkers, which would accept any name because of __get
         "make_predictor": "inference.predictor",
         "preprocess": "images.preprocessing",
         "preprocess_batch": "images.preprocessing",
+        "pretrained": "weights.pretrained",
         "read_state_dict": "weights.pth",
         "save": "weights.checkpoint",
         "to_torchvision": "weights.torchvision",
@@ -61,6 +65,7 @@ else:  # hidden from type checkers, which would accept any name because of __get
 
 __all__ = [
     "CheckpointError",
+    "DownloadError",
     "ExportError",
     "GoogLeNet",
     "GoogLeNetError",
@@ -78,6 +83,7 @@ __all__ = [
     "make_predictor",
     "preprocess",
     "preprocess_batch",
+    "pretrained",
     "read_state_dict",
     "save",
     "to_torchvision",

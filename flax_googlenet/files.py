@@ -20,7 +20,18 @@ _NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS}
 """The errors of file systems without locks: NFS without its lock daemon, some in user space, Lustre without flock."""
 
 
-def lock(file: IO[Any], warn: Callable[[str], object] = warnings.warn) -> None:
+def cache_folder() -> Path | None:
+    """Return the folder for what this library keeps between runs, or None if the user has no home.
+
+    It is that of the environment variable ``FLAX_GOOGLENET_CACHE``, or ``flax-googlenet`` in the user's cache folder.
+    """
+    if folder := os.environ.get("FLAX_GOOGLENET_CACHE"):
+        return Path(folder).absolute()
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(caches, "flax-googlenet") if os.path.isabs(caches) else None
+
+
+def lock(file: IO[Any], warn: Callable[[str], object] = warnings.warn, *, wait: bool = False) -> None:
     """Lock an open file until it is closed or its process ends, even by a kill.
 
     On a file system without locks, the work goes on unprotected after a warning.
@@ -28,13 +39,14 @@ def lock(file: IO[Any], warn: Callable[[str], object] = warnings.warn) -> None:
     Args:
         file: The file.
         warn: Takes the warning, which names the file.
+        wait: Whether to wait for another process that has locked the file.
 
     Raises:
-        BlockingIOError: If another process has locked the file.
+        BlockingIOError: If another process has locked the file, and ``wait`` is false.
         OSError: If it cannot be locked for any other reason. The exception has the name of the file.
     """
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         raise
     except OSError as error:

@@ -2,7 +2,6 @@
 
 import functools
 import operator
-import os
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
@@ -10,6 +9,7 @@ import jax
 from jax import numpy as jnp
 
 from flax_googlenet.errors import GoogLeNetError
+from flax_googlenet.files import cache_folder
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -41,9 +41,9 @@ def require_backend() -> None:
 def use_compilation_cache() -> None:
     """Keep what XLA compiles in the user's cache folder, unless JAX was given another place for it."""
     if jax.config.values["jax_compilation_cache_dir"] is None:
-        caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        if os.path.isabs(caches):  # it is not if the user has no home
-            jax.config.update("jax_compilation_cache_dir", os.path.join(caches, "flax-googlenet", "jax"))
+        folder = cache_folder()
+        if folder is not None:
+            jax.config.update("jax_compilation_cache_dir", str(folder / "jax"))
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 

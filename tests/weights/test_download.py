@@ -9,13 +9,13 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import pytest
+from serving import Answer, Server, complete, half, rest, send, serve, unsized
 
 from flax_googlenet.weights import download
 from flax_googlenet.weights.download import DownloadError, fetch, hash_in_name
@@ -25,86 +25,12 @@ SHA256 = hashlib.sha256(CONTENT).hexdigest()
 HALF = len(CONTENT) // 2
 OTHER = bytes(HALF)
 
-Answer = Callable[[BaseHTTPRequestHandler], object]
-
-
-def send(handler: BaseHTTPRequestHandler, status: int, body: bytes, headers: dict[str, str]) -> None:
-    handler.send_response(status)
-    for name, value in headers.items():
-        handler.send_header(name, value)
-    handler.end_headers()
-    handler.wfile.write(body)
-
-
-def complete(handler: BaseHTTPRequestHandler) -> None:
-    send(handler, 200, CONTENT, {"Content-Length": str(len(CONTENT))})
-
-
-def rest(handler: BaseHTTPRequestHandler) -> None:
-    """Answer a request for a range as a good server does."""
-    match = re.fullmatch(r"bytes=(\d+)-", handler.headers.get("Range", ""))
-    if match is None:
-        complete(handler)
-    elif (start := int(match[1])) >= len(CONTENT):
-        send(handler, 416, b"", {"Content-Range": f"bytes */{len(CONTENT)}"})
-    else:
-        content_range = f"bytes {start}-{len(CONTENT) - 1}/{len(CONTENT)}"
-        length = len(CONTENT) - start
-        send(handler, 206, CONTENT[start:], {"Content-Length": str(length), "Content-Range": content_range})
-
-
-def half(handler: BaseHTTPRequestHandler) -> None:
-    send(handler, 200, CONTENT[:HALF], {"Content-Length": str(len(CONTENT))})
-
-
-def unsized(handler: BaseHTTPRequestHandler) -> None:
-    send(handler, 200, CONTENT, {})
-
-
-class Server(ThreadingHTTPServer):
-    """A server that sends a chosen answer, and records the Range header of every request."""
-
-    daemon_threads = False  # so that closing waits for them and leaves no socket open
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server_port}/model.pth"
-        self.answer: Answer = rest
-        self.ranges: list[str | None] = []
-        self.is_over = threading.Event()
-
-    def stall(self, handler: BaseHTTPRequestHandler) -> None:
-        half(handler)
-        self.is_over.wait()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        if not isinstance(sys.exception(), ConnectionError):  # the client has closed the connection
-            super().handle_error(request, client_address)
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def do_GET(self) -> None:
-        self.server.ranges.append(self.headers.get("Range"))
-        self.server.answer(self)
-
-    do_CONNECT = do_GET  # noqa: N815
-
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
-        pass
-
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    with Server() as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
+    with serve(CONTENT) as server:
         yield server
-        server.is_over.set()
-        server.shutdown()
-        thread.join()
 
 
 @pytest.fixture

@@ -1,0 +1,161 @@
+"""Pretrained networks, which are downloaded and converted once and then kept in the user's cache folder."""
+
+import hashlib
+import os
+import warnings
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+from flax_googlenet.files import cache_folder, lock, read_regular_file
+from flax_googlenet.model import GoogLeNet
+from flax_googlenet.weights.checkpoint import CheckpointError, load, load_metadata, save
+from flax_googlenet.weights.download import DownloadError, WrongFileError, fetch, name_in_url
+from flax_googlenet.weights.pth import read
+from flax_googlenet.weights.torchvision import from_torchvision
+
+_MAX_BYTES = 2**28  # the file has 50 MB
+
+
+class Source(NamedTuple):
+    """The file of PyTorch's that pretrained weights are converted from."""
+
+    url: str
+    sha256: str
+    """First digits of the file's SHA-256 digest."""
+
+
+PRETRAINED = {
+    # torchvision's GoogLeNet_Weights.IMAGENET1K_V1
+    "imagenet": Source("https://download.pytorch.org/models/googlenet-1378be20.pth", "1378be20"),
+}
+"""Name of pretrained weights -> their source."""
+
+
+def pretrained(
+    name: str, *, on_progress: Callable[[int, int | None], None] = lambda done, total: None
+) -> tuple[GoogLeNet, dict[str, Any]]:
+    """Return a network with pretrained weights, which are downloaded once and then kept in the user's cache folder.
+
+    The weights ``"imagenet"`` are torchvision's ``IMAGENET1K_V1``: 1000 classes, 69.8 % top-1 and 89.5 % top-5. Their
+    auxiliary heads are not trained.
+
+    The first call downloads 49.7 MB, checks their hash, converts them, and keeps a ``.safetensors`` file with a
+    checksum and the class names. Later calls need no network connection. A download that was interrupted is resumed. If
+    several processes call this at once, one of them downloads, and the others wait for it.
+
+    Two environment variables change where the files are. ``FLAX_GOOGLENET_CACHE`` is the cache folder, which by default
+    is ``flax-googlenet`` in ``XDG_CACHE_HOME`` or in ``~/.cache``. ``FLAX_GOOGLENET_MIRROR`` is a folder, or the URL of
+    one (``https:``, ``http:`` or ``file:``), that has ``googlenet-1378be20.pth`` for machines which cannot reach
+    PyTorch's server.
+
+    Args:
+        name: The name of the weights: ``"imagenet"``.
+        on_progress: Called during the download with the number of bytes received and the total, which is None if the
+            server does not send it.
+
+    Returns:
+        The model and its variables, as ``load`` returns them.
+
+    Raises:
+        ValueError: If there are no weights of that name.
+        DownloadError: If the download fails, with advice on what to put where, or if the cache cannot be written.
+
+    Example::
+
+        model, variables = flax_googlenet.pretrained("imagenet")
+    """
+    return load(pretrained_file(name, on_progress))
+
+
+def pretrained_file(
+    name: str,
+    on_progress: Callable[[int, int | None], None] = lambda done, total: None,
+    warn: Callable[[str], object] = warnings.warn,
+) -> Path:
+    """Return the file of ``pretrained`` in the cache, after making it if it is missing or damaged.
+
+    Args:
+        name: The name of the weights.
+        on_progress: Called during the download, as for ``pretrained``.
+        warn: Called with a message if another process makes the file, before waiting for it, or if the file system of
+            the cache has no locks.
+
+    Raises:
+        ValueError, DownloadError: For the same reasons as ``pretrained``.
+    """
+    if name not in PRETRAINED:
+        raise ValueError(f"there are no pretrained weights {name!r}: the names are {', '.join(map(repr, PRETRAINED))}")
+    source, folder = PRETRAINED[name], cache_folder()
+    if folder is None:
+        raise DownloadError("this user has no home folder for a cache: set FLAX_GOOGLENET_CACHE to a folder")
+    path = folder / f"googlenet-{name}.safetensors"
+    if _is_intact(path, source):
+        return path
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(path.with_suffix(".lock"), "ab") as lock_file:
+            try:
+                lock(lock_file, warn)
+            except BlockingIOError:
+                warn(f"another process is downloading the weights {name!r}: waiting for it")
+                lock(lock_file, warn, wait=True)
+            if not _is_intact(path, source):
+                _convert(_original(source, folder, on_progress, warn), path, source)
+                (folder / name_in_url(source.url)).unlink(missing_ok=True)  # no longer needed
+    except OSError as error:
+        raise DownloadError(
+            f"cannot keep the weights {name!r} in {folder}: {error.strerror}; "
+            "make room there, or set FLAX_GOOGLENET_CACHE to another folder"
+        ) from error
+    return path
+
+
+def _is_intact(path: Path, source: Source) -> bool:
+    """Return whether a file exists, is undamaged and was converted from the source."""
+    try:
+        return str(load_metadata(path).get("source_sha256")).startswith(source.sha256)
+    except (CheckpointError, OSError):
+        return False
+
+
+def _original(
+    source: Source, folder: Path, on_progress: Callable[[int, int | None], None], warn: Callable[[str], object]
+) -> Path:
+    """Return the original file, after checking its hash: that of a local mirror, or one downloaded to the cache."""
+    name = name_in_url(source.url)
+    mirror = os.environ.get("FLAX_GOOGLENET_MIRROR")
+    url = f"{mirror.rstrip('/')}/{name}" if mirror else source.url
+    if url.startswith("file:") or "://" not in url:
+        path = Path(url2pathname(urlsplit(url).path) if url.startswith("file:") else url)
+        try:
+            sha256 = hashlib.sha256(read_regular_file(path, _MAX_BYTES)).hexdigest()
+        except OSError as error:
+            advice = f"set FLAX_GOOGLENET_MIRROR to a folder, or the URL of one, that has {name}"
+            raise DownloadError(f"cannot read {path}: {error.strerror}; {advice}") from error
+        if not sha256.startswith(source.sha256):
+            raise WrongFileError(
+                f"{path}: wrong file: its sha256 is {sha256}, and it should start with {source.sha256}"
+            )
+        return path
+    path = folder / name
+    try:
+        fetch(url, path, sha256=source.sha256, max_bytes=_MAX_BYTES, on_progress=on_progress, warn=warn)
+    except DownloadError as error:
+        raise DownloadError(
+            f"{error}; without a network connection, put {name} at {path} and run this again, "
+            "or set FLAX_GOOGLENET_MIRROR to a folder or a URL that has it"
+        ) from error
+    return path
+
+
+def _convert(original: Path, path: Path, source: Source) -> None:
+    checkpoint = read(original)
+    variables = from_torchvision(checkpoint.state_dict)
+    names = resources.files(__package__).joinpath("imagenet_classes.txt").read_text(encoding="utf-8").splitlines()
+    model = GoogLeNet(aux_logits="aux1" in variables["params"], transform_input=True)
+    metadata = {"source": source.url, "source_sha256": checkpoint.sha256, "class_names": names}
+    save(path, model, variables, metadata)
