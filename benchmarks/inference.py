@@ -144,7 +144,7 @@ def make_inputs(folder: Path, engines: list[str], size: int) -> None:
             torch.onnx.export(model, example, folder / "model.onnx", input_names=["images"], dynamic_shapes=shapes)
     exact = reference.build(state_dict, transform_input=False, dtype=torch.float64)
     with torch.inference_mode():
-        images = torch.from_numpy(_images(ERROR_BATCH, size).astype(np.float64)).permute(0, 3, 1, 2)
+        images = torch.from_numpy(random_images(ERROR_BATCH, size).astype(np.float64)).permute(0, 3, 1, 2)
         np.save(folder / "truth.npy", exact(images).numpy())
 
 
@@ -156,7 +156,7 @@ def load(name: str, folder: Path, size: int) -> Callable[..., dict[str, Any]]:
     to_input, run = ENGINES[name](folder)
 
     def answer(batch: int, calls: int) -> dict[str, Any]:
-        images = to_input(_images(batch, size))
+        images = to_input(random_images(batch, size))
         logits, seconds = run(images), []
         for _ in range(calls):
             start = time.perf_counter()
@@ -168,9 +168,13 @@ def load(name: str, folder: Path, size: int) -> Callable[..., dict[str, Any]]:
 
 
 def error(worker: Worker, folder: Path) -> float:
-    """Return the largest error of the logits against float64, relative to the largest logit."""
+    """Return the error of an engine's logits against float64."""
+    return relative_error(np.asarray(worker.ask(batch=ERROR_BATCH, calls=0)["logits"]), folder)
+
+
+def relative_error(logits: np.ndarray, folder: Path) -> float:
+    """Return the largest error of the logits of ``ERROR_BATCH`` images, relative to the largest true logit."""
     truth = np.load(folder / "truth.npy")
-    logits = np.asarray(worker.ask(batch=ERROR_BATCH, calls=0)["logits"])
     return float(np.abs(logits - truth).max() / np.abs(truth).max())
 
 
@@ -225,7 +229,8 @@ def start(name: str, folder: Path, processes: contextlib.ExitStack) -> tuple[tup
     return (loaded - begin, time.perf_counter() - loaded), worker
 
 
-def _images(batch: int, size: int) -> np.ndarray:
+def random_images(batch: int, size: int) -> np.ndarray:
+    """Return float32 [batch, size, size, 3], normal."""
     return np.random.default_rng(batch).standard_normal((batch, size, size, 3)).astype(np.float32)
 
 
