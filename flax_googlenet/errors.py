@@ -60,4 +60,4 @@ def _escape(match: re.Match[str]) -> str:
 
 def install_advice(extra: str) -> str:
     """Return the advice to install an extra of the project, such as ``train``."""
-    return f'install flax-googlenet with its extra "{extra}": in a clone by pip install -e ".[{extra}]"'
+    return f'install flax-googlenet with its extra "{extra}": pip install "flax-googlenet[{extra}]"'

@@ -2,29 +2,26 @@
 
 from collections import Counter
 from json import dumps
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import arg
 
-from flax_googlenet.commands.arguments import Flag, Number, OptionalFile
+from flax_googlenet.commands.arguments import Flag, Number, OptionalFile, OptionalWeights
 from flax_googlenet.commands.results import SUFFIXES, Row, open_results, rank
-from flax_googlenet.commands.status import CommandError, Status, UsageError
+from flax_googlenet.commands.status import Status, UsageError
 from flax_googlenet.commands.terminal import Messages, require_folder_of, write_output
+from flax_googlenet.commands.weights import default_weights, weights_file
 from flax_googlenet.errors import printable
 
 if TYPE_CHECKING:
     from rich.console import Group
-
-DEFAULT_WEIGHTS = (Path("googlenet-imagenet.safetensors"), Path("googlenet-random.safetensors"))
-"""The outputs of ``convert/port_weights.py``, which are looked for in the working folder."""
 
 
 def classify(
     images: Annotated[tuple[str, ...], arg(metavar="IMAGE|FOLDER|GLOB ...", help_behavior_hint="")],
     /,
     *,
-    weights: OptionalFile = None,
+    weights: OptionalWeights = None,
     json: Flag = False,
     output: OptionalFile = None,
     top: Number = 5,
@@ -41,16 +38,17 @@ def classify(
       0    all images are classified
       1    some images could not be read; standard error names them, and the others are classified
       2    the command line is wrong
-      3    nothing is classified: there is no such file or no image, the weights cannot be read, the output cannot be
-           written, or JAX_PLATFORMS names a device that this machine does not have
+      3    nothing is classified: there is no such file or no image, the weights cannot be read or downloaded, the
+           output cannot be written, or JAX_PLATFORMS names a device that this machine does not have
       70   an unexpected error; its traceback is in the file that the message names
       130  interrupted
       141  nobody reads standard output any more
 
     Args:
         images: Files, folders, and globs such as 'photos/**/*.jpg'.
-        weights: File of weights, written by port_weights.py, train or flax_googlenet.save. By default
-            googlenet-imagenet.safetensors in the working folder, or else googlenet-random.safetensors.
+        weights: File of weights, or imagenet for torchvision's, which are downloaded once. Files are written by train,
+            flax_googlenet.save and, in the repository, port_weights.py. By default googlenet-imagenet.safetensors or
+            googlenet-random.safetensors in the working folder, or else imagenet.
         json: Print one line of JSON for each image: {"image", "predictions": [{"index", "label", "probability"}]}.
         output: Write to this .csv, .jsonl or .parquet file instead of standard output. Cannot be combined with --json.
         top: Number of classes to name, the likeliest first.
@@ -91,7 +89,7 @@ def classify(
     if first_path is None:
         return Status.NOT_DONE
     paths = itertools.chain([first_path], paths)
-    weights = weights or _default_weights()
+    weights = weights_file(weights or default_weights(messages), messages)
     loaded = load_weights(weights, dtype=jnp.float32)
     top = min(top, loaded.model.num_classes)
     if loaded.metadata.get("source") == "random":
@@ -130,16 +128,6 @@ def classify(
     if unreadable:
         messages.fail(describe_unreadable(unreadable), unreadable.total())
     return messages.conclude(done, seconds, results.skipped if results else 0)
-
-
-def _default_weights() -> Path:
-    for path in DEFAULT_WEIGHTS:
-        if path.is_file():
-            return path
-    raise CommandError(
-        f"no weights: name them with --weights, or make {DEFAULT_WEIGHTS[0]} in this folder with "
-        "python convert/port_weights.py imagenet"
-    )
 
 
 def _block(row: Row) -> "Group":

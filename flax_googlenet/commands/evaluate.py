@@ -10,6 +10,7 @@ from flax_googlenet.commands.arguments import Flag, Number, OptionalFile
 from flax_googlenet.commands.status import CommandError, Status, UsageError
 from flax_googlenet.commands.terminal import Messages, require_folder_of, write_output, writing
 from flax_googlenet.commands.train import require_training_packages
+from flax_googlenet.commands.weights import is_pretrained, weights_file
 from flax_googlenet.errors import listing
 
 if TYPE_CHECKING:
@@ -41,16 +42,17 @@ def evaluate(
       0    all images are evaluated
       1    some images could not be read; standard error names them, and the others are evaluated
       2    the command line is wrong
-      3    nothing is evaluated: the data or the weights cannot be read, their classes differ, the output cannot be
-           written, or JAX_PLATFORMS names a device that this machine does not have
+      3    nothing is evaluated: the data or the weights cannot be read, the weights cannot be downloaded, their
+           classes differ, the output cannot be written, or JAX_PLATFORMS names a device that this machine does not have
       70   an unexpected error; its traceback is in the file that the message names
       130  interrupted
       141  nobody reads standard output any more
 
     Args:
-        inputs: Files of weights, written by train, port_weights.py or flax_googlenet.save, and then the data. The
-            probabilities of several networks are averaged. The data are a folder with a folder for each class, a
-            folder with such a folder named val, a folder of IDX files, or the word digits for scikit-learn's digits.
+        inputs: Files of weights, or imagenet for torchvision's weights, and then the data. The probabilities of several
+            networks are averaged. Files of weights are written by train, flax_googlenet.save and, in the repository,
+            port_weights.py. The data are a folder with a folder for each class, a folder with such a folder named val,
+            a folder of IDX files, or the word digits for scikit-learn's digits.
         crops: Number of crops of each image whose probabilities are averaged: 1 is the centre, 10 are the corners and
             the centre, each of them also mirrored, and 144 are the paper's, at four scales.
         json: Print one line of JSON: {"data", "weights", "crops", "image_size", "unreadable", "count", "top1", "top5",
@@ -64,7 +66,7 @@ def evaluate(
         raise UsageError(_ORDER)
     *paths, data = inputs
     for path in paths:
-        if Path(path).is_dir():
+        if Path(path).is_dir() and not is_pretrained(path):
             raise UsageError(f"{path} is a folder: {_ORDER}")
     if data != "digits" and Path(data).is_file():
         raise UsageError(f"{data} is a file: {_ORDER}")
@@ -91,7 +93,7 @@ def evaluate(
     use_compilation_cache()
     require_backend()
     messages = Messages()
-    ensemble = {path: load_weights(path, dtype=jnp.float32) for path in paths}
+    ensemble = {path: load_weights(weights_file(path, messages), dtype=jnp.float32) for path in paths}
     if random := [path for path, weights in ensemble.items() if weights.metadata.get("source") == "random"]:
         messages.warn(f"the weights of {', '.join(random)} are random: the figures mean nothing")
     size = image_size(ensemble)

@@ -4,15 +4,16 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from flax_googlenet.commands.arguments import File, Flag, OptionalNumber
+from flax_googlenet.commands.arguments import File, Flag, OptionalNumber, Weights
 from flax_googlenet.commands.status import Status
-from flax_googlenet.commands.terminal import require_folder_of, write_output, writing
+from flax_googlenet.commands.terminal import Messages, require_folder_of, write_output, writing
+from flax_googlenet.commands.weights import weights_file
 from flax_googlenet.errors import printable
 
 
 def export(
     *,
-    weights: File,
+    weights: Weights,
     output: File,
     platforms: Annotated[tuple[str, ...], arg(metavar="PLATFORM ...")] = ("cpu", "cuda", "tpu"),
     size: Annotated[tuple[int, int] | None, arg(metavar="HEIGHT WIDTH", help_behavior_hint="")] = None,
@@ -29,14 +30,15 @@ def export(
     Exit status:
       0    the file is written
       2    the command line is wrong
-      3    nothing is written: the weights cannot be read, the output cannot be written, or JAX_PLATFORMS names a
-           device that this machine does not have
+      3    nothing is written: the weights cannot be read or downloaded, the output cannot be written, or JAX_PLATFORMS
+           names a device that this machine does not have
       70   an unexpected error; its traceback is in the file that the message names
       130  interrupted
       141  nobody reads standard output any more
 
     Args:
-        weights: File of weights, written by port_weights.py, train or flax_googlenet.save.
+        weights: File of weights, or imagenet for torchvision's, which are downloaded once. Files are written by train,
+            flax_googlenet.save and, in the repository, port_weights.py.
         output: File to write, for example googlenet.stablehlo. An existing file is replaced.
         platforms: Platforms that the file runs on: some of cpu, cuda, rocm and tpu. This machine need not have them.
         size: Height and width of the images, in pixels. By default the file takes images of any size from 15 up.
@@ -52,7 +54,7 @@ def export(
 
     require_folder_of(output)
     require_backend()
-    loaded = load_weights(weights)
+    loaded = load_weights(weights_file(weights, Messages()))
     with writing(output):
         write_export(
             output, loaded.model, loaded.variables, platforms, size=size, uint8=uint8, top=top, gradient=gradient

@@ -3,15 +3,16 @@
 from json import dumps
 from typing import TYPE_CHECKING
 
-from flax_googlenet.commands.arguments import Flag, OptionalFile, OptionalNumber
+from flax_googlenet.commands.arguments import Flag, OptionalNumber, OptionalWeights
 from flax_googlenet.commands.status import Status, UsageError
-from flax_googlenet.commands.terminal import write_output
+from flax_googlenet.commands.terminal import Messages, write_output
+from flax_googlenet.commands.weights import weights_file
 
 if TYPE_CHECKING:
     from flax_googlenet.inference.stages import Stage
 
 
-def summary(*, weights: OptionalFile = None, size: OptionalNumber = None, json: Flag = False) -> Status:
+def summary(*, weights: OptionalWeights = None, size: OptionalNumber = None, json: Flag = False) -> Status:
     """Show the stages of a network with their shapes, parameters and multiply-adds.
 
     Multiply-adds are counted in convolutions and dense layers. No weights are computed.
@@ -19,15 +20,15 @@ def summary(*, weights: OptionalFile = None, size: OptionalNumber = None, json: 
     Exit status:
       0    the summary is printed
       2    the command line is wrong
-      3    nothing is printed: the weights cannot be read, or JAX_PLATFORMS names a device that this machine
-           does not have
+      3    nothing is printed: the weights cannot be read or downloaded, or JAX_PLATFORMS names a device that this
+           machine does not have
       70   an unexpected error; its traceback is in the file that the message names
       130  interrupted
       141  nobody reads standard output any more
 
     Args:
-        weights: File of weights, written by port_weights.py, train or flax_googlenet.save. By default torchvision's
-            network for ImageNet is shown.
+        weights: File of weights, or imagenet for torchvision's. By default torchvision's network is shown, for which
+            no weights are needed.
         size: Height and width of the images, in pixels. By default the size that the weights were trained for, or 224.
         json: Print one line of JSON: {"image_size", "parameters", "parameters_with_auxiliary_heads", "multiply_adds",
             "stages": [{"name", "output", "parameters", "multiply_adds"}]}.
@@ -44,7 +45,7 @@ def summary(*, weights: OptionalFile = None, size: OptionalNumber = None, json: 
     if size is not None and size < MIN_SIZE:
         raise UsageError(f"--size must be at least {MIN_SIZE}, got {size}")
     require_backend()
-    loaded = load_weights(weights) if weights else None
+    loaded = load_weights(weights_file(weights, Messages())) if weights else None
     size = size or (loaded.image_size if loaded else CROP)
     stages = summarize(loaded.model if loaded else GoogLeNet(), size)
     inference = [stage for stage in stages if not stage.name.startswith("aux")]

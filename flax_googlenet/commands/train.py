@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import arg
 
 from flax_googlenet.commands.aborts import aborts_in_one_line
-from flax_googlenet.commands.arguments import Flag, OptionalFile
+from flax_googlenet.commands.arguments import Flag, OptionalWeights
 from flax_googlenet.commands.status import CommandError, CrashError, Status, UsageError, describe_crash
 from flax_googlenet.commands.terminal import Messages, draws_progress
+from flax_googlenet.commands.weights import weights_file
 from flax_googlenet.errors import GoogLeNetError, install_advice
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def train(
     *,
     workdir: Annotated[Path, arg(metavar="FOLDER")],
     preset: Annotated[str | None, arg(metavar="paper|imagenet|finetune|digits", help_behavior_hint="")] = None,
-    weights: OptionalFile = None,
+    weights: OptionalWeights = None,
     distributed: Flag = False,
     override: Flag = False,
     recipe: Any = None,
@@ -39,14 +40,14 @@ def train(
     The run can be stopped at any time: the same command then continues it. On a CPU a run that was stopped and
     continued ends in the same bits as one that was not. The folder of the run holds model.safetensors with the last
     weights, best.safetensors with those of the best accuracy on the held-out images, and curves.png. Both files of
-    weights are for evaluate, classify, export and port_weights.py --to-torchvision.
+    weights are for evaluate, classify, export and, in the repository, port_weights.py --to-torchvision.
 
     Exit status:
       0    the run is complete
       2    the command line is wrong
-      3    nothing is trained: the data or the weights cannot be read, the folder is in use or holds a run of another
-           recipe, JAX_PLATFORMS names a device that this machine does not have, or --distributed does not find the
-           other processes
+      3    nothing is trained: the data or the weights cannot be read, the weights cannot be downloaded, the folder is
+           in use or holds a run of another recipe, JAX_PLATFORMS names a device that this machine does not have, or
+           --distributed does not find the other processes
       4    the run stopped itself: losses that are not finite, unreadable images, a full disk, a worker process that
            died, no batch of images for 10 minutes, or another process of the run that is gone
       70   an unexpected error; its traceback is in the file in FOLDER that the message names
@@ -61,8 +62,9 @@ def train(
         workdir: Folder of the run.
         preset: Recipe to start from. By default finetune with --weights, digits for the data digits, and imagenet
             otherwise.
-        weights: File of weights to start from, written by port_weights.py, train or flax_googlenet.save. If its
-            classes are not those of the data, the heads are replaced by new ones.
+        weights: File of weights to start from, or imagenet for torchvision's, which are downloaded once. Files are
+            written by train, flax_googlenet.save and, in the repository, port_weights.py. If the classes are not those
+            of the data, the heads are replaced by new ones.
         distributed: Join other processes in one run. They are found through Slurm, Open MPI, Kubernetes, the host of a
             TPU, or the variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
         override: Continue the run in the folder even if the recipe, the data or the weights have changed.
@@ -71,6 +73,7 @@ def train(
     require_training_packages()
     if workdir.exists() and not workdir.is_dir():
         raise CommandError(f"cannot write {workdir}: it is not a folder; choose another --workdir")
+    weights = weights_file(weights, Messages()) if weights else None
     import jax
 
     from flax_googlenet import training
@@ -97,7 +100,7 @@ def train(
             path = shlex.quote(str(result.weights))
             shown["report"](f"held out: {result.metrics['accuracy']:.2%} right, by {result.weights}; next:")
             shown["report"](f"  flax-googlenet evaluate {path} {shlex.quote(data)}")
-            shown["report"](f"  python convert/port_weights.py {path} --to-torchvision FILE.pth")
+            shown["report"](f"  python convert/port_weights.py {path} --to-torchvision FILE.pth  # in the repository")
         return Status.DONE
 
 

@@ -30,6 +30,7 @@ from flax_googlenet.training.run_folder import (
     resume_run,
 )
 from flax_googlenet.training.stopping import RunCounts, StopSignals, TooManyFailuresError, TrainingStopped
+from flax_googlenet.weights.pretrained import PRETRAINED, pretrained_file
 
 
 def _print(message: str) -> None:
@@ -56,7 +57,7 @@ def train(
 
         from flax_googlenet.training import train
 
-        result = train("photos", "run", weights="googlenet-imagenet.safetensors")
+        result = train("photos", "run", weights="imagenet")
         model, variables = flax_googlenet.load(result.best_weights)
 
     Args:
@@ -66,7 +67,8 @@ def train(
             ``curves.png``. All processes of a run must see the same folder.
         recipe: How to train. By default the preset ``finetune`` if there are weights, ``digits`` for the data
             ``digits``, and ``imagenet`` otherwise.
-        weights: A file of ``flax_googlenet.save`` to start from. New heads replace its own if the classes are others.
+        weights: A file of ``flax_googlenet.save`` to start from, or a name for ``flax_googlenet.pretrained``. New heads
+            replace its own if the classes are others.
         distributed: Whether this is one of several processes that train together, which the environment describes.
         override: Whether to continue the run in ``workdir`` even if the recipe, the data or the weights have changed.
         report: Called with messages. By default they are printed.
@@ -75,11 +77,13 @@ def train(
 
     Raises:
         TrainingStopped: If the training ended before its end, by a signal or an error; ``path`` is its last checkpoint.
-        GoogLeNetError: If it could not begin: a RecipeError, DataError, CheckpointError, WorkdirError, BackendError or
-            DistributedError.
+        GoogLeNetError: If it could not begin: a RecipeError, DataError, CheckpointError, DownloadError, WorkdirError,
+            BackendError or DistributedError.
     """
     if isinstance(data, Path) and str(data) == "digits":
         data = "./digits"  # a path is a folder
+    if str(weights) in PRETRAINED:
+        weights = pretrained_file(str(weights))
     workdir, weights = Path(workdir), Path(weights) if weights else None
     recipe = recipe or PRESETS["finetune" if weights else "digits" if data == "digits" else "imagenet"]
     with ExitStack() as stack:

@@ -191,8 +191,6 @@ def test_names_that_standard_output_or_utf8_does_not_have_are_escaped(
 def test_random_weights_are_called_random(
     here: Path, model: GoogLeNet, variables: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert classify("photos/01.jpg") == 3
-    assert "no weights: name them with --weights, or make googlenet-imagenet.safetensors" in capsys.readouterr().err
     flax_googlenet.save("googlenet-random.safetensors", model, variables, {"source": "random"})
     assert classify("photos/01.jpg") == 0
     assert "these weights are random: the answers mean nothing" in capsys.readouterr().err

@@ -83,7 +83,7 @@ def test_a_missing_package_of_the_extra_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, "grain", None)  # what Python itself does for a module that must not be there
     assert cli.main(arguments) == 3
-    advice = 'install flax-googlenet with its extra "train": in a clone by pip install -e ".[train]"'
+    advice = 'install flax-googlenet with its extra "train": pip install "flax-googlenet[train]"'
     assert capsys.readouterr().err.splitlines()[-1] == f"error: grain is not installed: {advice}"
 
 

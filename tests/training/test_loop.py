@@ -193,7 +193,8 @@ def test_the_last_messages_have_the_speed_the_accuracy_and_the_next_commands(com
     )
     assert f"{records(complete)[-1]['accuracy']:.2%}" in accuracy
     assert evaluate == f"  flax-googlenet evaluate {complete}/model.safetensors {data}"
-    assert port == f"  python convert/port_weights.py {complete}/model.safetensors --to-torchvision FILE.pth"
+    to_torchvision = f"{complete}/model.safetensors --to-torchvision FILE.pth"
+    assert port == f"  python convert/port_weights.py {to_torchvision}  # in the repository"
 
 
 @pytest.mark.slow
