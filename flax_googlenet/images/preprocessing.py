@@ -11,6 +11,7 @@ import struct
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, UInt8
@@ -193,7 +194,7 @@ def _to_rgb(image: Image.Image, name: str, *, from_file: bool) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-def _orientation(image: Image.Image, *, from_file: bool) -> int:
+def _orientation(image: Image.Image, *, from_file: bool) -> Any:
     """Return EXIF's tag 274 of a loaded image: 1 to 8, or any other value if the tag or the block makes no sense.
 
     For a file this reads the one tag and no other: Pillow stops at the first damaged tag, and

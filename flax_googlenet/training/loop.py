@@ -96,7 +96,7 @@ class Run:
         learning_rate = schedule(recipe, self.plan.steps_per_epoch)
 
         def one_step(
-            state: TrainState, batch: Batch, stop: jax.Array, dropout_key: jax.Array
+            state: TrainState, batch: dict[str, jax.Array], stop: jax.Array, dropout_key: jax.Array
         ) -> tuple[TrainState, Metrics]:
             with jax.numpy_dtype_promotion("standard"):  # optax's schedules mix integers and floats
                 rate = jnp.asarray(learning_rate(state.step // recipe.accumulate))

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, no_type_check
 
 import jax
 import numpy as np
@@ -10,7 +10,7 @@ import optax
 from flax import struct
 from jax import numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec, reshard
-from jaxtyping import Array, ArrayLike, Float, Int
+from jaxtyping import ArrayLike, Float, Integer
 
 from flax_googlenet.inference.compiling import jit
 from flax_googlenet.model import (
@@ -27,7 +27,7 @@ from flax_googlenet.model import (
 )
 from flax_googlenet.training.finetune import freeze
 
-Batch = Mapping[str, jax.Array]
+Batch = Mapping[str, jax.Array | np.ndarray]
 """``{"image": [N, H, W, 3], "label": int [N]}``: images as for the model, labels from 0 to num_classes - 1.
 
 Labels may also be soft: floating point [N, num_classes], the probability of each class, as mixup makes them.
@@ -37,6 +37,7 @@ Metrics = dict[str, jax.Array]
 """Scalars by name."""
 
 
+@no_type_check  # JAX puts shapes, dtypes and anything else in the places of the arrays
 class TrainState(struct.PyTreeNode):
     """The training state, and the static configuration that the step needs.
 
@@ -174,7 +175,7 @@ def train_step(state: TrainState, batch: Batch, dropout_key: jax.Array) -> tuple
 
 
 @functools.partial(jit, donate_argnums=0)
-def _train_step(state: TrainState, batch: Batch, dropout_key: jax.Array) -> tuple[TrainState, Metrics]:
+def _train_step(state: TrainState, batch: dict[str, jax.Array], dropout_key: jax.Array) -> tuple[TrainState, Metrics]:
     state = _on_mesh_of(batch["image"], state)
 
     def objective(params: dict[str, Any]) -> tuple[jax.Array, tuple[jax.Array, dict[str, Any]]]:
@@ -229,7 +230,7 @@ def eval_step(state: TrainState, batch: Batch) -> Metrics:
 
 
 @jit
-def _eval_step(state: TrainState, batch: Batch) -> Metrics:
+def _eval_step(state: TrainState, batch: dict[str, jax.Array]) -> Metrics:
     state = _on_mesh_of(batch["image"], state)
     output: Any = state.model.apply(state.eval_variables, batch["image"])
     logits = _float32(output.logits)
@@ -250,11 +251,11 @@ def _eval_step(state: TrainState, batch: Batch) -> Metrics:
 
 
 def cross_entropy(
-    logits: Float[Array, "n classes"],
-    labels: Int[Array, " n"] | Float[Array, "n classes"],
+    logits: Float[ArrayLike, "n classes"],
+    labels: Integer[ArrayLike, " n"] | Float[ArrayLike, "n classes"],
     label_smoothing: float = 0.0,
-    class_weights: Float[Array, " classes"] | None = None,
-) -> Float[Array, " n"]:
+    class_weights: Float[ArrayLike, " classes"] | None = None,
+) -> Float[jax.Array, " n"]:
     """Return the cross entropy of each row, in float32 at least.
 
     The values are those of ``torch.nn.CrossEntropyLoss(weight=class_weights, label_smoothing=..., reduction="none")``.
@@ -270,11 +271,12 @@ def cross_entropy(
         TypeError: If ``labels`` is not an array of JAX or NumPy.
         ValueError: If ``labels`` has another shape or dtype.
     """
+    logits = jnp.asarray(logits)
     _check_labels(labels, logits.shape)
     costs = -jax.nn.log_softmax(_float32(logits))  # [n, classes]
     if class_weights is not None:
-        costs *= class_weights.astype(costs.dtype)[None]
-    targets = _probabilities(labels, costs)  # [n, classes]
+        costs *= jnp.asarray(class_weights, costs.dtype)[None]
+    targets = _probabilities(jnp.asarray(labels), costs)  # [n, classes]
     return (((1 - label_smoothing) * targets + label_smoothing / costs.shape[-1]) * costs).sum(-1)
 
 
@@ -361,7 +363,7 @@ def _check_needs(optimizer: optax.GradientTransformationExtraArgs, opt_state: op
         ) from error
 
 
-def _checked(state: TrainState, batch: Any) -> Batch:
+def _checked(state: TrainState, batch: Any) -> dict[str, Any]:
     """Check that a step can take the batch and the state, in microseconds; return the images and the labels."""
     wanted = 'expected a batch {"image": [N, H, W, 3], "label": int [N]}'
     if not isinstance(batch, Mapping):

@@ -380,6 +380,7 @@ def test_a_user_can_allow_larger_images(photograph: Image.Image, monkeypatch: py
     assert_equal_to_torchvision(photograph, photograph)
 
 
+@pytest.mark.usefixtures("unchecked_annotations")
 @pytest.mark.parametrize(
     ("array", "message"),
     [

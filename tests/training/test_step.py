@@ -75,7 +75,7 @@ def copied(tree: Any) -> Any:
 @pytest.fixture(scope="module")
 def lockstep(state_dict: dict[str, np.ndarray], variables64: dict[str, Any]) -> dict[str, Any]:
     """30 steps of both libraries in float64 without dropout. The average that ours keeps changes nothing else."""
-    batches = random_batches(30, 8, 64)
+    batches = random_batches(30, 4, 64)
     model = torch_in_training(state_dict)
     optimizer = torch_sgd(model)
     expected_losses = [reference.train_step(model, optimizer, batch["image"], batch["label"]) for batch in batches]
@@ -367,6 +367,7 @@ LABELS = np.array([0, 1, 2, 3])
 ONE_HOT = np.eye(1000)[LABELS]
 
 
+@pytest.mark.usefixtures("unchecked_annotations")
 @pytest.mark.parametrize(
     ("label", "error", "message"),
     [
@@ -397,6 +398,7 @@ def test_labels_that_do_not_fit_are_refused_with_the_way_out(label: Any, error: 
 BATCH = {"image": np.zeros((4, 32, 32, 3), np.float32), "label": LABELS}
 
 
+@pytest.mark.usefixtures("unchecked_annotations")
 @pytest.mark.parametrize(
     ("batch", "key", "error", "message"),
     [
