@@ -84,7 +84,7 @@ def test_frozen_blocks_and_a_learning_rate_for_the_heads_are_torchs(
     )
 
     sgd = optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.001, momentum=0.9))
-    state = create_train_state(MODEL64, variables64, scale_heads(sgd, 10), frozen=FROZEN)
+    state = create_train_state(MODEL64, variables64, scale_heads(sgd, 10.0), frozen=FROZEN)
     for step in range(3):
         images, labels = random_images(8, 64, step), np.random.default_rng(step).integers(0, 1000, 8)
         expected = reference.train_step(torch_model, torch_optimizer, images, labels)

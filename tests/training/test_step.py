@@ -75,7 +75,7 @@ def copied(tree: Any) -> Any:
 @pytest.fixture(scope="module")
 def lockstep(state_dict: dict[str, np.ndarray], variables64: dict[str, Any]) -> dict[str, Any]:
     """30 steps of both libraries in float64 without dropout. The average that ours keeps changes nothing else."""
-    batches = random_batches(30, 4, 64)
+    batches = random_batches(30, 8, 64)
     model = torch_in_training(state_dict)
     optimizer = torch_sgd(model)
     expected_losses = [reference.train_step(model, optimizer, batch["image"], batch["label"]) for batch in batches]
