@@ -330,6 +330,7 @@ def _checked(name: str, tensor: Any, places: Mapping[str, _Place]) -> Tensor:
         min(tensor.offset, *tensor.shape, *tensor.strides, 0) < 0
         # A view that repeats its storage can claim any size, and its first copy would fill the memory.
         or size > storage.size
+        or math.prod(max(length, 1) for length in tensor.shape) > 2**60  # NumPy has no larger arrays, even empty ones
         or (size and tensor.first_byte + (last + 1) * tensor.dtype.itemsize > stop * storage.dtype.itemsize)
         or storage.key not in places
         or places[storage.key].size != storage.size

@@ -3,20 +3,24 @@
 The rules look at names and nesting only. The values can be arrays or tensors of any library.
 """
 
-import functools
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from flax.traverse_util import flatten_dict
-
 from flax_googlenet.errors import listing
-from flax_googlenet.model import GoogLeNet, variable_shapes
-from flax_googlenet.weights.torchvision import PortingError, torch_key
+from flax_googlenet.model import BLOCKS
+from flax_googlenet.weights.torchvision import NAMES, PortingError
+
+_NAME = re.compile(
+    rf"(?:^|\.)(({'|'.join(BLOCKS)})(\.branch\d(\.\d)?)?(\.(conv|bn|fc1|fc2))*\.({'|'.join(sorted(set(NAMES.values())))}))\Z"
+)
+"""torchvision's name of a tensor, at the end of a name with any prefix."""
 
 _ENOUGH = 100  # of the 287 names without counters and auxiliary heads; a ResNet has two of them, those of fc
 _MAX_DEPTH = 4
+_MAX_NETWORKS = 100  # more are not told apart, because a hostile file could have thousands
+_SHOWN = 60  # characters of a name in a message
 _AVERAGED = re.compile(r"(^|[._])(ema|swa|avg|average|averaged|teacher)([._]|$)", re.IGNORECASE)
 _BOOKKEEPING = ("n_averaged",)  # the counter of torch.optim.swa_utils.AveragedModel
 
@@ -67,6 +71,7 @@ def find_state_dict(content: Any, key: str | None = None) -> FoundStateDict:
         raise PortingError(f"it holds a {type(content).__name__}, not a state dict")
     mappings = list(_mappings(content))
     candidates = [_Candidate(path, prefix, mapping) for path, mapping in mappings for prefix in _prefixes(mapping)]
+    candidates = candidates[:_MAX_NETWORKS]
     wanted = candidates
     if key is not None:
         wanted = [
@@ -81,7 +86,7 @@ def find_state_dict(content: Any, key: str | None = None) -> FoundStateDict:
     arrays = {str(name): value for name, value in fullest.items() if _is_array(value)}
     if not arrays:
         missing = "no state dict found" if key is None else f"there is no state dict under --key {key}"
-        raise PortingError(f"{missing}; the keys found: {listing(map(str, content), 12) or 'none'}")
+        raise PortingError(f"{missing}; the keys found: {_shown(content, 12) or 'none'}")
     return FoundStateDict(arrays, [])
 
 
@@ -99,9 +104,10 @@ def _choose(wanted: list[_Candidate], candidates: list[_Candidate]) -> FoundStat
     notes = []
     if others := [_label(candidate, candidates) for candidate in wanted if candidate is not chosen]:
         taken = repr(_label(chosen, candidates) or "the outermost weights")
-        notes.append(f"took {taken}; --key {' or '.join(filter(None, others))} takes the file's other weights")
+        keys = " or ".join(key[:_SHOWN] for key in others[:8] if key)
+        notes.append(f"took {taken}; --key {keys} takes the file's other weights")
     if left_out:
-        notes.append(f"left out entries that do not belong to the network: {listing(left_out, 3)}")
+        notes.append(f"left out entries that do not belong to the network: {_shown(left_out, 3)}")
     return FoundStateDict(state_dict, notes)
 
 
@@ -134,18 +140,14 @@ def _prefixes(mapping: Mapping[Any, Any]) -> list[str]:
     """Return the prefixes of the GoogLeNets in a mapping, in the order of the mapping."""
     counts: Counter[str] = Counter()
     for name, value in mapping.items():
-        if isinstance(name, str) and _is_array(value):
-            starts = [0, *(match.end() for match in re.finditer(r"\.", name))]
-            start = next((start for start in starts if name[start:] in _torch_names()), None)
-            if start is not None:
-                counts[name[:start]] += 1
+        if isinstance(name, str) and _is_array(value) and (match := _NAME.search(name)):
+            counts[name[: match.start(1)]] += 1
     return [prefix for prefix, count in counts.items() if count >= _ENOUGH]
+
+
+def _shown(names: Iterable[Any], most: int) -> str:
+    return listing((str(name)[:_SHOWN] for name in names), most)
 
 
 def _is_array(value: Any) -> bool:
     return hasattr(value, "shape") and hasattr(value, "dtype")
-
-
-@functools.cache
-def _torch_names() -> frozenset[str]:
-    return frozenset(map(torch_key, flatten_dict(variable_shapes(GoogLeNet()))))
