@@ -105,7 +105,8 @@ def pretrained_file(
                 lock(lock_file, warn, wait=True)
             if not _is_intact(path, source):
                 _convert(_original(source, folder, on_progress, warn), path, source)
-                (folder / name_in_url(source.url)).unlink(missing_ok=True)  # no longer needed
+                for leftover in (*folder.glob(f".{path.name}.*.tmp"), folder / name_in_url(source.url)):
+                    leftover.unlink(missing_ok=True)  # what killed processes were writing, and the download
     except OSError as error:
         raise DownloadError(
             f"cannot keep the weights {name!r} in {folder}: {error.strerror}; "

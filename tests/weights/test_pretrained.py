@@ -227,6 +227,16 @@ def test_a_mirror_without_the_file_or_with_another_one_is_named(
     assert contents(cache) == set()
 
 
+def test_a_training_takes_pretrained_weights_by_their_name(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLAX_GOOGLENET_MIRROR", str(tmp_path))
+    with pytest.raises(DownloadError, match=f"cannot read {tmp_path / NAME}"):
+        flax_googlenet.training.train("digits", tmp_path / "run", weights="imagenet")
+    assert not (tmp_path / "run").exists()
+    assert contents(cache) == set()
+
+
 def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match="there are no pretrained weights 'imagenet21k': the names are 'imagenet'"):
         flax_googlenet.pretrained("imagenet21k")
@@ -270,6 +280,7 @@ def test_a_full_disk_leaves_nothing_broken_and_the_download_is_resumed(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     monkeypatch.delenv("FLAX_GOOGLENET_MIRROR")
+    (cache / f".{path.name}.0123abcd.tmp").write_bytes(b"left by a process that was killed")
     flax_googlenet.load(pretrained_file("imagenet"))
     assert server.ranges[0] is None
     assert server.ranges[1] is not None
