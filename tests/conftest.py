@@ -53,13 +53,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _compilation_cache(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> None:
     """Many tests compile the same network: what one has compiled serves the others, in all workers of pytest-xdist.
 
-    And in the processes that they start, which compile each small thing anew otherwise.
+    And in the processes that they start, which compile each small thing anew otherwise. A developer who sets
+    JAX_COMPILATION_CACHE_DIR keeps it for the next time.
     """
     folder = tmp_path_factory.getbasetemp()
     folder = folder if worker_id == "master" else folder.parent
-    jax.config.update("jax_compilation_cache_dir", str(folder / "jax"))
+    cache = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / "jax"))
+    jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "jax")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 

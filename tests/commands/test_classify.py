@@ -140,6 +140,7 @@ def test_the_answers_are_the_networks(
     assert len({row["predictions"][0]["probability"] for row in rows}) == 12  # no two images have the same answer
 
 
+@pytest.mark.slow
 def test_without_names_the_classes_are_numbers(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     image = "photos/01.jpg"
     assert classify(image, "--weights", "nameless.safetensors", "--json") == 0

@@ -81,7 +81,10 @@ def browser() -> Iterator[Browser]:
         browser.close()
 
 
-@pytest.fixture(params=[400, 1200], ids="{}px".format)
+WIDTHS = [pytest.param(width, marks=pytest.mark.slow) for width in (400, 1200)]  # a browser takes ten seconds
+
+
+@pytest.fixture(params=WIDTHS, ids="{}px".format)
 def show(request: pytest.FixtureRequest, browser: Browser, tmp_path: Path) -> Iterator[Show]:
     """Renders a page and opens it in a window of this width; records its requests and the browser's complaints."""
     context = browser.new_context(viewport={"width": request.param, "height": 900}, color_scheme="light")
@@ -101,7 +104,8 @@ def show(request: pytest.FixtureRequest, browser: Browser, tmp_path: Path) -> It
 
 
 both = pytest.mark.parametrize("result", [PROVEN, DIFFERENT], ids=["proven", "different"])
-wide = pytest.mark.parametrize("show", [1200], indirect=True)  # for tests that do not depend on the width
+# For tests that do not depend on the width.
+wide = pytest.mark.parametrize("show", [pytest.param(1200, marks=pytest.mark.slow)], indirect=True)
 
 
 @both

@@ -232,6 +232,7 @@ def test_breaking_a_name_is_noticed(name: str, state_dict: StateDict, monkeypatc
     assert is_noticed(state_dict)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ndim", "axes"),
     [(4, (3, 2, 1, 0)), (4, (2, 3, 0, 1)), (4, (0, 1, 2, 3)), (2, (0, 1))],
