@@ -7,9 +7,9 @@ from pathlib import Path
 
 from process import STATUSES, InputError, Result, Status, ends_on_ctrl_c
 
-from flax_googlenet.commands.status import CommandError, describe_crash
+from flax_googlenet.commands.status import CommandError, describe_crash, exit_status
 from flax_googlenet.commands.terminal import Messages, prepare_process, write_output
-from flax_googlenet.errors import GoogLeNetError, printable
+from flax_googlenet.errors import printable
 
 DESCRIPTION = """\
 Port a torchvision GoogLeNet checkpoint to Flax, and prove that the port is
@@ -116,12 +116,9 @@ def main(argv: list[str] | None = None) -> int:
             with messages.spinner("starting PyTorch and JAX"):
                 _import_engines()
             status, facts = _run(args, messages)
-        except GoogLeNetError as error:
-            names = (base.__name__ for base in type(error).__mro__)
-            status = next(STATUSES[name] for name in names if name in STATUSES)
-            facts = {"error": str(error)}
-        except Exception as error:  # a defect
-            status, facts = Status.CRASHED, {"error": describe_crash(error)}
+        except Exception as error:
+            status = Status(exit_status(error, STATUSES))
+            facts = {"error": describe_crash(error) if status is Status.CRASHED else str(error)}
         if "error" in facts:
             facts["error"] = printable(facts["error"])
             messages.fail(facts["error"])

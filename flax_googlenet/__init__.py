@@ -22,42 +22,39 @@ if TYPE_CHECKING:
     __version__: str
 else:  # hidden from type checkers, which would accept any name because of __getattr__
     _MODULES = {
-        "CheckpointError": "weights.checkpoint",
-        "DownloadError": "weights.download",
-        "ExportError": "inference.export",
-        "GoogLeNet": "model",
-        "GoogLeNetError": "errors",
-        "GoogLeNetOutput": "model",
-        "ImageError": "images.preprocessing",
-        "PortingError": "weights.torchvision",
-        "Predictor": "inference.predictor",
-        "StateDictError": "weights.pth",
-        "endpoints": "model",
-        "export": "inference.export",
-        "fold_batch_norm": "inference.folding",
-        "from_torchvision": "weights.torchvision",
-        "load": "weights.checkpoint",
-        "load_metadata": "weights.checkpoint",
-        "make_predictor": "inference.predictor",
-        "preprocess": "images.preprocessing",
-        "preprocess_batch": "images.preprocessing",
-        "pretrained": "weights.pretrained",
-        "read_state_dict": "weights.pth",
-        "save": "weights.checkpoint",
-        "to_torchvision": "weights.torchvision",
+        "errors": ("GoogLeNetError",),
+        "images.preprocessing": ("ImageError", "preprocess", "preprocess_batch"),
+        "inference.export": ("ExportError", "export"),
+        "inference.folding": ("fold_batch_norm",),
+        "inference.predictor": ("Predictor", "make_predictor"),
+        "model": ("GoogLeNet", "GoogLeNetOutput", "endpoints"),
+        "weights.checkpoint": ("CheckpointError", "load", "load_metadata", "save"),
+        "weights.download": ("DownloadError",),
+        "weights.pretrained": ("pretrained",),
+        "weights.pth": ("StateDictError", "read_state_dict"),
+        "weights.torchvision": ("PortingError", "from_torchvision", "to_torchvision"),
+        "training": (),
     }
 
-    def __getattr__(name: str) -> object:
-        from importlib import import_module, metadata
+    def _get_lazily(package: str, modules: dict[str, tuple[str, ...]], name: str) -> object:
+        """Import a name of a package from the module that has it, or import the module itself."""
+        import sys
+        from importlib import import_module
 
-        if name == "training":
-            return import_module("flax_googlenet.training")
+        if name in modules:
+            return import_module(f"{package}.{name}")
+        for module, names in modules.items():
+            if name in names:
+                value = vars(sys.modules[package])[name] = getattr(import_module(f"{package}.{module}"), name)
+                return value
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+
+    def __getattr__(name: str) -> object:
         if name == "__version__":
+            from importlib import metadata
+
             return metadata.version("flax-googlenet")
-        if name not in _MODULES:
-            raise AttributeError(f"module 'flax_googlenet' has no attribute {name!r}")
-        value = globals()[name] = getattr(import_module(f"flax_googlenet.{_MODULES[name]}"), name)
-        return value
+        return _get_lazily(__name__, _MODULES, name)
 
     def __dir__() -> list[str]:
         return sorted({*globals(), *__all__, "training"})

@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+from collections.abc import Mapping
 from enum import IntEnum
 
 from flax_googlenet.errors import GoogLeNetError, printable, url_without_secrets
@@ -34,7 +35,7 @@ class CrashError(CommandError):
     """A command met an error that nobody expected; the message is that of ``describe_crash``."""
 
 
-_STATUSES = {
+STATUSES = {
     "UsageError": Status.USAGE,
     "ExportError": Status.USAGE,
     "TrainingStopped": Status.GAVE_UP,
@@ -49,10 +50,10 @@ The classes stand here by their names: to import them would take the time, and t
 """
 
 
-def exit_status(error: Exception) -> Status:
+def exit_status(error: Exception, statuses: Mapping[str, int] = STATUSES) -> int:
     """Return the status with which an exception ends a command: that of its nearest base class in the table."""
     names = (base.__name__ for base in type(error).__mro__)
-    return next((_STATUSES[name] for name in names if name in _STATUSES), Status.CRASHED)
+    return next((statuses[name] for name in names if name in statuses), Status.CRASHED)
 
 
 def describe_crash(error: Exception, folder: str | os.PathLike[str] | None = None) -> str:

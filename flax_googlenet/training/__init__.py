@@ -20,39 +20,23 @@ if TYPE_CHECKING:
     from flax_googlenet.training.run_folder import WorkdirError
     from flax_googlenet.training.step import TrainState, create_train_state, cross_entropy, eval_step, train_step
     from flax_googlenet.training.stopping import TrainingStopped
-else:  # where a type checker sees it, it would accept any name
+else:  # hidden from type checkers, which would accept any name because of __getattr__
+    from flax_googlenet import _get_lazily
+
     _MODULES = {
-        "flax_googlenet.training.datasets": ("DataError",),
-        "flax_googlenet.training.loop": ("TrainingResult",),
-        "flax_googlenet.training.recipe": ("PRESETS", "Recipe", "RecipeError"),
-        "flax_googlenet.training.run": ("train",),
-        "flax_googlenet.training.run_folder": ("WorkdirError",),
-        "flax_googlenet.training.memory": ("keep_memory",),
-        "flax_googlenet.training.finetune": (
-            "balanced_class_weights",
-            "freeze",
-            "new_head",
-            "reestimate_batch_norm",
-            "scale_heads",
-        ),
-        "flax_googlenet.training.step": (
-            "TrainState",
-            "create_train_state",
-            "cross_entropy",
-            "eval_step",
-            "train_step",
-        ),
-        "flax_googlenet.training.stopping": ("TrainingStopped",),
+        "datasets": ("DataError",),
+        "loop": ("TrainingResult",),
+        "recipe": ("PRESETS", "Recipe", "RecipeError"),
+        "run": ("train",),
+        "run_folder": ("WorkdirError",),
+        "memory": ("keep_memory",),
+        "finetune": ("balanced_class_weights", "freeze", "new_head", "reestimate_batch_norm", "scale_heads"),
+        "step": ("TrainState", "create_train_state", "cross_entropy", "eval_step", "train_step"),
+        "stopping": ("TrainingStopped",),
     }
 
     def __getattr__(name: str) -> object:
-        from importlib import import_module
-
-        for module, names in _MODULES.items():
-            if name in names:
-                value = globals()[name] = getattr(import_module(module), name)
-                return value
-        raise AttributeError(f"module 'flax_googlenet.training' has no attribute {name!r}")
+        return _get_lazily(__name__, _MODULES, name)
 
     def __dir__() -> list[str]:
         return sorted({*globals(), *__all__})

@@ -185,11 +185,7 @@ def initial_state(
             else:
                 variables = reorder_head(variables, head.order)
         return create_train_state(
-            model.clone(
-                dropout=recipe.dropout,
-                dropout_aux=recipe.dropout_aux,
-                dtype=jnp.dtype(recipe.dtype).type,
-            ),
+            model.clone(dropout=recipe.dropout, dropout_aux=recipe.dropout_aux, dtype=jnp.dtype(recipe.dtype).type),
             variables,
             make_optimizer(recipe, plan.steps_per_epoch),
             frozen=recipe.frozen,

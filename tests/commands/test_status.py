@@ -37,7 +37,7 @@ def subclasses(kind: type[Exception]) -> Iterator[type[Exception]]:
 
 def test_the_table_of_statuses_names_exceptions_that_exist() -> None:
     known = {*subclasses(GoogLeNetError), OSError, BrokenPipeError}
-    assert status._STATUSES.keys() <= {kind.__name__ for kind in known}
+    assert status.STATUSES.keys() <= {kind.__name__ for kind in known}
 
 
 @pytest.mark.parametrize(
