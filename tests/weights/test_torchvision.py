@@ -295,6 +295,7 @@ def test_the_library_imports_no_torch_not_even_to_train(tmp_path: Path) -> None:
 def test_the_public_names_are_those_of_the_contract() -> None:
     assert set(flax_googlenet.__all__) == {
         "CheckpointError",
+        "DownloadError",
         "ExportError",
         "GoogLeNet",
         "GoogLeNetError",
@@ -302,6 +303,7 @@ def test_the_public_names_are_those_of_the_contract() -> None:
         "ImageError",
         "PortingError",
         "Predictor",
+        "StateDictError",
         "endpoints",
         "export",
         "fold_batch_norm",
@@ -311,6 +313,8 @@ def test_the_public_names_are_those_of_the_contract() -> None:
         "make_predictor",
         "preprocess",
         "preprocess_batch",
+        "pretrained",
+        "read_state_dict",
         "save",
         "to_torchvision",
     }
