@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,7 +102,10 @@ def _read_file(checkpoint: str, key: str | None, messages: Messages) -> pth.Chec
         try:
             found = pth.read(path, key)
         except OSError as error:
-            raise InputError(f"cannot read {path}: {error.strerror}{_advice(path)}") from error
+            advice = "" if os.path.exists(path) else ": give a file, a URL, imagenet or random"
+            raise InputError(f"cannot read {path}: {error.strerror}{advice}") from error
+        except StateDictError as error:
+            raise InputError(str(error)) if isinstance(error.__cause__, OSError) else error from error.__cause__
     if path.name == IMAGENET_NAME and not found.sha256.startswith(IMAGENET_HASH):
         # The file's format has no checksum, so a damaged weight would go unnoticed without the hash in its name.
         raise StateDictError(
@@ -111,22 +113,6 @@ def _read_file(checkpoint: str, key: str | None, messages: Messages) -> pth.Chec
             "delete it and download it again"
         )
     return found
-
-
-def _advice(path: Path) -> str:
-    """Return the end of a message: what to name instead of a path that cannot be read."""
-    if not os.path.exists(path):
-        return ": give a file, a URL, imagenet or random"
-    if not (path.is_dir() and os.access(path, os.R_OK | os.X_OK)):
-        return ""
-    if (path / "data.pkl").exists():
-        return f": it is an unpacked .pth: pack it again with zip -0 -r {path.name}.pth {path.name}"
-    if (path / ".metadata").exists():
-        script = "python -m torch.distributed.checkpoint.format_utils dcp_to_torch"
-        return f": it is a checkpoint of torch.distributed: convert it to a file with {script} {path} FILE.pth"
-    suffixes = (".pth", ".pt", ".bin", ".ckpt", ".safetensors", ".tar")
-    names = sorted(entry.name for entry in path.iterdir() if entry.name.endswith(suffixes))
-    return f": give the file in it: {' or '.join(str(path / name) for name in names[:3])}" if names else ""
 
 
 def _download(url: str, scratch: Path, messages: Messages) -> Path:
@@ -202,10 +188,8 @@ def in_one_line(error: PortingError) -> str:
     """Summarise what is wrong with a checkpoint, and name the way out if the problems are known ones."""
     if not error.problems:
         return str(error)
-    advice = ""
-    if all(re.match(r"aux\d\.", name) for names in error.problems.values() for name in names):
+    advice = f"; {error.advice}" if error.advice else ""
+    if error.advice.startswith("only the auxiliary heads"):
         advice = "; only the auxiliary heads are wrong: --without-aux leaves them out"
-    elif any(name.endswith(("_orig", "_mask")) for name in error.problems.get("unexpected", [])):
-        advice = "; it was pruned: call torch.nn.utils.prune.remove(module, 'weight') for each module and save it again"
     kinds = (f"{len(names)} {kind} ({printable(listing(names, 3))})" for kind, names in error.problems.items())
     return f"not the weights of a GoogLeNet: {'; '.join(kinds)}{advice}"

@@ -23,8 +23,8 @@ from flax_googlenet.errors import GoogLeNetError
 
 MAX_PICKLE_BYTES = 2**22  # that of a training checkpoint has 150 kB
 _MAX_OPCODES = 2**19  # a training checkpoint has 50,000; each can take 150 bytes
-_MAX_NAME = 1000  # characters
-_MAX_AXES = 64  # of a tensor in PyTorch and of an array in NumPy
+MAX_NAME = 1000  # characters
+MAX_AXES = 64  # of a tensor in PyTorch and of an array in NumPy
 
 _STORAGES = {
     "Double": np.float64,
@@ -250,7 +250,7 @@ class Interpreter:
 
     def _global(self, module: str, name: str) -> Placeholder:
         full_name = f"{_PYTHON_2_MODULES.get(module, module)}.{name}".replace("torch.cuda.", "torch.")
-        if len(full_name) > _MAX_NAME or not re.fullmatch(r"[\w.<>-]+", full_name):
+        if len(full_name) > MAX_NAME or not re.fullmatch(r"[\w.<>-]+", full_name):
             raise StateDictError("the file is damaged or cut off (its pickle names a class that cannot exist)")
         if not _ORDINARY.fullmatch(full_name):
             self.unknown[full_name] = None
@@ -287,7 +287,7 @@ class Interpreter:
                 return module
             case ("storage", Placeholder(name), str(key), _, int(length), *views) if len(views) < 2:
                 name = re.sub(r"^torch\.storage\._?", "torch.", name)
-                if name in STORAGE_DTYPES and 0 <= length < 2**62 and len(key) <= _MAX_NAME:
+                if name in STORAGE_DTYPES and 0 <= length < 2**62 and len(key) <= MAX_NAME:
                     storage = Storage(key, STORAGE_DTYPES[name], length, is_untyped=name == "torch.UntypedStorage")
                     if self.storages.setdefault(key, storage).size != storage.size:
                         raise StateDictError(f"its pickle names storage {key[:20]} with two different sizes")
@@ -341,7 +341,7 @@ def _view(
     metadata: Sequence[Any] = (),
     dtype: np.dtype[Any] | None = None,
 ) -> Tensor | UnusualTensor:
-    lengths_agree = isinstance(shape, tuple) and isinstance(strides, tuple) and len(shape) == len(strides) <= _MAX_AXES
+    lengths_agree = isinstance(shape, tuple) and isinstance(strides, tuple) and len(shape) == len(strides) <= MAX_AXES
     if (
         not isinstance(storage, Storage)
         or not lengths_agree
@@ -369,5 +369,5 @@ def _update(target: Any, items: Sequence[Any]) -> None:
         raise StateDictError("its pickle sets items of something that is not a dict")
     for key, value in zip(items[::2], items[1::2], strict=True):
         # Larger integers can be chosen so that they all have the same hash, and a dict of them takes forever.
-        if (type(key) is str and len(key) <= _MAX_NAME) or (type(key) is int and abs(key) < 2**31):
+        if (type(key) is str and len(key) <= MAX_NAME) or (type(key) is int and abs(key) < 2**31):
             target[key] = value

@@ -27,7 +27,10 @@ import numpy as np
 
 from flax_googlenet.errors import listing, printable
 from flax_googlenet.files import open_regular_file
+from flax_googlenet.weights.other_formats import folder_advice, refuse_other_files, refuse_other_zips
 from flax_googlenet.weights.pickles import (
+    MAX_AXES,
+    MAX_NAME,
     MAX_PICKLE_BYTES,
     STORAGE_DTYPES,
     Interpreter,
@@ -113,7 +116,8 @@ def read_state_dict(path: str | os.PathLike[str], key: str | None = None) -> dic
         ``ml_dtypes.bfloat16``.
 
     Raises:
-        StateDictError: If the file is damaged, is of another kind, or does not hold a state dict of plain tensors.
+        StateDictError: If the file is damaged, is of another kind, or does not hold a state dict of plain tensors; also
+            for a folder.
         OSError: If the file cannot be read.
 
     Example::
@@ -139,7 +143,9 @@ def read(path: str | os.PathLike[str], key: str | None = None) -> Checkpoint:
             for storage in storages.values():
                 _swap_bytes(values[storage.key], storage.dtype)
         arrays = {name: _array(tensor, values[tensor.storage.key]) for name, tensor in tensors.items()}
-        return Checkpoint(arrays, sha256, notes)
+        return Checkpoint(arrays, sha256, list(map(printable, notes)))
+    except IsADirectoryError as error:
+        raise StateDictError(f"cannot read {os.fspath(path)}: {error.strerror}{folder_advice(Path(path))}") from error
     except StateDictError as error:
         raise StateDictError(f"{os.fspath(path)}: {printable(str(error))}") from error
 
@@ -152,10 +158,7 @@ def _structure(file: io.BufferedReader, suffix: str) -> _Contents:
         raise StateDictError(f"the file has {size:,} bytes, and no GoogLeNet has more than {MAX_BYTES:,}")
     head = file.read(512)
     header_size = int.from_bytes(head[:8], "little")
-    if re.match(rb"\s*<(!doctype|\?xml|html|head|body)", head.lower()):
-        raise StateDictError("this is a web page, not a checkpoint: download the file itself")
-    if head.startswith(b"version https://git-lfs"):
-        raise StateDictError("this is a Git LFS pointer, not the checkpoint: run `git lfs pull`")
+    refuse_other_files(head)
     try:
         if head.startswith(b"PK\x03\x04"):
             return _open_zip(file, size)
@@ -167,10 +170,6 @@ def _structure(file: io.BufferedReader, suffix: str) -> _Contents:
         raise
     except Exception as error:  # damaged or hostile bytes can cause almost any exception in zipfile, pickle and JSON
         raise StateDictError(f"the file is damaged or cut off ({_first_line(error)})") from error
-    if head.startswith(b"\x1f\x8b"):
-        raise StateDictError("this is compressed by gzip: unpack it first, with tar xzf or gunzip")
-    if head[257:262] == b"ustar":
-        raise StateDictError("this is a tar archive: unpack it first, with tar xf")
     if head.startswith(b"\x80"):
         raise StateDictError(
             "this is a pickle, not a file from torch.save; if it is the data.pkl of an unpacked .pth, "
@@ -195,7 +194,7 @@ class _DirectoryReader:
 def _open_zip(file: io.BufferedReader, file_size: int) -> _Contents:
     entries = zipfile.ZipFile(_DirectoryReader(file)).infolist()
     names = [entry.filename for entry in entries]
-    _refuse_other_zips(names)
+    refuse_other_zips(names)
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise StateDictError("the zip has compressed entries, which torch.save never writes: a zip bomb?")
     if sum(entry.file_size for entry in entries) > file_size:
@@ -232,21 +231,6 @@ def _entry(file: io.BufferedReader, place: _Place) -> bytes:
     return data
 
 
-def _refuse_other_zips(names: list[str]) -> None:
-    """Raise StateDictError for a zip of another format, which may be compressed, with advice on what to do."""
-    if any("/code/" in name for name in names):
-        raise StateDictError("this is a TorchScript program, not a state dict: save model.state_dict() instead")
-    if any(name.endswith(("archive_format", "serialized_exported_program.json")) for name in names):
-        raise StateDictError("this is a program of torch.export, not a state dict: save model.state_dict() instead")
-    if any(name.endswith(".npy") for name in names):
-        raise StateDictError(
-            "this is a .npz of NumPy arrays: write them with safetensors.numpy.save_file(dict(numpy.load(FILE)), "
-            '"FILE.safetensors") and give that file'
-        )
-    if inner := [name for name in names if name.endswith((".pth", ".pt", ".bin", ".ckpt", ".tar", ".safetensors"))]:
-        raise StateDictError(f"this is an archive that holds {inner[0][:200]}: unpack it first, with unzip")
-
-
 def _open_legacy(file: io.BufferedReader, file_size: int) -> _Contents:
     file.seek(0)
     stream = io.BytesIO(file.read(MAX_PICKLE_BYTES + 1))
@@ -278,22 +262,26 @@ def _open_safetensors(file: io.BufferedReader, header_size: int) -> _Contents:
     header = json.loads(file.read(header_size))
     header.pop("__metadata__", None)
     if any(name.startswith("params/") for name in header):
-        raise StateDictError("this is already a port: --to-torchvision FILE.pth converts it back")
+        raise StateDictError(
+            "this is already a file of flax_googlenet, which flax_googlenet.load reads; in the repository, "
+            "python convert/port_weights.py FILE --to-torchvision FILE.pth converts it back"
+        )
     content: dict[str, Tensor | UnusualTensor] = {}
     places = {}
     for name, entry in header.items():
         start, stop = entry["data_offsets"]
         shape = tuple(entry["shape"])
-        if not all(type(number) is int and number >= 0 for number in (start, stop, *shape)) or start > stop:
-            raise StateDictError("the file is damaged or cut off (its header has wrong numbers)")
+        numbers_are_right = all(type(number) is int and number >= 0 for number in (start, stop, *shape))
+        if not numbers_are_right or start > stop or len(shape) > MAX_AXES or len(name) > MAX_NAME:
+            raise StateDictError("the file is damaged or cut off (its header has an impossible tensor)")
         places[name] = _Place(8 + header_size + start, stop - start)
-        if entry["dtype"] not in _SAFETENSORS_DTYPES:
+        kind = f"torch.{_SAFETENSORS_DTYPES.get(entry['dtype'])}Storage"
+        if kind not in STORAGE_DTYPES:
             content[name] = UnusualTensor(f"of the dtype {entry['dtype'][:20]}", shape)
             continue
-        dtype = STORAGE_DTYPES[f"torch.{_SAFETENSORS_DTYPES[entry['dtype']]}Storage"]
-        storage = Storage(name, dtype, math.prod(shape))
+        storage = Storage(name, STORAGE_DTYPES[kind], math.prod(shape))
         strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
-        content[name] = Tensor(storage, dtype, 0, shape, strides)
+        content[name] = Tensor(storage, storage.dtype, 0, shape, strides)
     return _Contents(content, places, [], sys.byteorder == "big")
 
 
@@ -303,8 +291,9 @@ def _find(contents: _Contents, key: str | None) -> tuple[dict[str, Any], list[st
         found = find_state_dict(content, key)
     except PortingError as error:
         objects = content.values() if isinstance(content, Mapping) and key is None else [content]
-        needed = next((value for value in objects if isinstance(value, Placeholder)), None)
-        raise StateDictError(_asks_for(needed.name) if needed else str(error)) from error
+        needed = [value.name for value in objects if isinstance(value, Placeholder)]
+        needed.sort(key=lambda name: name not in contents.unknown)  # a model rather than the arguments beside it
+        raise StateDictError(_asks_for(needed[0]) if needed else str(error)) from error
     notes = found.notes
     if contents.unknown:
         notes = [*notes, f"left out objects of other classes, and ran nothing: {listing(contents.unknown, 3)}"]

@@ -43,7 +43,7 @@ class _Candidate(NamedTuple):
 
     @property
     def names(self) -> set[str]:
-        """Values of ``--key`` that choose it: the path of the mapping with or without the prefix, or the prefix."""
+        """Keys that choose it: the path of the mapping with or without the prefix, or the prefix."""
         place, prefix = ".".join(self.path), self.prefix.rstrip(".")
         return {place, prefix, f"{place}.{prefix}".strip(".")}
 
@@ -85,7 +85,7 @@ def find_state_dict(content: Any, key: str | None = None) -> FoundStateDict:
     fullest = max((mapping for _, mapping in mappings), key=lambda x: sum(map(_is_array, x.values())), default={})
     arrays = {str(name): value for name, value in fullest.items() if _is_array(value)}
     if not arrays:
-        missing = "no state dict found" if key is None else f"there is no state dict under --key {key}"
+        missing = "no state dict found" if key is None else f"there is no state dict under the key {key}"
         raise PortingError(f"{missing}; the keys found: {_shown(content, 12) or 'none'}")
     return FoundStateDict(arrays, [])
 
@@ -105,14 +105,14 @@ def _choose(wanted: list[_Candidate], candidates: list[_Candidate]) -> FoundStat
     if others := [_label(candidate, candidates) for candidate in wanted if candidate is not chosen]:
         taken = repr(_label(chosen, candidates) or "the outermost weights")
         keys = " or ".join(key[:_SHOWN] for key in others[:8] if key)
-        notes.append(f"took {taken}; --key {keys} takes the file's other weights")
+        notes.append(f"took {taken}; the file's other weights have the key {keys}")
     if left_out:
         notes.append(f"left out entries that do not belong to the network: {_shown(left_out, 3)}")
     return FoundStateDict(state_dict, notes)
 
 
 def _label(candidate: _Candidate, candidates: list[_Candidate]) -> str:
-    """Return the shortest ``--key`` for a candidate, with the prefix only if its mapping holds several networks."""
+    """Return the shortest key for a candidate, with the prefix only if its mapping holds several networks."""
     is_only_network = sum(other.mapping is candidate.mapping for other in candidates) == 1
     return ".".join(filter(None, (*candidate.path, "" if is_only_network else candidate.prefix.rstrip("."))))
 

@@ -37,12 +37,16 @@ class PortingError(GoogLeNetError, ValueError):
     """Weights that do not belong to a GoogLeNet.
 
     ``problems`` lists all tensors that are wrong by the kind of problem. It is empty if the weights are only wrapped
-    in something; the message then says how to unwrap them.
+    in something; the message then says how to unwrap them. ``advice`` says what to do about a known cause; it is empty
+    if the cause is not known.
     """
 
-    def __init__(self, message: str, problems: Mapping[str, list[str]] = MappingProxyType({})) -> None:
-        super().__init__(with_problems(message, problems))
+    def __init__(
+        self, message: str, problems: Mapping[str, list[str]] = MappingProxyType({}), advice: str = ""
+    ) -> None:
+        super().__init__("\n".join(filter(None, [with_problems(message, problems), advice])))
         self.problems = {kind: names for kind, names in problems.items() if names}
+        self.advice = advice
 
 
 def from_torchvision(state_dict: Mapping[str, Any]) -> dict[str, Any]:
@@ -178,4 +182,19 @@ def _check(
         "negative variance": [name for name, array in readable.items() if name.endswith("var") and (array < 0).any()],
     }
     if any(problems.values()):
-        raise PortingError(f"{subject} is not a GoogLeNet's:", problems)
+        raise PortingError(f"{subject} is not a GoogLeNet's:", problems, _advice(problems))
+
+
+def _advice(problems: Mapping[str, list[str]]) -> str:
+    """Return what to do about problems that usual changes of a network cause, or an empty string."""
+    unexpected = problems["unexpected"]
+    if all(re.match(r"aux\d\.", name) for names in problems.values() for name in names):
+        return "only the auxiliary heads are wrong: leave out the names that begin with aux1. or aux2."
+    if any(name.endswith(("_orig", "_mask")) for name in unexpected):
+        return "it was pruned: call torch.nn.utils.prune.remove(module, 'weight') for each module and save it again"
+    if head := next(filter(None, (re.match(r"(fc|aux\d\.fc2)\.\d+\.", name) for name in unexpected)), None):
+        return (
+            f"its head {head[1]} is a Sequential of several layers, and only a single linear layer can be converted: "
+            f"if the others are dropout, rename {head[0]}weight to {head[1]}.weight, and the bias likewise"
+        )
+    return ""

@@ -111,7 +111,7 @@ def test_a_training_checkpoint_gives_its_model_and_a_note_on_the_other(
 ) -> None:
     checkpoint = pth.read(training_checkpoint)
     assert same(checkpoint.state_dict, tensors)
-    assert checkpoint.notes == ["took 'model'; --key model_ema takes the file's other weights"]
+    assert checkpoint.notes == ["took 'model'; the file's other weights have the key model_ema"]
 
 
 def test_key_chooses_the_averaged_model(training_checkpoint: Path) -> None:
@@ -124,7 +124,7 @@ def test_key_chooses_the_averaged_model(training_checkpoint: Path) -> None:
 def test_a_key_that_is_not_there_is_refused_with_the_keys_found(training_checkpoint: Path) -> None:
     for key in ("ema", "epoch"):
         assert refusal(training_checkpoint, key) == (
-            f"there is no state dict under --key {key}; the keys found: model, model_ema, optimizer, lr_scheduler, "
+            f"there is no state dict under the key {key}; the keys found: model, model_ema, optimizer, lr_scheduler, "
             "epoch, args"
         )
 
@@ -151,6 +151,70 @@ def test_what_people_save_beside_the_weights_is_ignored(is_zip: bool, tensors: T
     checkpoint = pth.read(path)
     assert same(checkpoint.state_dict, tensors)
     assert checkpoint.notes == []
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.pth", "model.bin", "model"])
+@pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
+def test_a_file_is_known_by_its_content_not_by_its_name(name: str, kind: str, tensors: Tensors, tmp_path: Path) -> None:
+    if kind == "safetensors":
+        safetensors.torch.save_file(tensors, tmp_path / name)
+    else:
+        torch.save(tensors, tmp_path / name, _use_new_zipfile_serialization=kind == "zip")
+    assert same(pth.read(tmp_path / name).state_dict, tensors)
+
+
+def test_arrays_own_their_memory_and_can_be_written(zipped: Path) -> None:
+    arrays = pth.read(zipped).state_dict
+    before = arrays["fc.weight"].copy()
+    arrays["fc.bias"] += 1
+    assert np.array_equal(arrays["fc.weight"], before)
+
+
+def test_a_prefix_and_other_networks_are_said_in_warnings(tensors: Tensors, tmp_path: Path) -> None:
+    averaged = {f"module.{name}": tensor + 1 for name, tensor in tensors.items()}
+    torch.save({"net": tensors, "ema": averaged}, path := tmp_path / "two.pth")
+    with pytest.warns(UserWarning, match="key ema"):
+        assert same(read_state_dict(path), tensors)
+    assert same(read_state_dict(path, "ema"), {name: tensor + 1 for name, tensor in tensors.items()})
+
+
+def legacy_file(content: bytes, keys: list[str], values: bytes) -> bytes:
+    head = pickle.dumps(1001, 2) + pickle.dumps({"little_endian": True}, 2)
+    return LEGACY_MAGIC + head + content + pickle.dumps(keys, 2) + values
+
+
+def test_a_legacy_file_with_views_of_storages_and_the_dicts_of_python_2_is_read(tmp_path: Path) -> None:
+    """Versions of PyTorch before 0.4, on Python 2, wrote both; the bytes are put together here."""
+
+    def text(value: str) -> bytes:
+        return b"U" + bytes([len(value)]) + value.encode()
+
+    view = b"(" + text("7") + b"K\2K\3t"  # 3 numbers from the third on
+    storage = b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("5") + text("cuda:0") + b"K\6" + view + b"tQ"
+    tensor = b"ctorch._utils\n_rebuild_tensor\n(" + storage + b"K\1K\2\x85K\1\x85tR"  # 2 of them from the second on
+    content = b"\x80\2ccollections\nOrderedDict\n](](" + text("fc.bias") + tensor + b"ee\x85R."
+    values = np.arange(6, dtype=np.float32)
+    path = tmp_path / "old.pth"
+    path.write_bytes(legacy_file(content, ["5"], (6).to_bytes(8, "little") + values.tobytes()))
+    assert pth.read(path).state_dict["fc.bias"].tolist() == [3, 4]
+    path.write_bytes(legacy_file(content, ["5"], (5).to_bytes(8, "little") + values.tobytes()))
+    assert "another size" in refusal(path)
+    path.write_bytes(legacy_file(content, [], b""))
+    assert "fc.bias claims (2,)" in refusal(path)
+    path.write_bytes(legacy_file(content, ["6"], bytes(8)))
+    assert "damaged" in refusal(path)
+
+
+def test_values_of_a_big_endian_machine_are_swapped(tmp_path: Path) -> None:
+    tensors = {"a": torch.tensor([1.5, -2.0]), "b": torch.tensor([3, 4], dtype=torch.int16), "c": torch.tensor(1j)}
+    torch.save(tensors, buffer := io.BytesIO())
+    with zipfile.ZipFile(buffer) as source, zipfile.ZipFile(path := tmp_path / "big.pth", "w") as target:
+        for name in source.namelist():
+            entry = source.read(name)
+            if name.startswith("archive/data/"):
+                entry = np.frombuffer(entry, {"0": "f4", "1": "i2", "2": "f4"}[name[-1]]).byteswap().tobytes()
+            target.writestr(name, b"big" if name == "archive/byteorder" else entry)
+    assert same(pth.read(path).state_dict, tensors)
 
 
 # Files that are not checkpoints, and hostile ones.
@@ -424,7 +488,87 @@ def test_other_files_are_refused(name: str, contents: bytes | str, message: str,
 def test_a_port_is_not_taken_for_a_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "port.safetensors"
     safetensors.torch.save_file({"params/fc/bias": torch.zeros(3)}, path)
-    assert refusal(path) == "this is already a port: --to-torchvision FILE.pth converts it back"
+    assert "flax_googlenet.load reads" in refusal(path)
+    assert "--to-torchvision" in refusal(path)
+
+
+def test_a_folder_is_named_for_what_it_is_with_the_step_that_helps(
+    tensors: Tensors, zipped: Path, tmp_path: Path
+) -> None:
+    def advice(folder: Path) -> str:
+        with pytest.raises(StateDictError) as caught:
+            pth.read(folder)
+        assert str(folder) in str(caught.value)
+        return str(caught.value)
+
+    with zipfile.ZipFile(zipped) as archive:
+        archive.extractall(tmp_path / "unpacked")
+    root = next((tmp_path / "unpacked").iterdir())
+    for folder in (tmp_path / "unpacked", root):
+        assert f"(cd {root.parent} && zip -0 -r {root.name}.pth {root.name})" in advice(folder)
+    with zipfile.ZipFile(path := tmp_path / "packed.pth", "w") as archive:  # what the command does
+        for entry in [root, *sorted(root.rglob("*"))]:
+            archive.write(entry, entry.relative_to(root.parent))
+    assert same(pth.read(path).state_dict, tensors)
+
+    (folder := tmp_path / "sharded").mkdir()
+    (folder / ".metadata").touch()
+    assert "dcp_to_torch" in advice(folder)
+    (folder := tmp_path / "hub").mkdir()
+    (folder / "pytorch_model.bin").touch()
+    assert f"give the file in it: {folder / 'pytorch_model.bin'}" in advice(folder)
+    (folder / "model-00001-of-00002.safetensors").touch()
+    assert "several files" in advice(folder)
+
+
+def test_a_model_is_named_rather_than_what_is_beside_it(tmp_path: Path) -> None:
+    torch.save({"args": argparse.Namespace(lr=0.1), "model": torch.nn.Linear(1, 1)}, path := tmp_path / "whole.pth")
+    assert refusal(path).startswith("it needs torch.nn.modules.linear.Linear, ")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"{" * 100_000,
+        b"[" * 100_000,
+        b'{"fc.bias": 3}',
+        b'{"fc.bias": {"dtype": "F32", "shape": [1], "data_offsets": [0, 8]}}',
+        b'{"fc.bias": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}',
+        b'{"fc.bias": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}',
+        b'{"fc.bias": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}}',
+        b'{"fc.bias": {"dtype": "F32", "shape": [1.0], "data_offsets": [0, 4]}}',
+        b'{"fc.bias": {"dtype": "F32", "shape": [0, 9223372036854775807, 9], "data_offsets": [0, 0]}}',
+        b'{"fc.bias": {"dtype": "F32", "shape": [' + b"9," * 100_000 + b'9], "data_offsets": [0, 4]}}',
+        b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, '
+        b'"fc.bias": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}',
+        b'{"fc.bias": {"dtype": "F8_E5M2", "shape": [4], "data_offsets": [0, 4]}}',
+        b'{"' + b"x" * 4_000_000 + b'": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}',
+    ],
+    ids=range(13),
+)
+def test_a_hostile_safetensors_is_refused(header: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    assert len(refusal(path)) < 400
+
+
+def test_a_zip_with_a_huge_directory_is_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(path := tmp_path / "many.pth", "w") as archive:
+        archive.writestr("archive/data.pkl", b"")
+        entry = archive.infolist()[0]
+        archive.filelist += [entry] * 100_000
+    assert "directory of the zip" in refusal(path)
+
+
+def test_entries_of_a_zip_that_share_a_place_are_refused(tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(8), "b": torch.zeros(1000)}, buffer := io.BytesIO())
+    with zipfile.ZipFile(buffer) as source, zipfile.ZipFile(path := tmp_path / "shared.pth", "w") as target:
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
+        first, second = target.getinfo("archive/data.pkl"), target.getinfo("archive/version")
+        second.header_offset, second.CRC, second.file_size = first.header_offset, first.CRC, first.file_size
+        second.compress_size = first.compress_size
+    assert "two of its parts are in one place" in refusal(path)
 
 
 def test_a_file_above_the_cap_is_not_read(tmp_path: Path) -> None:

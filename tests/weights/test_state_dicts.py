@@ -64,7 +64,7 @@ def test_a_note_mentions_averaged_weights_and_the_key_takes_them(
 ) -> None:
     mean = {name: array.copy() for name, array in network.items()}
     for content in ({"state": network, averaged: under("module.", mean)}, {averaged: mean, "state": network}):
-        assert found(content, network) == [f"took 'state'; --key {key} takes the file's other weights"]
+        assert found(content, network) == [f"took 'state'; the file's other weights have the key {key}"]
         assert found(content, mean, key) == []
 
 
@@ -72,7 +72,7 @@ def test_two_networks_in_one_mapping_are_distinguished_by_their_prefixes(network
     mean = {name: array.copy() for name, array in network.items()}
     content = {"state_dict": {**under("ema.module.", mean), **under("model.", network)}}
     assert found(content, network) == [
-        "took 'state_dict.model'; --key state_dict.ema.module takes the file's other weights"
+        "took 'state_dict.model'; the file's other weights have the key state_dict.ema.module"
     ]
     assert found(content, mean, "state_dict.ema.module") == []
     assert found(content, mean, "ema") == []
@@ -103,7 +103,7 @@ def test_without_a_googlenet_the_fullest_mapping_is_returned_for_the_port_to_ref
         (
             {"epoch": 1, "model": {"a": np.ones(3)}},
             "ema",
-            "there is no state dict under --key ema; the keys found: epoch, model",
+            "there is no state dict under the key ema; the keys found: epoch, model",
         ),
     ],
 )

@@ -141,6 +141,29 @@ def test_values_that_are_not_finite_are_refused_by_key(state_dict: StateDict, ke
     assert caught.value.problems == {"not finite": [key]}
 
 
+@pytest.mark.parametrize(
+    ("change", "advice"),
+    [
+        (
+            lambda weights: {name.replace("fc.", "fc.1.") if name[:3] == "fc." else name: x for name, x in weights},
+            "rename",
+        ),
+        (lambda weights: {f"{name}_orig" if name == "conv1.conv.weight" else name: x for name, x in weights}, "prune"),
+        (lambda weights: {name: np.zeros(5) if name == "aux1.fc2.bias" else x for name, x in weights}, "leave out"),
+        (lambda weights: {name: np.zeros(5) if name == "conv1.bn.bias" else x for name, x in weights}, ""),
+    ],
+    ids=["sequential head", "pruned", "auxiliary heads of other classes", "unknown"],
+)
+def test_usual_changes_of_a_network_are_refused_with_what_to_do(
+    change: Callable[[Any], StateDict], advice: str, state_dict: StateDict
+) -> None:
+    with pytest.raises(PortingError) as caught:
+        from_torchvision(change(state_dict.items()))
+    assert advice in caught.value.advice
+    assert bool(advice) == bool(caught.value.advice)
+    assert str(caught.value).endswith(caught.value.advice)
+
+
 def message(state_dict: Any) -> str:
     with pytest.raises(PortingError) as caught:
         from_torchvision(state_dict)

@@ -1,0 +1,58 @@
+"""Names files and folders that hold no state dict for what they are, and says what to do with them."""
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from flax_googlenet.weights.pickles import StateDictError
+
+_WEIGHTS = (".pth", ".pt", ".bin", ".ckpt", ".tar", ".safetensors")
+
+
+def refuse_other_files(head: bytes) -> None:
+    """Raise StateDictError if a file that begins with ``head`` is known not to hold a state dict."""
+    if re.match(rb"\s*<(!doctype|\?xml|html|head|body)", head.lower()):
+        raise StateDictError("this is a web page, not a checkpoint: download the file itself")
+    if head.startswith(b"version https://git-lfs"):
+        raise StateDictError("this is a Git LFS pointer, not the checkpoint: run `git lfs pull`")
+    if head.startswith(b"\x1f\x8b"):
+        raise StateDictError("this is compressed by gzip: unpack it first, with tar xzf or gunzip")
+    if head[257:262] == b"ustar":
+        raise StateDictError("this is a tar archive: unpack it first, with tar xf")
+
+
+def refuse_other_zips(names: Sequence[str]) -> None:
+    """Raise StateDictError if a zip with these entries is of another format, which may be compressed."""
+    if any("/code/" in name for name in names):
+        raise StateDictError("this is a TorchScript program, not a state dict: save model.state_dict() instead")
+    if any(name.endswith(("archive_format", "serialized_exported_program.json")) for name in names):
+        raise StateDictError("this is a program of torch.export, not a state dict: save model.state_dict() instead")
+    if any(name.endswith(".npy") for name in names):
+        raise StateDictError(
+            "this is a .npz of NumPy arrays: write them with safetensors.numpy.save_file(dict(numpy.load(FILE)), "
+            '"FILE.safetensors") and give that file'
+        )
+    if inner := [name for name in names if name.endswith(_WEIGHTS)]:
+        raise StateDictError(f"this is an archive that holds {inner[0][:200]}: unpack it first, with unzip")
+
+
+def folder_advice(path: Path) -> str:
+    """Return the end of a message about a folder that was given instead of a file: what it is and what to do."""
+    if not os.access(path, os.R_OK | os.X_OK):
+        return ""
+    names = sorted(entry.name for entry in path.iterdir())
+    for archive in (path, *(path / name for name in names)):
+        if (archive / "data.pkl").is_file():
+            parent, name = archive.resolve().parent, archive.resolve().name
+            return f": it is an unpacked .pth: pack it again with (cd {parent} && zip -0 -r {name}.pth {name})"
+    if ".metadata" in names:
+        script = "python -m torch.distributed.checkpoint.format_utils dcp_to_torch"
+        return f": it is a checkpoint of torch.distributed: convert it to a file with {script} {path} FILE.pth"
+    if any(re.search(r"-\d+-of-\d+\.", name) for name in names):
+        return (
+            ": its weights are in several files: read each with flax_googlenet.read_state_dict and merge the dicts, "
+            "or save the model's state_dict() with torch.save"
+        )
+    files = [str(path / name) for name in names if name.endswith(_WEIGHTS)]
+    return f": give the file in it: {' or '.join(files[:3])}" if files else ""
