@@ -142,7 +142,7 @@ class Messages:
         """
         summary = f"{done} image{'' if done == 1 else 's'} in {seconds:.1f} s, {done / seconds:.1f} images/s"
         if skipped:
-            summary += f"; {skipped} were done before"
+            summary += f"; {skipped} {'was' if skipped == 1 else 'were'} done before"
         if self.failed:
             summary += f"; [bold red]{self.failed} could not be read[/]"
         self.console.print(summary)

@@ -121,6 +121,6 @@ def _number(variable: str) -> int | None:
 
 def _cannot_join(reason: str) -> DistributedError:
     return DistributedError(
-        f"--distributed: {reason} Start it by srun or mpirun, in a Kubernetes job, on TPUs, or set "
+        f"distributed: {reason} Start it by srun or mpirun, in a Kubernetes job, on TPUs, or set "
         "JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID"
     )

@@ -11,7 +11,7 @@ import numpy as np
 from jax import numpy as jnp
 from jaxtyping import Int
 
-from flax_googlenet.model import MIN_SIZE, GoogLeNet, Variables
+from flax_googlenet.model import BLOCKS, MIN_SIZE, GoogLeNet, Variables
 from flax_googlenet.training.classes import find_classes
 from flax_googlenet.training.datasets import DataError, Dataset
 from flax_googlenet.training.devices import Devices
@@ -77,24 +77,25 @@ def make_plan(
     if recipe.batch_size % jax.device_count():
         fitting = max(1, recipe.batch_size // jax.device_count()) * jax.device_count()
         reason = f"a batch of {recipe.batch_size} cannot be shared evenly by {devices}"
-        raise RecipeError(f"{reason}: choose --recipe.batch-size {fitting}, or another multiple")
+        raise RecipeError(f"{reason}: choose a batch_size of {fitting}, or another multiple")
     weights = load_weights(weights_path, dtype=jnp.float32) if weights_path else None
-    if weights and (unknown := set(recipe.frozen) - weights.variables["params"].keys()):
+    blocks = set(weights.variables["params"] if weights else BLOCKS)
+    if unknown := set(recipe.frozen) - blocks:
         raise RecipeError(f"frozen: the weights have no {', '.join(sorted(unknown))}")
+    if blocks <= set(recipe.frozen):
+        raise RecipeError("frozen has all blocks, so that nothing would train: leave out fc")
     earlier = trainings_of(str(weights_path), weights.metadata) if weights else ()
     train_data, held_out = open_data(data, held_out=recipe.held_out, seed=recipe.seed, earlier=earlier)
     steps_per_epoch = recipe.steps_per_epoch(len(train_data))
     total_steps = steps_per_epoch * recipe.epochs
     if not total_steps:
         largest = len(train_data) // jax.device_count() * jax.device_count()
-        way_out = (
-            f"choose --recipe.batch-size {largest} or less" if largest else f"a batch needs one for each of {devices}"
-        )
+        way_out = f"choose a batch_size of {largest} or less" if largest else f"a batch needs one for each of {devices}"
         raise RecipeError(f"{len(train_data)} images are less than a batch of {recipe.batch_size}: {way_out}")
     if total_steps < recipe.accumulate:
         raise RecipeError(
             f"{len(train_data)} images make {total_steps} steps, and a change of the weights takes "
-            f"{recipe.accumulate}: choose --recipe.accumulate {total_steps} or less, or more epochs"
+            f"{recipe.accumulate}: choose an accumulate of {total_steps} or less, or more epochs"
         )
     head = find_head(train_data.class_names, data, weights, str(weights_path)) if weights else None
     balanced = recipe.class_weights == "balanced"
@@ -148,7 +149,7 @@ def describe_classes(dataset: Dataset, *, balanced: bool) -> list[str]:
     if not balanced and counts[most] >= UNEQUAL * counts[fewest]:
         lines.append(
             f"warning: {names[most]} has {counts[most]} images to train on and {names[fewest]} {counts[fewest]}: with "
-            "--recipe.class-weights balanced every class counts the same"
+            "class_weights balanced every class counts the same"
         )
     return lines
 
@@ -211,7 +212,7 @@ def _require_statistics(state: TrainState, image_size: int) -> None:
         jax.eval_shape(apply, variables, image)
     except ValueError as error:
         reason = f"BatchNorm cannot train on one image of {image_size}x{image_size} pixels at a time"
-        raise RecipeError(f"{reason}: choose --recipe.batch-size 2 or more") from error
+        raise RecipeError(f"{reason}: choose a batch_size of 2 or more") from error
 
 
 def update_class_weights(state: TrainState, plan: Plan, devices: Devices) -> TrainState:

@@ -121,7 +121,7 @@ def _take(
 
 def explained(error: BaseException) -> BaseException:
     """Return a DataError with a way out for a failure of the worker processes, and any other error unchanged."""
-    fewer = "choose fewer --recipe.workers, or 0 to read the images in the run itself"
+    fewer = "choose fewer workers, or 0 to read the images in the run itself"
     no_room = isinstance(error, OSError) and error.errno == errno.ENOSPC
     died = re.search(r"exit code (-?\d+)", str(error)) if isinstance(error, RuntimeError) else None
     if no_room or (died and int(died[1]) == -signal.SIGBUS):

@@ -19,7 +19,7 @@ from flax_googlenet.training.logs import Progress, RunLog
 from flax_googlenet.training.loop import Run, TrainingResult
 from flax_googlenet.training.preparation import initial_state, make_plan, update_class_weights
 from flax_googlenet.training.reader import Reader
-from flax_googlenet.training.recipe import PRESETS, Recipe
+from flax_googlenet.training.recipe import PRESETS, Recipe, RecipeError
 from flax_googlenet.training.run_folder import (
     BEST_WEIGHTS,
     CHECKPOINTS,
@@ -30,6 +30,7 @@ from flax_googlenet.training.run_folder import (
     resume_run,
 )
 from flax_googlenet.training.stopping import RunCounts, StopSignals, TooManyFailuresError, TrainingStopped
+from flax_googlenet.weights.checkpoint import CheckpointError
 from flax_googlenet.weights.pretrained import PRETRAINED, pretrained_file
 
 
@@ -82,6 +83,7 @@ def train(
     """
     if isinstance(data, Path) and str(data) == "digits":
         data = "./digits"  # a path is a folder
+    _check_types(recipe, weights)
     if str(weights) in PRETRAINED:
         weights = pretrained_file(str(weights))
     workdir, weights = Path(workdir), Path(weights) if weights else None
@@ -107,6 +109,14 @@ def train(
     if isinstance(result, TrainingStopped):  # raised here: within the block it would end this process before the others
         raise result
     return result
+
+
+def _check_types(recipe: object, weights: object) -> None:
+    if not isinstance(recipe, Recipe | None):
+        raise RecipeError(f"recipe must be a Recipe, such as PRESETS['finetune'], not a {type(recipe).__name__}")
+    if not isinstance(weights, str | Path | None):
+        kind = type(weights).__name__
+        raise CheckpointError(f"weights must be the path of a file, not a {kind}: write one with flax_googlenet.save")
 
 
 def _begin(

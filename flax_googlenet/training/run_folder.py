@@ -124,7 +124,7 @@ def resume_run(
             if not override:
                 raise RecipeError(f"{recipe}: {error}") from error
         if changes and not override:
-            raise _another_run(workdir, changes, ", or add --override")
+            raise _another_run(workdir, changes, ", or set override")
     try:
         restored = restore_checkpoint(folder, shapes, report)
     except OtherStateError as error:
@@ -141,7 +141,7 @@ def resume_run(
         message = f"{folder}: the checkpoint of step {restored.step} is of another version of flax_googlenet: {error}"
         raise CheckpointError(message) from error
     if changes and not override:
-        raise _another_run(workdir, changes, ", or add --override")
+        raise _another_run(workdir, changes, ", or set override")
     has_other_data = before["data"] != identity["data"]
     if has_other_data:
         if jax.process_index() == 0:

@@ -111,7 +111,7 @@ class RunCounts:
             raise TooManyFailuresError(
                 f"{len(self.unreadable)} of {len(dataset)} images cannot be read, more than max_corrupt "
                 f"({max_corrupt:.2%}) allows: {', '.join(self.unreadable[:10])}; remove them, or raise "
-                "--recipe.max-corrupt"
+                "max_corrupt"
             )
 
 

@@ -11,6 +11,7 @@ import pytest
 
 import flax_googlenet
 from flax_googlenet.commands import cli
+from flax_googlenet.model import BLOCKS
 from flax_googlenet.training.recipe import PRESETS
 from flax_googlenet.training.run_folder import claim
 
@@ -125,17 +126,21 @@ def test_frozen_blocks_that_the_weights_have_not_are_refused(
     assert "frozen: the weights have no aux1" in said
 
 
+def test_a_recipe_that_freezes_all_blocks_is_refused(refusal: Callable[..., str]) -> None:
+    assert "nothing would train: leave out fc" in refusal("digits", "--recipe.frozen", *BLOCKS)
+
+
 def test_more_batches_to_accumulate_than_there_are_are_refused(refusal: Callable[..., str]) -> None:
     said = refusal("digits", "--recipe.accumulate=10000")
-    assert "takes 10000: choose --recipe.accumulate 528 or less, or more epochs" in said
+    assert "takes 10000: choose an accumulate of 528 or less, or more epochs" in said
     assert "1438 images make 528 steps, and a change of the weights " in said
 
 
 @pytest.mark.parametrize(
     ("size", "message"),
     [
-        (2000, "1438 images are less than a batch of 2000: choose --recipe.batch-size 1438 or less"),
-        (1, "BatchNorm cannot train on one image of 32x32 pixels at a time: choose --recipe.batch-size 2 or more"),
+        (2000, "1438 images are less than a batch of 2000: choose a batch_size of 1438 or less"),
+        (1, "BatchNorm cannot train on one image of 32x32 pixels at a time: choose a batch_size of 2 or more"),
     ],
 )
 def test_a_batch_that_is_too_large_or_too_small_is_refused_with_the_size_to_choose(
@@ -167,7 +172,7 @@ def refused(workdir: Path, *arguments: str, **variables: str) -> str:
 
 def test_a_batch_that_the_devices_cannot_share_is_refused(tmp_path: Path) -> None:
     said = refused(tmp_path / "run", "digits", JAX_NUM_CPU_DEVICES="3", JAX_PLATFORMS="cpu")
-    assert "a batch of 32 cannot be shared evenly by 3 cpu: choose --recipe.batch-size 30, or another multiple" in said
+    assert "a batch of 32 cannot be shared evenly by 3 cpu: choose a batch_size of 30, or another multiple" in said
 
 
 @pytest.mark.slow

@@ -259,9 +259,9 @@ def test_no_worker_is_left_after_its_iterator(photographs: Dataset) -> None:
     [
         (
             signal.SIGKILL,
-            "was killed by SIGKILL, as the kernel does when memory runs out: choose fewer --recipe.workers",
+            "was killed by SIGKILL, as the kernel does when memory runs out: choose fewer workers",
         ),
-        (signal.SIGBUS, r"/dev/shm, .*, is full at \d+ MiB: choose fewer --recipe.workers, .* \(docker run --shm-size"),
+        (signal.SIGBUS, r"/dev/shm, .*, is full at \d+ MiB: choose fewer workers, .* \(docker run --shm-size"),
         (signal.SIGSTOP, "no batch came for 0.05 minutes: reading the images hangs"),
     ],
 )

@@ -31,7 +31,7 @@ from flax_googlenet.commands import cli
 from flax_googlenet.model import BLOCKS
 from flax_googlenet.training.data import eval_batches
 from flax_googlenet.training.recipe import PRESETS, Recipe
-from flax_googlenet.training.run import _way_out
+from flax_googlenet.training.run import _print, _way_out
 from flax_googlenet.training.splits import open_data
 
 CLASSES, PER_CLASS = 3, 16  # 36 images to train on, 12 held out
@@ -384,6 +384,19 @@ def test_losses_that_are_not_finite_are_skipped_and_5_in_a_row_stop_the_run_with
     assert caught.value.path == tmp_path / "run" / "checkpoints" / "step_00000004"
     assert caught.value.path.is_dir()
     assert caught.value.signal is None
+
+
+def test_a_call_with_the_name_of_a_preset_or_with_variables_says_what_to_pass(tmp_path: Path) -> None:
+    with pytest.raises(flax_googlenet.training.RecipeError, match=r"PRESETS\['finetune'\], not a str"):
+        flax_googlenet.training.train("digits", tmp_path / "run", "finetune")
+    with pytest.raises(flax_googlenet.CheckpointError, match=r"not a tuple: .*flax_googlenet\.save"):
+        flax_googlenet.training.train("digits", tmp_path / "run", weights=(flax_googlenet.GoogLeNet(), {}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_message_with_any_file_name_is_printed_on_one_line_of_utf8(capfd: pytest.CaptureFixture[str]) -> None:
+    _print("photos/caf\udce9\n.jpg is damaged")
+    assert capfd.readouterr().out == r"photos/caf\xe9\x0a.jpg is damaged" + "\n"
 
 
 def test_a_path_is_a_folder_and_only_the_string_digits_is_the_embedded_data(

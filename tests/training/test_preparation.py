@@ -102,7 +102,7 @@ def test_the_classes_are_listed_with_their_images_and_a_warning_if_these_are_ver
     classes, warning = described(4, 30, 3)
     assert classes == "3 classes: class0, class1, class2; 3 (class2) to 30 (class1) images each"
     assert warning == (
-        "warning: class1 has 30 images to train on and class2 3: with --recipe.class-weights balanced every class "
+        "warning: class1 has 30 images to train on and class2 3: with class_weights balanced every class "
         "counts the same"
     )
     assert described(4, 30, 3, balanced=True) == [classes]
@@ -132,7 +132,7 @@ def test_a_run_that_is_continued_with_other_data_gets_the_class_weights_of_these
 
 def test_a_batch_of_one_small_image_is_refused_unless_batchnorm_is_frozen() -> None:
     data = Dataset(("a", "b"), np.array([0, 1], np.int32), tuple("01"))
-    with pytest.raises(RecipeError, match=r"choose --recipe\.batch-size 2 or more"):
+    with pytest.raises(RecipeError, match=r"choose a batch_size of 2 or more"):
         initial_state(make_plan(data, batch_size=1, image_size=32), None, None, Devices())
     frozen = tuple(block for block in BLOCKS if block not in ("fc", "aux1", "aux2"))
     initial_state(make_plan(data, batch_size=1, image_size=32, frozen=frozen), None, None, Devices())

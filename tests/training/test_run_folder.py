@@ -170,7 +170,7 @@ def test_a_checkpoint_of_a_version_that_did_not_know_the_best_evaluation_is_cont
 
 def test_another_recipe_or_other_data_are_refused_without_override(workdir: Path) -> None:
     message = refusal(workdir, identity(label_smoothing=0.2, keep=7))
-    assert "holds a run with label_smoothing 0.1, now 0.2: choose another folder, or add --override" in message
+    assert "holds a run with label_smoothing 0.1, now 0.2: choose another folder, or set override" in message
     assert "holds a run with other data: choose another folder" in refusal(workdir, identity("photos"))
     assert resume_run(workdir, STATE, identity(keep=7), False, pytest.fail) is not None  # which changes no bit
     messages: list[str] = []
