@@ -179,9 +179,9 @@ class Interpreter:
                     memo[len(memo)] = stack[-1]
                 case "BINGET" | "LONG_BINGET":
                     stack.append(memo[argument])
-                case "BININT1" | "BININT2" | "BININT" | "LONG1" | "BINFLOAT":
+                case "BININT1" | "BINUNICODE" | "BININT2" | "BININT" | "LONG1" | "BINFLOAT":
                     stack.append(argument)
-                case "BINUNICODE" | "SHORT_BINUNICODE" | "BINUNICODE8" | "SHORT_BINSTRING" | "BINSTRING":
+                case "SHORT_BINUNICODE" | "BINUNICODE8" | "SHORT_BINSTRING" | "BINSTRING":
                     stack.append(argument)
                 case "BINBYTES" | "SHORT_BINBYTES" | "BINBYTES8" | "BYTEARRAY8":
                     stack.append(bytes(argument))

@@ -19,7 +19,7 @@ import sys
 import warnings
 import zipfile
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -124,30 +124,41 @@ def read_state_dict(path: str | os.PathLike[str], key: str | None = None) -> dic
 
         variables = flax_googlenet.from_torchvision(flax_googlenet.read_state_dict("checkpoint.pth"))
     """
-    checkpoint = read(path, key)
-    for note in checkpoint.notes:
+    state_dict, notes = _read(path, key, lambda part: None)
+    for note in notes:
         warnings.warn(f"{os.fspath(path)}: {note}", stacklevel=2)
-    return checkpoint.state_dict
+    return state_dict
 
 
 def read(path: str | os.PathLike[str], key: str | None = None) -> Checkpoint:
-    """Read a state dict like ``read_state_dict``, but return the notes and the digest of the file with it."""
+    """Read a state dict like ``read_state_dict``, and return the notes and the digest of the file with it.
+
+    The digest is that of the very bytes that the arrays come from. It takes two fifths of the time.
+    """
+    digest = hashlib.sha256()
+    state_dict, notes = _read(path, key, digest.update)
+    return Checkpoint(state_dict, digest.hexdigest(), notes)
+
+
+def _read(
+    path: str | os.PathLike[str], key: str | None, hash_part: Callable[[memoryview], object]
+) -> tuple[dict[str, np.ndarray], list[str]]:
     try:
         with open_regular_file(path) as file:
             contents = _structure(file, Path(path).suffix)
             state_dict, notes = _find(contents, key)
             tensors = {name: _checked(name, value, contents.places) for name, value in state_dict.items()}
             storages = {tensor.storage.key: tensor.storage for tensor in tensors.values()}
-            values, sha256 = _read_places(file, contents.places, storages)
-        if contents.is_swapped:
-            for storage in storages.values():
-                _swap_bytes(values[storage.key], storage.dtype)
-        arrays = {name: _array(tensor, values[tensor.storage.key]) for name, tensor in tensors.items()}
-        return Checkpoint(arrays, sha256, list(map(printable, notes)))
+            values = _read_places(file, contents.places, storages, hash_part)
     except IsADirectoryError as error:
         raise StateDictError(f"cannot read {os.fspath(path)}: {error.strerror}{folder_advice(Path(path))}") from error
     except StateDictError as error:
         raise StateDictError(f"{os.fspath(path)}: {printable(str(error))}") from error
+    if contents.is_swapped:
+        for storage in storages.values():
+            _swap_bytes(values[storage.key], storage.dtype)
+    arrays = {name: _array(tensor, values[tensor.storage.key]) for name, tensor in tensors.items()}
+    return arrays, list(map(printable, notes))
 
 
 def _structure(file: io.BufferedReader, suffix: str) -> _Contents:
@@ -329,27 +340,30 @@ def _checked(name: str, tensor: Any, places: Mapping[str, _Place]) -> Tensor:
 
 
 def _read_places(
-    file: io.BufferedReader, places: Mapping[str, _Place], wanted: Collection[str]
-) -> tuple[dict[str, np.ndarray], str]:
-    """Read a file once from start to end: return the bytes at the wanted places and the file's SHA-256 digest.
+    file: io.BufferedReader,
+    places: Mapping[str, _Place],
+    wanted: Collection[str],
+    hash_part: Callable[[memoryview], object],
+) -> dict[str, np.ndarray]:
+    """Read a file once from start to end, and return the bytes at the wanted places.
 
     Raises:
         StateDictError: If places overlap or are not in the file, or if a checksum is wrong.
     """
-    digest = hashlib.sha256()
     scratch = memoryview(bytearray(_CHUNK))
 
-    def read_into(target: memoryview | None, size: int) -> int:
-        """Read and hash the next bytes, and return their CRC."""
+    def read_into(target: memoryview | None, size: int, expected_crc: int | None = None) -> None:
         crc = 0
         for start in range(0, size, _CHUNK):
             count = min(_CHUNK, size - start)
             part = scratch[:count] if target is None else target[start : start + count]
             if file.readinto(part) != count:
                 raise StateDictError("the file is damaged or cut off (it ends too early)")
-            digest.update(part)
-            crc = zlib.crc32(part, crc)
-        return crc
+            hash_part(part)
+            if expected_crc is not None:
+                crc = zlib.crc32(part, crc)
+        if expected_crc is not None and crc != expected_crc:
+            raise StateDictError("the zip is damaged or cut off (a checksum is wrong)")
 
     file.seek(0)
     position = 0
@@ -360,13 +374,11 @@ def _read_places(
         read_into(None, place.start - position)
         if key in wanted:
             values[key] = np.empty(place.size, np.uint8)
-        crc = read_into(values[key].data if key in wanted else None, place.size)
-        if place.crc is not None and crc != place.crc:
-            raise StateDictError("the zip is damaged or cut off (a checksum is wrong)")
+        read_into(values[key].data if key in wanted else None, place.size, place.crc)
         position = place.start + place.size
     while rest := file.read(_CHUNK):
-        digest.update(rest)
-    return values, digest.hexdigest()
+        hash_part(memoryview(rest))
+    return values
 
 
 def _swap_bytes(values: np.ndarray, dtype: np.dtype[Any]) -> None:
