@@ -77,7 +77,10 @@ def diagnose_port(request: Request, output: Path | None, screen: Console, messag
             transform_input=source.model.transform_input if is_known else model.transform_input,
         )
     if found is None:
-        screen.print(f"[bold green]No difference:[/] {shown(subject)} agrees with {shown(source.name)} in every stage.")
+        screen.print(
+            f"[bold green]No difference:[/] {shown(subject)} agrees with {shown(source.name)} in every stage.",
+            soft_wrap=True,
+        )
         return Status.PROVEN, {"port": subject, "diagnosis": None}
     if math.isfinite(found.error):
         size = f"the largest error is {found.error:.1e} of the largest value"

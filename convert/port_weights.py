@@ -8,7 +8,7 @@ from pathlib import Path
 from process import STATUSES, InputError, Result, Status, ends_on_ctrl_c
 
 from flax_googlenet.commands.status import CommandError, describe_crash, exit_status
-from flax_googlenet.commands.terminal import Messages, prepare_process, write_output
+from flax_googlenet.commands.terminal import Messages, make_console, prepare_process, write_output
 from flax_googlenet.errors import printable
 
 DESCRIPTION = """\
@@ -101,6 +101,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--to-torchvision can be combined with --report and --json only")
     if args.to_torchvision and (args.checkpoint in ("imagenet", "random") or "://" in args.checkpoint):
         parser.error("--to-torchvision needs a CHECKPOINT that this command wrote, a FILE.safetensors")
+    if args.key and args.checkpoint in ("imagenet", "random"):
+        parser.error("--key needs a CHECKPOINT with several state dicts, a FILE.pth")
     if args.diagnose and (args.report or args.class_names):
         parser.error("--diagnose writes nothing: leave out --report and --class-names")
     return args
@@ -159,9 +161,8 @@ def _run(args: argparse.Namespace, messages: Messages) -> Result:
     from diagnose import diagnose_port
     from inputs import Request
     from porting import port, port_back
-    from rich.console import Console
 
-    screen = Console(quiet=args.json, highlight=False, emoji=False)
+    screen = make_console(quiet=args.json)
     if args.to_torchvision:
         return port_back(Path(args.checkpoint), args.to_torchvision, args.report, screen, messages)
     request = Request(args.checkpoint, args.key, args.without_aux, args.transform_input)

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flax_googlenet.commands.status import CommandError, Status
 from flax_googlenet.errors import printable
@@ -64,19 +64,28 @@ def writing(output: str | Path) -> Iterator[None]:
         raise CommandError(f"cannot write {output}: {error.strerror}") from error
 
 
-def message_console() -> "Console":
-    """Return a console on standard error that falls silent if nobody reads it any more."""
+def make_console(**options: Any) -> "Console":
+    """Return a console of rich that falls silent if nobody reads its file any more.
+
+    Args:
+        options: Arguments of rich's ``Console``.
+    """
     from rich.console import Console
 
-    class MessageConsole(Console):
+    class PatientConsole(Console):
         def on_broken_pipe(self) -> None:
             """Go on in silence: rich itself would end the process with status 1 in the middle of the work."""
             self.quiet = True
-            with suppress(OSError):  # Python flushes standard error once more at its end, and would complain
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+            with suppress(OSError):  # Python flushes the file once more at its end, and would complain
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
     # No emoji: rich would draw one in place of a word between colons, which a file name can have.
-    return MessageConsole(stderr=True, soft_wrap=True, highlight=False, emoji=False)
+    return PatientConsole(highlight=False, emoji=False, **options)
+
+
+def message_console() -> "Console":
+    """Return the console of messages, on standard error."""
+    return make_console(stderr=True, soft_wrap=True)
 
 
 def draws_progress(console: "Console") -> bool:

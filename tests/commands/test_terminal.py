@@ -18,18 +18,20 @@ def test_a_message_shows_a_name_as_it_is(name: str, capsys: pytest.CaptureFixtur
     assert capsys.readouterr().err == f"error: {name}\n"
 
 
-def test_the_work_goes_on_where_nobody_reads_standard_error_any_more() -> None:
-    script = """if True:
-        from flax_googlenet.commands.terminal import message_console, write_output
-        console = message_console()
+@pytest.mark.parametrize(("unread", "other"), [("stderr", "stdout"), ("stdout", "stderr")])
+def test_the_work_goes_on_where_nobody_reads_a_console_any_more(unread: str, other: str) -> None:
+    script = f"""if True:
+        import sys
+        from flax_googlenet.commands.terminal import make_console
+        console = make_console(file=sys.{unread})
         for i in range(2):
             console.print("a message")
-            write_output("a result")"""
+            print("a result", file=sys.{other})"""
     reader, writer = os.pipe()
     os.close(reader)
-    process = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=writer)
+    process = subprocess.run([sys.executable, "-c", script], **{unread: writer, other: subprocess.PIPE})
     os.close(writer)
-    assert (process.returncode, process.stdout) == (0, b"a resulta result")
+    assert (process.returncode, getattr(process, other)) == (0, b"a result\na result\n")
 
 
 @pytest.mark.parametrize(

@@ -337,10 +337,20 @@ finally:
         assert f"\n  {status}" in process.stdout
 
 
-def test_options_that_contradict_each_other_are_a_usage_error(here: Path) -> None:
-    process = command("model.safetensors", "--to-torchvision", "model.pth", "--diagnose", cwd=here)
-    assert process.returncode == 2
-    assert "--to-torchvision can be combined with" in process.stderr
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["model.safetensors", "--to-torchvision", "model.pth", "--diagnose"], "--to-torchvision can be combined with"),
+        (["random", "--key", "model"], "--key needs a CHECKPOINT with several state dicts"),
+        (["random", "--diagnose", "--report", "report.html"], "--diagnose writes nothing"),
+    ],
+)
+def test_options_that_contradict_each_other_are_a_usage_error(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        port_weights.main(arguments)
+    assert message in capsys.readouterr().err
 
 
 # The network.
