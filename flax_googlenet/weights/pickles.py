@@ -71,6 +71,8 @@ _ORDINARY = re.compile(
 )
 """Names that training checkpoints have in them, and that need no note."""
 
+_MAX_ARGUMENTS = 8  # of the functions that make tensors
+
 _PYTHON_2_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # torch.save writes for Python 2
 
 
@@ -248,7 +250,9 @@ class Interpreter:
                     raise StateDictError(f"its pickle has the opcode {opcode.name}, which torch.save never writes")
         raise StateDictError("the file is damaged or cut off (a pickle without an end)")
 
-    def _global(self, module: str, name: str) -> Placeholder:
+    def _global(self, module: Any, name: Any) -> Placeholder:
+        if not isinstance(module, str) or not isinstance(name, str):
+            raise StateDictError("its pickle names a class by something that is not text")
         full_name = f"{_PYTHON_2_MODULES.get(module, module)}.{name}".replace("torch.cuda.", "torch.")
         if len(full_name) > MAX_NAME or not re.fullmatch(r"[\w.<>-]+", full_name):
             raise StateDictError("the file is damaged or cut off (its pickle names a class that cannot exist)")
@@ -277,6 +281,8 @@ class Interpreter:
                     raise StateDictError("its pickle repeats the same list of tensors too often")
                 result: dict[Any, Any] = {}
                 for pair in pairs:
+                    if not isinstance(pair, list | tuple) or len(pair) != 2:
+                        raise StateDictError("its pickle makes a dict of something that is not pairs")
                     _update(result, pair)
                 return result
         return {}
@@ -301,6 +307,8 @@ class Interpreter:
 
 def _tensor(name: str, arguments: tuple[Any, ...]) -> Tensor | UnusualTensor | None:
     """Return the tensor that a call of a function of PyTorch makes, or None for all other functions."""
+    if name.startswith("torch._utils._rebuild") and len(arguments) > _MAX_ARGUMENTS:
+        raise StateDictError(f"its pickle calls {name} with {len(arguments)} arguments")
     if name in (
         "torch._tensor._rebuild_from_type_v2",
         "torch.tensor._rebuild_from_type",

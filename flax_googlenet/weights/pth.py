@@ -176,7 +176,7 @@ def _structure(file: io.BufferedReader, suffix: str) -> _Contents:
         if _LEGACY.match(head):
             return _open_legacy(file, size)
         if (head[8:9] == b"{" and 8 + header_size <= size) or suffix == ".safetensors":
-            return _open_safetensors(file, header_size)
+            return _open_safetensors(file, size, header_size)
     except (StateDictError, OSError):
         raise
     except Exception as error:  # damaged or hostile bytes can cause almost any exception in zipfile, pickle and JSON
@@ -208,6 +208,8 @@ def _open_zip(file: io.BufferedReader, file_size: int) -> _Contents:
     refuse_other_zips(names)
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise StateDictError("the zip has compressed entries, which torch.save never writes: a zip bomb?")
+    if any(entry.header_offset < 0 for entry in entries):
+        raise StateDictError("the zip is damaged or cut off (its directory is not where it says)")
     if sum(entry.file_size for entry in entries) > file_size:
         raise StateDictError("the entries of the zip claim more bytes than the file has: a zip bomb?")
     if len(set(names)) < len(names):
@@ -248,11 +250,13 @@ def _open_legacy(file: io.BufferedReader, file_size: int) -> _Contents:
     interpreter = Interpreter()
     try:
         # Magic number, protocol, system, content, keys of the storages. The values are little-endian on every machine.
-        _, _, _, content, keys = (interpreter.load(stream) for _ in range(5))
+        _, version, _, content, keys = (interpreter.load(stream) for _ in range(5))
     except Exception as error:
         if stream.tell() > MAX_PICKLE_BYTES and not isinstance(error, StateDictError):
             raise StateDictError(_HUGE_PICKLE) from error
         raise
+    if version != 1001 or not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+        raise StateDictError("the file is damaged or cut off (one of its five pickles is of another kind)")
     position, places = stream.tell(), {}
     for key in keys:
         storage = interpreter.storages[key]
@@ -266,7 +270,7 @@ def _open_legacy(file: io.BufferedReader, file_size: int) -> _Contents:
     return _Contents(content, places, list(interpreter.unknown), sys.byteorder == "big")
 
 
-def _open_safetensors(file: io.BufferedReader, header_size: int) -> _Contents:
+def _open_safetensors(file: io.BufferedReader, file_size: int, header_size: int) -> _Contents:
     if header_size > MAX_PICKLE_BYTES:
         raise StateDictError(f"the file is damaged or cut off (its header has {header_size:,} bytes)")
     file.seek(8)
@@ -283,7 +287,8 @@ def _open_safetensors(file: io.BufferedReader, header_size: int) -> _Contents:
         start, stop = entry["data_offsets"]
         shape = tuple(entry["shape"])
         numbers_are_right = all(type(number) is int and number >= 0 for number in (start, stop, *shape))
-        if not numbers_are_right or start > stop or len(shape) > MAX_AXES or len(name) > MAX_NAME:
+        is_inside = numbers_are_right and start <= stop <= file_size - 8 - header_size
+        if not is_inside or len(shape) > MAX_AXES or len(name) > MAX_NAME:
             raise StateDictError("the file is damaged or cut off (its header has an impossible tensor)")
         places[name] = _Place(8 + header_size + start, stop - start)
         kind = f"torch.{_SAFETENSORS_DTYPES.get(entry['dtype'])}Storage"
@@ -389,7 +394,9 @@ def _swap_bytes(values: np.ndarray, dtype: np.dtype[Any]) -> None:
 def _array(tensor: Tensor, values: np.ndarray) -> np.ndarray:
     if 0 in tensor.shape:
         return np.empty(tensor.shape, tensor.dtype)
-    strides = [stride * tensor.dtype.itemsize for stride in tensor.strides]
+    # The stride of an axis of length 1 has no meaning, and can be any number.
+    axes = zip(tensor.shape, tensor.strides, strict=True)
+    strides = [stride * tensor.dtype.itemsize if length > 1 else 0 for length, stride in axes]
     return np.ndarray(tensor.shape, tensor.dtype, values, tensor.first_byte, strides)
 
 

@@ -178,7 +178,15 @@ def test_a_prefix_and_other_networks_are_said_in_warnings(tensors: Tensors, tmp_
     assert same(read_state_dict(path, "ema"), {name: tensor + 1 for name, tensor in tensors.items()})
 
 
-def legacy_file(content: bytes, keys: list[str], values: bytes) -> bytes:
+def exploding(depth: int) -> Any:
+    """Return a tuple of the same tuple twice, and so on, which takes forever to hash or to print."""
+    value: Any = ()
+    for _ in range(depth):
+        value = (value, value)
+    return value
+
+
+def legacy_file(content: bytes, keys: Any, values: bytes) -> bytes:
     head = pickle.dumps(1001, 2) + pickle.dumps({"little_endian": True}, 2)
     return LEGACY_MAGIC + head + content + pickle.dumps(keys, 2) + values
 
@@ -201,8 +209,9 @@ def test_a_legacy_file_with_views_of_storages_and_the_dicts_of_python_2_is_read(
     assert "another size" in refusal(path)
     path.write_bytes(legacy_file(content, [], b""))
     assert "fc.bias claims (2,)" in refusal(path)
-    path.write_bytes(legacy_file(content, ["6"], bytes(8)))
-    assert "damaged" in refusal(path)
+    for keys in (["6"], "5", {"5": 6}, [exploding(100)], exploding(100)):
+        path.write_bytes(legacy_file(content, keys, bytes(100)))
+        assert "damaged" in refusal(path)
 
 
 def test_values_of_a_big_endian_machine_are_swapped(tmp_path: Path) -> None:
@@ -537,6 +546,7 @@ def test_a_model_is_named_rather_than_what_is_beside_it(tmp_path: Path) -> None:
         b'{"fc.bias": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}',
         b'{"fc.bias": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}}',
         b'{"fc.bias": {"dtype": "F32", "shape": [1.0], "data_offsets": [0, 4]}}',
+        b'{"fc.bias": {"dtype": "F32", "shape": [1099511627776], "data_offsets": [0, 4398046511104]}}',
         b'{"fc.bias": {"dtype": "F32", "shape": [0, 9223372036854775807, 9], "data_offsets": [0, 0]}}',
         b'{"fc.bias": {"dtype": "F32", "shape": [' + b"9," * 100_000 + b'9], "data_offsets": [0, 4]}}',
         b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, '
@@ -544,7 +554,7 @@ def test_a_model_is_named_rather_than_what_is_beside_it(tmp_path: Path) -> None:
         b'{"fc.bias": {"dtype": "F8_E5M2", "shape": [4], "data_offsets": [0, 4]}}',
         b'{"' + b"x" * 4_000_000 + b'": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}',
     ],
-    ids=range(13),
+    ids=range(14),
 )
 def test_a_hostile_safetensors_is_refused(header: bytes, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
