@@ -17,8 +17,8 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from flax_googlenet.architecture import IMAGENET_MEAN, IMAGENET_STD
 from flax_googlenet.errors import GoogLeNetError
-from flax_googlenet.model import IMAGENET_MEAN, IMAGENET_STD
 
 RESIZE = 256
 """Short side of the resized image, in pixels."""

@@ -1,6 +1,6 @@
 """Training and fine-tuning: recipes, data, the pure step, and the loop around it with checkpoints and a log.
 
-A name is imported when it is first used: the command's ``--help`` needs the recipes, but not optax.
+A name is imported when it is first used: the command's ``--help`` needs the recipes, but not JAX.
 """
 
 TYPE_CHECKING = False

@@ -10,7 +10,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import numpy as jnp
 from jaxtyping import Float, Int
 
-from flax_googlenet.model import HEADS, MIN_SIZE, BatchNorm, GoogLeNet, Variables, check_frozen, plain_dicts
+from flax_googlenet.architecture import HEADS, MIN_SIZE
+from flax_googlenet.model import BatchNorm, GoogLeNet, Variables, check_frozen, plain_dicts
 
 _LAST_LAYERS = (("fc",), ("aux1", "fc2"), ("aux2", "fc2"))
 

@@ -9,12 +9,10 @@ import typing
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
-import jax
-
+from flax_googlenet.architecture import BLOCKS, MIN_SIZE
 from flax_googlenet.errors import GoogLeNetError
-from flax_googlenet.model import BLOCKS, MIN_SIZE
 
-if TYPE_CHECKING:  # --help shows the recipes, and need not wait for optax
+if TYPE_CHECKING:  # --help shows the recipes, and need not wait for JAX
     import optax
 
 
@@ -274,6 +272,7 @@ def make_optimizer(recipe: Recipe, steps_per_epoch: int) -> "optax.GradientTrans
         recipe: The recipe.
         steps_per_epoch: Number of batches in an epoch, at least one.
     """
+    import jax
     import optax
 
     from flax_googlenet.training.finetune import scale_heads

@@ -12,9 +12,9 @@ from jax import numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec, reshard
 from jaxtyping import ArrayLike, Float, Integer
 
+from flax_googlenet.architecture import HEADS
 from flax_googlenet.inference.compiling import jit
 from flax_googlenet.model import (
-    HEADS,
     MISSING_HEAD,
     GoogLeNet,
     GoogLeNetOutput,

@@ -35,8 +35,8 @@ def test_help_fits_the_terminal_and_breaks_no_word(
     assert words(text) == words(shown(1000))
 
 
-def test_help_on_training_needs_no_extra() -> None:
-    missing = dict.fromkeys(("grain", "matplotlib", "optax", "orbax", "sklearn"))
+def test_help_on_training_needs_neither_an_extra_nor_jax() -> None:
+    missing = dict.fromkeys(("jax", "flax", "grain", "matplotlib", "optax", "orbax", "sklearn"))
     code = f"import sys; sys.modules.update({missing}); from flax_googlenet.__main__ import main; sys.exit(main())"
     process = subprocess.run([sys.executable, "-c", code, "train", "--help"], capture_output=True, text=True)
     assert process.returncode == 0, process.stderr

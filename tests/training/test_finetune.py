@@ -17,7 +17,7 @@ from torchvision.models import GoogLeNet as TorchGoogLeNet
 
 import flax_googlenet
 from flax_googlenet import GoogLeNet
-from flax_googlenet.model import BLOCKS, HEADS
+from flax_googlenet.architecture import BLOCKS, HEADS
 from flax_googlenet.training import (
     balanced_class_weights,
     create_train_state,
