@@ -20,6 +20,7 @@ from flax_googlenet.images.files import display_name
 from flax_googlenet.model import Variables
 from flax_googlenet.weights import download, pth
 from flax_googlenet.weights.checkpoint import Weights, check_class_names, load_weights
+from flax_googlenet.weights.layouts import MAX_BYTES
 
 IMAGENET_NAME = Path(reference.IMAGENET.url).name
 IMAGENET_HASH: str = download.hash_in_name(IMAGENET_NAME)  # type: ignore[assignment]  # torchvision's names have one
@@ -131,7 +132,7 @@ def _download(url: str, scratch: Path, messages: Messages) -> Path:
                 url,
                 path,
                 sha256=sha256,
-                max_bytes=pth.MAX_BYTES,
+                max_bytes=MAX_BYTES,
                 on_progress=lambda done, total: bar.update(task, completed=done, total=total),
                 warn=messages.warn,
             )
