@@ -56,7 +56,7 @@ def find_state_dict(content: Any, key: str | None = None) -> FoundStateDict:
     of a loss or the counters of a metric. If it has none, only values that cannot belong to a layer are left out.
 
     Args:
-        content: Contents of a file: a state dict, or mappings that contain one.
+        content: Contents of a file: a state dict, or mappings, lists or tuples that contain one.
         key: Which of several networks to take: the keys that lead to it, joined by dots, or its prefix. None takes the
             first network that is not a moving average of another one.
 
@@ -67,9 +67,10 @@ def find_state_dict(content: Any, key: str | None = None) -> FoundStateDict:
     Raises:
         PortingError: If there are no arrays, or none under ``key``.
     """
-    if not isinstance(content, Mapping):
+    outermost = _as_mapping(content)
+    if outermost is None:
         raise PortingError(f"it holds a {type(content).__name__}, not a state dict")
-    mappings = list(_mappings(content))
+    mappings = list(_mappings(outermost))
     candidates = [_Candidate(path, prefix, mapping) for path, mapping in mappings for prefix in _prefixes(mapping)]
     candidates = candidates[:_MAX_NETWORKS]
     wanted = candidates
@@ -86,7 +87,7 @@ def find_state_dict(content: Any, key: str | None = None) -> FoundStateDict:
     arrays = {str(name): value for name, value in fullest.items() if _is_array(value)}
     if not arrays:
         missing = "no state dict found" if key is None else f"there is no state dict under the key {key}"
-        raise PortingError(f"{missing}; the keys found: {_shown(content, 12) or 'none'}")
+        raise PortingError(f"{missing}; the keys found: {_shown(outermost, 12) or 'none'}")
     return FoundStateDict(arrays, [])
 
 
@@ -130,10 +131,19 @@ def _mappings(content: Mapping[Any, Any]) -> Iterator[tuple[tuple[str, ...], Map
         inner = []
         for path, mapping in level:
             for name, value in mapping.items():
-                if isinstance(value, Mapping) and id(value) not in seen and not str(name).startswith("optim"):
+                if id(value) in seen or str(name).startswith("optim"):
+                    continue
+                if (found := _as_mapping(value)) is not None:
                     seen.add(id(value))
-                    inner.append(((*path, str(name)), value))
+                    inner.append(((*path, str(name)), found))
         level = inner
+
+
+def _as_mapping(value: Any) -> Mapping[Any, Any] | None:
+    """Return a mapping as it is, the mappings in a list or tuple by their indices, and None for everything else."""
+    if isinstance(value, list | tuple):
+        return {str(i): element for i, element in enumerate(value) if isinstance(element, Mapping)} or None
+    return value if isinstance(value, Mapping) else None
 
 
 def _prefixes(mapping: Mapping[Any, Any]) -> list[str]:

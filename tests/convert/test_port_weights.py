@@ -214,6 +214,14 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[i
             lambda path: torch.save({**reference.random_checkpoint(), "fc.bias": torch.full((1000,), torch.nan)}, path),
             "nan.pth: not the weights of a GoogLeNet: 1 not finite (fc.bias)",
         ),
+        (
+            "sequential.pth",
+            lambda path: torch.save(
+                {name.replace("fc.", "fc.1."): tensor for name, tensor in reference.random_checkpoint().items()}, path
+            ),
+            "sequential.pth: not the weights of a GoogLeNet: 2 missing (fc.bias, fc.weight); 2 unexpected "
+            "(fc.1.weight, fc.1.bias); its head fc is a Sequential",
+        ),
         ("port.safetensors", lambda path: path.write_bytes(b"\0" * 100), "port.safetensors: the file is damaged"),
     ],
 )

@@ -83,6 +83,14 @@ def test_a_network_is_found_at_any_depth(key: str | None, network: dict[str, np.
     assert found({"state": {"model": network}, "epoch": 3}, network, key) == []
 
 
+def test_networks_in_lists_and_tuples_are_found_by_their_indices(network: dict[str, np.ndarray]) -> None:
+    other = {name: array.copy() for name, array in network.items()}
+    assert found((network, {"state": {}, "param_groups": [{"lr": 0.1}]}), network) == []
+    content = {"folds": [{"model": network}, {"model": other}], "losses": [0.4, 0.3]}
+    assert found(content, network) == ["took 'folds.0.model'; the file's other weights have the key folds.1.model"]
+    assert found(content, other, "folds.1") == []
+
+
 def test_a_mapping_that_contains_itself_is_searched_once(network: dict[str, np.ndarray]) -> None:
     content: dict[str, Any] = {"model": network}
     content["self"] = content
