@@ -125,16 +125,16 @@ def _could_be_of_a_layer(name: str, value: Any) -> bool:
 def _mappings(content: Mapping[Any, Any]) -> Iterator[tuple[tuple[str, ...], Mapping[Any, Any]]]:
     """Yield the mappings in ``content`` but those of optimizers, outermost first, with the keys that lead to them."""
     level: list[tuple[tuple[str, ...], Mapping[Any, Any]]] = [((), content)]
-    seen = {id(content)}  # a mapping in a pickle can contain itself
+    seen = {id(content)}  # a mapping in a pickle can contain itself, and a long list be there a million times
     for _ in range(_MAX_DEPTH):
         yield from level
         inner = []
         for path, mapping in level:
             for name, value in mapping.items():
-                if id(value) in seen or str(name).startswith("optim"):
+                if not isinstance(value, Mapping | list | tuple) or id(value) in seen or str(name).startswith("optim"):
                     continue
+                seen.add(id(value))
                 if (found := _as_mapping(value)) is not None:
-                    seen.add(id(value))
                     inner.append(((*path, str(name)), found))
         level = inner
 

@@ -65,6 +65,11 @@ READ = {
     "keys of the same hash": b"}(" + SAME_HASH + b"u",
     "a large number in the memo": b"Nr\xff\xff\xff\x7f",
     "many dicts": b"](" + b"}q\1" * 260_000 + b"e",
+    "a long list under many names": b"]("
+    + b"N" * 200_000
+    + b"eq\1}("
+    + b"".join(b"M" + struct.pack("<H", i) + b"h\1" for i in range(60_000))
+    + b"u\x86",
     "a deep name": b"}" + text(".".join(["conv1"] * 160)) + tensor() + b"s",
 }
 REFUSED = {
