@@ -140,8 +140,11 @@ def _begin(
     messages = [*plan.messages]
     if head and not resumed:
         messages.append(head.reason)
-    if weights and not resumed and weights.metadata.get("source") == "random":
+    is_random = weights is None or weights.metadata.get("source") == "random"
+    if weights and is_random and not resumed:
         messages.append(f"warning: the weights of {weights_path} are random: the training starts from nothing")
+    if recipe.frozen and is_random and not resumed:
+        messages.append("warning: the frozen blocks stay random: start from trained weights, or freeze no block")
     for message in messages:  # before the state is computed, which takes a while
         report_first(message)
     trained_before = past_trainings(weights.metadata) if weights else []

@@ -173,12 +173,13 @@ def test_a_run_leaves_metrics_checkpoints_curves_and_weights(complete: Path) -> 
 def test_the_first_messages_list_the_classes_and_images_and_say_what_happens_to_the_head(
     complete: Path, train: Training
 ) -> None:
-    assert (complete / "messages").read_text().splitlines()[:5] == [
+    assert (complete / "messages").read_text().splitlines()[:6] == [
         cli.STARTING,
         "3 classes: 0, 1, 2; 12 images each",
         "36 images to train on, 12 held out, 12 steps, 1 cpu",
         f"the head of {train.weights} is replaced by a new one: its 1000 classes have no names, and {train.data} has 3",
         f"warning: the weights of {train.weights} are random: the training starts from nothing",
+        "warning: the frozen blocks stay random: start from trained weights, or freeze no block",
     ]
 
 
