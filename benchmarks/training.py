@@ -79,7 +79,7 @@ def flax(folder: Path) -> Step:
     import jax
 
     import flax_googlenet
-    from flax_googlenet.model import BLOCKS
+    from flax_googlenet.architecture import BLOCKS
     from flax_googlenet.training import create_train_state, train_step
 
     model, variables = flax_googlenet.load(folder / "weights.safetensors")

@@ -46,10 +46,10 @@ def export(
         top: Return the probabilities and indices of the N likeliest classes instead of the logits.
         gradient: Keep the derivative with respect to the images, which doubles the size of the file. Needs --size.
     """
+    from flax_googlenet.architecture import MIN_SIZE
     from flax_googlenet.inference.compiling import require_backend
     from flax_googlenet.inference.export import export as write_export
     from flax_googlenet.inference.export import images_dtype
-    from flax_googlenet.model import MIN_SIZE
     from flax_googlenet.weights.checkpoint import load_weights
 
     require_folder_of(output)

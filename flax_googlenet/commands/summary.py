@@ -36,10 +36,11 @@ def summary(*, weights: OptionalWeights = None, size: OptionalNumber = None, jso
     from rich.console import Console
     from rich.table import Table
 
+    from flax_googlenet.architecture import MIN_SIZE
     from flax_googlenet.images.preprocessing import CROP
     from flax_googlenet.inference.compiling import require_backend
     from flax_googlenet.inference.stages import summarize
-    from flax_googlenet.model import MIN_SIZE, GoogLeNet
+    from flax_googlenet.model import GoogLeNet
     from flax_googlenet.weights.checkpoint import load_weights
 
     if size is not None and size < MIN_SIZE:

@@ -14,7 +14,7 @@ from jax import lax
 from jax import numpy as jnp
 from jaxtyping import Array, Float
 
-from flax_googlenet.model import WIDTHS
+from flax_googlenet.architecture import WIDTHS
 from flax_googlenet.ops import winograd
 from flax_googlenet.ops.pooling import ceil_mode_padding, per_channel, strided_slices
 

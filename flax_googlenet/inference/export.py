@@ -11,10 +11,11 @@ import numpy as np
 from jax import export as jax_export
 from jax import numpy as jnp
 
+from flax_googlenet.architecture import IMAGENET_MEAN, IMAGENET_STD, MIN_SIZE
 from flax_googlenet.errors import GoogLeNetError
 from flax_googlenet.files import write_atomically
 from flax_googlenet.inference.folding import fold_batch_norm
-from flax_googlenet.model import IMAGENET_MEAN, IMAGENET_STD, MIN_SIZE, GoogLeNet, Variables
+from flax_googlenet.model import GoogLeNet, Variables
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 """The platforms that JAX can export for, by its names. This machine need not have them."""

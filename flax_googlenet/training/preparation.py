@@ -11,7 +11,8 @@ import numpy as np
 from jax import numpy as jnp
 from jaxtyping import Int
 
-from flax_googlenet.model import BLOCKS, MIN_SIZE, GoogLeNet, Variables
+from flax_googlenet.architecture import BLOCKS, MIN_SIZE
+from flax_googlenet.model import GoogLeNet, Variables
 from flax_googlenet.training.classes import find_classes
 from flax_googlenet.training.datasets import DataError, Dataset
 from flax_googlenet.training.devices import Devices

@@ -33,10 +33,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from flax.typing import Dtype
 from jax import numpy as jnp
 
+from flax_googlenet.architecture import MIN_SIZE
 from flax_googlenet.errors import GoogLeNetError, listing, well_formed
 from flax_googlenet.files import read_regular_file, write_atomically
 from flax_googlenet.images.preprocessing import CROP
-from flax_googlenet.model import MIN_SIZE, GoogLeNet, Variables, variable_shapes
+from flax_googlenet.model import GoogLeNet, Variables, variable_shapes
 from flax_googlenet.weights.checks import tensor_problems, with_problems
 
 _DTYPES = {"F64": jnp.float64, "F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}  # safetensors' names

@@ -8,8 +8,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from flax_googlenet.architecture import BLOCKS
 from flax_googlenet.errors import listing
-from flax_googlenet.model import BLOCKS
 from flax_googlenet.weights.torchvision import NAMES, PortingError
 
 _NAME = re.compile(

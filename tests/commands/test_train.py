@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 import flax_googlenet
+from flax_googlenet.architecture import BLOCKS
 from flax_googlenet.commands import cli
-from flax_googlenet.model import BLOCKS
 from flax_googlenet.training.recipe import PRESETS
 from flax_googlenet.training.run_folder import claim
 

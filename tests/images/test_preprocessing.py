@@ -18,8 +18,8 @@ from PIL import EpsImagePlugin, Image, TiffImagePlugin
 from torchvision.datasets.folder import default_loader
 
 from flax_googlenet import ImageError, preprocess, preprocess_batch
+from flax_googlenet.architecture import IMAGENET_MEAN, IMAGENET_STD
 from flax_googlenet.images.preprocessing import rgb
-from flax_googlenet.model import IMAGENET_MEAN, IMAGENET_STD
 
 ATOL = 1e-6  # float32 of magnitude 2.6; measured: 0
 

@@ -13,7 +13,7 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.functional import resized_crop
 
 from flax_googlenet import preprocess
-from flax_googlenet.model import IMAGENET_MEAN, IMAGENET_STD
+from flax_googlenet.architecture import IMAGENET_MEAN, IMAGENET_STD
 from flax_googlenet.training.augment import augment, distort, random_crop
 from flax_googlenet.training.recipe import Recipe
 

@@ -21,7 +21,7 @@ from jax._src import xla_bridge
 from PIL import Image
 
 from flax_googlenet import ImageError, preprocess
-from flax_googlenet.model import IMAGENET_MEAN, IMAGENET_STD
+from flax_googlenet.architecture import IMAGENET_MEAN, IMAGENET_STD
 from flax_googlenet.training import reader
 from flax_googlenet.training.data import eval_batches, train_batches
 from flax_googlenet.training.datasets import DataError, Dataset

@@ -27,8 +27,8 @@ from sklearn.datasets import load_digits
 from torchvision.models import GoogLeNet as TorchGoogLeNet
 
 import flax_googlenet
+from flax_googlenet.architecture import BLOCKS
 from flax_googlenet.commands import cli
-from flax_googlenet.model import BLOCKS
 from flax_googlenet.training.data import eval_batches
 from flax_googlenet.training.recipe import PRESETS, Recipe
 from flax_googlenet.training.run import _print, _way_out

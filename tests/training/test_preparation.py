@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from flax_googlenet.model import BLOCKS, GoogLeNet
+from flax_googlenet.architecture import BLOCKS
+from flax_googlenet.model import GoogLeNet
 from flax_googlenet.training.datasets import Dataset
 from flax_googlenet.training.devices import Devices
 from flax_googlenet.training.finetune import reorder_head

@@ -22,7 +22,7 @@ from torchvision.models import GoogLeNet as TorchGoogLeNet
 
 import flax_googlenet
 from flax_googlenet import GoogLeNet
-from flax_googlenet.model import BLOCKS
+from flax_googlenet.architecture import BLOCKS
 from flax_googlenet.training import TrainState, create_train_state, cross_entropy, eval_step, train_step
 
 MODEL64 = GoogLeNet(dtype=jnp.float64, param_dtype=jnp.float64)
@@ -502,7 +502,8 @@ jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_enable_x64", True)
 from jax.sharding import AxisType
 from flax_googlenet import GoogLeNet, endpoints
-from flax_googlenet.model import BLOCKS, variable_shapes
+from flax_googlenet.architecture import BLOCKS
+from flax_googlenet.model import variable_shapes
 from flax_googlenet.training import create_train_state, eval_step, new_head, reestimate_batch_norm, train_step
 
 frozen = tuple(name for name in BLOCKS if name not in ("aux1", "fc"))  # the other blocks are only traced
