@@ -72,19 +72,15 @@ class Worker:
         self.name = name
         own = folders(name, folder)
         Path(own["TMPDIR"]).mkdir(parents=True, exist_ok=True)
-        environment = (
-            os.environ
-            | own
-            | {
-                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-                "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # engines that share a GPU take what they need
-            }
-        )
+        own["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+        own["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # engines that share a GPU take what they need
         command = [sys.executable, sys.argv[0], "--engines", name, "--work", str(folder)]
         command += ["--quick"] if is_quick() else []
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115  # closed with the process
         pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self.log, text=True, env=environment)
+        self.process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=self.log, text=True, env=os.environ | own
+        )
         self._answer()
 
     def ask(self, **request: Any) -> dict[str, Any]:

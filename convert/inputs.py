@@ -106,7 +106,9 @@ def _read_file(checkpoint: str, key: str | None, messages: Messages) -> pth.Chec
             advice = "" if os.path.exists(path) else ": give a file, a URL, imagenet or random"
             raise InputError(f"cannot read {path}: {error.strerror}{advice}") from error
         except StateDictError as error:
-            raise InputError(str(error)) if isinstance(error.__cause__, OSError) else error from error.__cause__
+            if isinstance(error.__cause__, OSError):  # it is a folder
+                raise InputError(str(error)) from error
+            raise
     if path.name == IMAGENET_NAME and not found.sha256.startswith(IMAGENET_HASH):
         # The file's format has no checksum, so a damaged weight would go unnoticed without the hash in its name.
         raise StateDictError(
@@ -190,7 +192,7 @@ def in_one_line(error: PortingError) -> str:
     if not error.problems:
         return str(error)
     advice = f"; {error.advice}" if error.advice else ""
-    if error.advice.startswith("only the auxiliary heads"):
+    if all(name.startswith(("aux1.", "aux2.")) for names in error.problems.values() for name in names):
         advice = "; only the auxiliary heads are wrong: --without-aux leaves them out"
     kinds = (f"{len(names)} {kind} ({printable(listing(names, 3))})" for kind, names in error.problems.items())
     return f"not the weights of a GoogLeNet: {'; '.join(kinds)}{advice}"

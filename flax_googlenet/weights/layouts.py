@@ -55,8 +55,11 @@ class Place(NamedTuple):
     """A part of a file."""
 
     start: int
+    """Offset of its first byte."""
     size: int
+    """Number of bytes."""
     crc: int | None = None
+    """CRC-32 checksum; None where the format has none."""
 
 
 class Contents(NamedTuple):

@@ -1,4 +1,4 @@
-"""Names files and folders that hold no state dict for what they are, and says what to do with them."""
+"""Recognises files and folders without a state dict, and says what each of them is and what to do with it."""
 
 import os
 import re

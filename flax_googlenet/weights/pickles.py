@@ -2,11 +2,12 @@
 
 ``pickletools.genops`` splits a pickle into opcodes, and each is checked before it has any effect. Names of classes and
 functions are compared with the known ones and never imported. A tensor becomes a ``Tensor``, which says where its
-values are; the dicts that people save weights in become dicts; everything else becomes a ``Placeholder``.
+values are. Plain values, lists, tuples and the dicts that people save weights in stay what they are. Any other object
+becomes a ``Placeholder``.
 
-A pickle costs what its bytes cost. A number in it never becomes an allocation, an object is never copied more often
-than the pickle has opcodes, and nothing here walks through nested objects, so that neither deep nesting nor a tuple
-that contains itself a million times over has any effect.
+The size of a pickle limits the memory and the time that it takes. A number in it never becomes an allocation, an object
+is never copied more often than the pickle has opcodes, and nothing here walks through nested objects, so that neither
+deep nesting nor a tuple that contains itself a million times over has any effect.
 """
 
 import io

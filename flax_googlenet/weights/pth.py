@@ -1,8 +1,8 @@
 """Reads state dicts from PyTorch's files without PyTorch: a file is refused, or gives exactly the tensors it stores.
 
-Files are untrusted. Nothing in them is run (see ``pickles``), and nothing costs more than their bytes: the structure is
-read first (see ``layouts``), and of the rest only the tensors of the network are kept, while the file is read once from
-start to end.
+Files are untrusted. Nothing in them is run (see ``pickles``), and the size of a file limits the memory and the time
+that reading it takes. The structure is read first (see ``layouts``). Then the file is read once from start to end, and
+only the tensors of the network are kept.
 """
 
 import hashlib
@@ -44,8 +44,8 @@ def read_state_dict(path: str | os.PathLike[str], key: str | None = None) -> dic
 
     The file is a ``.pth``, ``.pt``, ``.ckpt`` or ``.bin`` from ``torch.save``, in its present or its older format, or a
     ``.safetensors`` with PyTorch's names. It can be a training checkpoint that contains the state dict; a prefix of all
-    names, such as ``module.``, is removed. Nothing in the file is run. What was left out, and which other networks the
-    file has, is said in a ``UserWarning``.
+    names, such as ``module.``, is removed. Nothing in the file is run. A ``UserWarning`` says what was left out and
+    which other networks the file has.
 
     Args:
         path: File to read. Its contents tell its format, not its name.
@@ -74,7 +74,7 @@ def read_state_dict(path: str | os.PathLike[str], key: str | None = None) -> dic
 def read(path: str | os.PathLike[str], key: str | None = None) -> Checkpoint:
     """Read a state dict like ``read_state_dict``, and return the notes and the digest of the file with it.
 
-    The digest is that of the very bytes that the arrays come from. It takes two fifths of the time.
+    The digest is computed from the same bytes as the arrays, while they are read. It takes two fifths of the time.
     """
     digest = hashlib.sha256()
     state_dict, notes = _read(path, key, digest.update)

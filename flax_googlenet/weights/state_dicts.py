@@ -13,7 +13,8 @@ from flax_googlenet.errors import listing
 from flax_googlenet.weights.torchvision import NAMES, PortingError
 
 _NAME = re.compile(
-    rf"(?:^|\.)(({'|'.join(BLOCKS)})(\.branch\d(\.\d)?)?(\.(conv|bn|fc1|fc2))*\.({'|'.join(sorted(set(NAMES.values())))}))\Z"
+    rf"(?:^|\.)(({'|'.join(BLOCKS)})(\.branch\d(\.\d)?)?(\.(conv|bn|fc1|fc2))*"
+    rf"\.({'|'.join(sorted(set(NAMES.values())))}))\Z"
 )
 """torchvision's name of a tensor, at the end of a name with any prefix."""
 
