@@ -299,7 +299,7 @@ def test_no_file_starts_another_program(
     iptc = b"".join(struct.pack(">BBBH", 0x1C, *field[:2], len(field[2])) + field[2] for field in fields)
     (tmp_path / "picture.jpg").write_bytes(iptc + b"\x1c\x03\x3c\0\0")
     for name in ("picture.eps", "picture.jpg"):
-        with pytest.raises(ImageError, match=f"{name} is not an image that Pillow can read: convert it to PNG"):
+        with pytest.raises(ImageError, match=f"{name} .*: convert it to PNG"):
             preprocess(tmp_path / name)
         assert not (tmp_path / "log").exists()
         with Image.open(tmp_path / name) as image, pytest.raises(ImageError):  # this one the caller has asked for

@@ -362,7 +362,7 @@ def test_a_checkpoint_that_cannot_be_saved_is_reported_and_does_not_count(troubl
 def test_weights_that_cannot_be_written_are_reported_with_the_last_checkpoint(troubled: tuple[list[Path], str]) -> None:
     _, messages = troubled
     error = messages.splitlines()[-1]
-    assert "/run/model.safetensors: it exists and is not a regular file; there is no checkpoint yet" in error
+    assert re.search(r"/run/model\.safetensors: .*; there is no checkpoint yet", error)
 
 
 @pytest.mark.slow
