@@ -96,7 +96,7 @@ def make_plan(
     if total_steps < recipe.accumulate:
         raise RecipeError(
             f"{len(train_data)} images make {total_steps} steps, and a change of the weights takes "
-            f"{recipe.accumulate}: choose an accumulate of {total_steps} or less, or more epochs"
+            f"{recipe.accumulate}: set accumulate to {total_steps} or less, or train for more epochs"
         )
     head = find_head(train_data.class_names, data, weights, str(weights_path)) if weights else None
     balanced = recipe.class_weights == "balanced"

@@ -115,8 +115,10 @@ def _check_types(recipe: object, weights: object) -> None:
     if not isinstance(recipe, Recipe | None):
         raise RecipeError(f"recipe must be a Recipe, such as PRESETS['finetune'], not a {type(recipe).__name__}")
     if not isinstance(weights, str | Path | None):
-        kind = type(weights).__name__
-        raise CheckpointError(f"weights must be the path of a file, not a {kind}: write one with flax_googlenet.save")
+        names, kind = " or ".join(map(repr, PRETRAINED)), type(weights).__name__
+        raise CheckpointError(
+            f"weights must be the path of a file or {names}, not a {kind}: write a file with flax_googlenet.save"
+        )
 
 
 def _begin(

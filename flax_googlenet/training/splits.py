@@ -102,8 +102,7 @@ def find_data(data: str, trainings: Sequence[Training]) -> tuple[Dataset, list[s
     else:
         raise DataError(
             f"each of the {total} has the name of an image that one of the networks was trained on, so none is left to "
-            "evaluate them on together: evaluate each network alone, or train them with the same seed and "
-            "held_out"
+            "evaluate them on together: evaluate each network alone, or train them with the same seed and held_out"
         )
     return dataset, notes
 
@@ -119,8 +118,8 @@ def _hold_out(
         raise DataError(f"{data}: no class has a second image to hold out for evaluation")
     warnings = [
         f"warning: {training.weights} was trained on {count} of the {held_out.sum()} images of {data} that are held "
-        "out now, so their accuracy will look better than that of new images: choose a seed of "
-        f"{training.seed} and a held_out of {training.held_out} to hold out the same images as before"
+        "out now, so their accuracy will look better than that of new images: set seed to "
+        f"{training.seed} and held_out to {training.held_out} to hold out the same images as before"
         for training in earlier
         if (count := np.sum(held_out & _used_in(training, dataset)))
     ]

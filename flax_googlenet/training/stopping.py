@@ -110,8 +110,7 @@ class RunCounts:
         if len(self.unreadable) > max(max_corrupt * len(dataset), ALWAYS_ALLOWED if max_corrupt else 0):
             raise TooManyFailuresError(
                 f"{len(self.unreadable)} of {len(dataset)} images cannot be read, more than max_corrupt "
-                f"({max_corrupt:.2%}) allows: {', '.join(self.unreadable[:10])}; remove them, or raise "
-                "max_corrupt"
+                f"({max_corrupt:.2%}) allows: {', '.join(self.unreadable[:10])}; remove them, or raise max_corrupt"
             )
 
 

@@ -99,7 +99,8 @@ def read_structure(file: io.BufferedReader, suffix: str) -> Contents:
     except (StateDictError, OSError):
         raise
     except Exception as error:  # damaged or hostile bytes can cause almost any exception in zipfile, pickle and JSON
-        raise StateDictError(f"the file is damaged or cut off ({_first_line(error)})") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")[:200]
+        raise StateDictError(f"the file is damaged or cut off ({reason})") from error
     if head.startswith(b"\x80"):
         raise StateDictError(
             "this is a pickle, not a file from torch.save; if it is the data.pkl of an unpacked .pth, "
@@ -218,7 +219,3 @@ def _open_safetensors(file: io.BufferedReader, file_size: int, header_size: int)
         strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
         content[name] = Tensor(storage, storage.dtype, 0, shape, strides)
     return Contents(content, places, [], sys.byteorder == "big")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")[:200]

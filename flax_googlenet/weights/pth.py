@@ -97,7 +97,8 @@ def _read(
         raise StateDictError(f"{os.fspath(path)}: {printable(str(error))}") from error
     if contents.is_swapped:
         for storage in storages.values():
-            _swap_bytes(values[storage.key], storage.dtype)
+            size = storage.dtype.itemsize // (2 if storage.dtype.kind == "c" else 1)  # of a number, real or imaginary
+            values[storage.key].view(f"u{size}").byteswap(inplace=True)
     arrays = {name: _array(tensor, values[tensor.storage.key]) for name, tensor in tensors.items()}
     return arrays, list(map(printable, notes))
 
@@ -185,11 +186,6 @@ def _read_places(
     while rest := file.read(_CHUNK):
         hash_part(memoryview(rest))
     return values
-
-
-def _swap_bytes(values: np.ndarray, dtype: np.dtype[Any]) -> None:
-    size = dtype.itemsize // 2 if dtype.kind == "c" else dtype.itemsize
-    values.view(f"u{size}").byteswap(inplace=True)
 
 
 def _array(tensor: Tensor, values: np.ndarray) -> np.ndarray:

@@ -366,7 +366,7 @@ def test_images_of_a_training_before_the_last_one_do_not_count_and_are_warned_of
     assert note.startswith(
         f"warning: w was trained on {seen} of the {len(held)} images of photos that are held out now"
     )
-    assert "choose a seed of 0 and a held_out of 0.1 " in note
+    assert "set seed to 0 and held_out to 0.1 " in note
     for broken in (None, 1, [1, {"trained_on": "a"}, {"trained_on": [], "recipe": entries[0]["recipe"]}]):
         assert past_trainings({"trained_before": broken}) == []
 

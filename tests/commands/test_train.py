@@ -132,7 +132,7 @@ def test_a_recipe_that_freezes_all_blocks_is_refused(refusal: Callable[..., str]
 
 def test_more_batches_to_accumulate_than_there_are_are_refused(refusal: Callable[..., str]) -> None:
     said = refusal("digits", "--recipe.accumulate=10000")
-    assert "takes 10000: choose an accumulate of 528 or less, or more epochs" in said
+    assert "takes 10000: set accumulate to 528 or less" in said
     assert "1438 images make 528 steps, and a change of the weights " in said
 
 
