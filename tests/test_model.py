@@ -258,6 +258,7 @@ def test_init_draws_its_kernels_in_blocks_of_one_shape_which_compile_fast() -> N
     assert program.count("name=_truncated_normal") == 13
 
 
+@pytest.mark.slow
 def test_linear_biases_start_as_torchs_and_batch_norm_at_1_and_0(initial: dict[str, Any]) -> None:
     params = initial["params"]
     for layer, fan_in in ((params["fc"], 1024), (params["aux1"]["fc1"], 2048), (params["aux2"]["fc2"], 1024)):

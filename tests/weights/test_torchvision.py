@@ -278,6 +278,7 @@ def exchanged(one: str, other: str) -> Callable[[str], str]:
     return lambda key: key.replace(one, "@").replace(other, one).replace("@", other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("one", "other"),
     [("aux1.fc2", "aux2.fc2"), ("inception4b.branch2.1.bn.weight", "inception4b.branch2.1.bn.running_var")],
@@ -292,6 +293,7 @@ def test_swapping_tensors_of_one_shape_is_noticed(one: str, other: str, state_di
     assert any(proof.relative_error(port[name], truth[name]) > 1e-3 for name in truth)
 
 
+@pytest.mark.slow
 def test_flattening_the_aux_features_as_nhwc_is_noticed(state_dict: StateDict) -> None:
     variables = from_torchvision(state_dict)
     kernel = variables["params"]["aux1"]["fc1"]["kernel"]
