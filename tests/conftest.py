@@ -51,10 +51,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session", autouse=True)
 def _compilation_cache(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> None:
-    """Many tests compile the same network: what one has compiled serves the others, in all workers of pytest-xdist.
+    """What one test has compiled serves the others, in all workers of pytest-xdist and in the processes they start.
 
-    And in the processes that they start, which compile each small thing anew otherwise. A developer who sets
-    JAX_COMPILATION_CACHE_DIR keeps it for the next time.
+    If JAX_COMPILATION_CACHE_DIR is set, the cache is there, and serves the next run too.
     """
     folder = tmp_path_factory.getbasetemp()
     folder = folder if worker_id == "master" else folder.parent

@@ -310,7 +310,7 @@ def _digest(data: bytes, path: str | os.PathLike[str]) -> tuple[int, str, str]:
     if match is None:
         raise CheckpointError(
             f"{os.fspath(path)} is not a checkpoint of flax_googlenet, or is damaged: it has no sha256; "
-            "flax_googlenet.from_torchvision(flax_googlenet.read_state_dict(path)) reads a checkpoint of PyTorch's, "
+            "flax_googlenet.from_torchvision(flax_googlenet.read_state_dict(path)) reads a PyTorch checkpoint, "
             "and convert/port_weights.py, in the repository of this project, writes and proves its port: "
             f"python convert/port_weights.py {shlex.quote(os.fspath(path))}"
         )

@@ -1,4 +1,4 @@
-"""Finds what a file of PyTorch's holds and where the values of its tensors are, without reading the values.
+"""Finds what a PyTorch file holds and where the values of its tensors are, without reading the values.
 
 ``torch.save`` writes a zip: the pickle ``data.pkl`` refers to storages, which are uncompressed entries. Before PyTorch
 1.6 it wrote five pickles and then the storages; such a file has no checksum, so only a hash of the file shows a damaged

@@ -21,7 +21,7 @@ _MAX_BYTES = 2**28  # the file has 50 MB
 
 
 class Source(NamedTuple):
-    """The file of PyTorch's that pretrained weights are converted from."""
+    """The PyTorch file that pretrained weights are converted from."""
 
     url: str
     sha256: str

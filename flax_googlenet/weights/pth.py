@@ -40,7 +40,7 @@ class Checkpoint(NamedTuple):
 
 
 def read_state_dict(path: str | os.PathLike[str], key: str | None = None) -> dict[str, np.ndarray]:
-    """Read the state dict of a GoogLeNet from a file of PyTorch's, without PyTorch.
+    """Read the state dict of a GoogLeNet from a PyTorch file, without PyTorch.
 
     The file is a ``.pth``, ``.pt``, ``.ckpt`` or ``.bin`` from ``torch.save``, in its present or its older format, or a
     ``.safetensors`` with PyTorch's names. It can be a training checkpoint that contains the state dict; a prefix of all
