@@ -68,7 +68,7 @@ class Contents(NamedTuple):
     content: Any
     """What the file holds, with ``Tensor`` and ``Placeholder`` objects."""
     places: dict[str, Place]
-    """Places of the storages, by their keys, and of all else that has a checksum."""
+    """Places of the storages, by their keys, and of all other entries of a zip, which have checksums."""
     unknown: list[str]
     """Names of classes that do not belong to training checkpoints."""
     is_swapped: bool = False
@@ -145,13 +145,13 @@ def _open_zip(file: io.BufferedReader, file_size: int) -> Contents:
         if magic != b"PK\x03\x04":
             raise StateDictError("the zip is damaged or cut off (an entry is not where its directory says)")
         start = entry.header_offset + 30 + name_size + extra_size
-        places[entry.filename.removeprefix(f"{root}data/")] = Place(start, entry.file_size, entry.CRC)
+        places[entry.filename] = Place(start, entry.file_size, entry.CRC)
     if places[f"{root}data.pkl"].size > MAX_PICKLE_BYTES:
         raise StateDictError(_HUGE_PICKLE)
     byte_order = _entry(file, places[f"{root}byteorder"]) if f"{root}byteorder" in places else b"little"
     if byte_order not in (b"little", b"big"):
         raise StateDictError("its byteorder is neither little nor big")
-    interpreter = Interpreter()
+    interpreter = Interpreter(f"{root}data/")
     content = interpreter.load(io.BytesIO(_entry(file, places[f"{root}data.pkl"])))
     return Contents(content, places, list(interpreter.unknown), byte_order.decode() != sys.byteorder)
 

@@ -25,6 +25,7 @@ from flax_googlenet.errors import GoogLeNetError
 MAX_PICKLE_BYTES = 2**22  # that of a training checkpoint has 150 kB
 _MAX_OPCODES = 2**19  # a training checkpoint has 50,000; each can take 150 bytes
 MAX_NAME = 1000  # characters
+_MAX_CLASS_NAME = 250  # characters; two texts of a pickle give a name, so that it can have many more names than bytes
 MAX_AXES = 64  # of a tensor in PyTorch and of an array in NumPy
 
 _STORAGES = {
@@ -139,9 +140,14 @@ class UnusualTensor:
 
 
 class Interpreter:
-    """Interprets the pickles of one file."""
+    """Interprets the pickles of one file.
 
-    def __init__(self) -> None:
+    Args:
+        folder: What the keys of the storages begin with: the folder of a zip that has them.
+    """
+
+    def __init__(self, folder: str = "") -> None:
+        self._folder = folder
         self.storages: dict[str, Storage] = {}
         """Storages in the order of their first use, by key."""
         self.unknown: dict[str, None] = {}
@@ -184,8 +190,10 @@ class Interpreter:
                     stack.append(memo[argument])
                 case "BININT1" | "BINUNICODE" | "BININT2" | "BININT" | "LONG1" | "BINFLOAT":
                     stack.append(argument)
-                case "SHORT_BINUNICODE" | "BINUNICODE8" | "SHORT_BINSTRING" | "BINSTRING":
+                case "SHORT_BINUNICODE" | "BINUNICODE8":
                     stack.append(argument)
+                case "SHORT_BINSTRING" | "BINSTRING":  # PyTorch decodes UTF-8 here, and genops Latin-1
+                    stack.append(argument.encode("latin-1").decode(errors="surrogateescape"))
                 case "BINBYTES" | "SHORT_BINBYTES" | "BINBYTES8" | "BYTEARRAY8":
                     stack.append(bytes(argument))
                 case "NONE" | "NEWTRUE" | "NEWFALSE":
@@ -227,9 +235,13 @@ class Interpreter:
                 case "STACK_GLOBAL":
                     name = stack.pop()
                     stack.append(self._global(stack.pop(), name))
-                case "REDUCE" | "NEWOBJ":
+                case "REDUCE":
                     arguments = stack.pop()
                     stack.append(self._call(stack.pop(), arguments))
+                case "NEWOBJ":  # calls __new__ alone, and __init__ is what fills a dict
+                    arguments = stack.pop()
+                    result = self._call(stack.pop(), arguments)
+                    stack.append({} if isinstance(result, dict) else result)
                 case "NEWOBJ_EX":
                     del stack[-2:]
                 case "BUILD":
@@ -255,7 +267,7 @@ class Interpreter:
         if not isinstance(module, str) or not isinstance(name, str):
             raise StateDictError("its pickle names a class by something that is not text")
         full_name = f"{_PYTHON_2_MODULES.get(module, module)}.{name}".replace("torch.cuda.", "torch.")
-        if len(full_name) > MAX_NAME or not re.fullmatch(r"[\w.<>-]+", full_name):
+        if len(full_name) > _MAX_CLASS_NAME or not re.fullmatch(r"[\w.<>-]+", full_name):
             raise StateDictError("the file is damaged or cut off (its pickle names a class that cannot exist)")
         if not _ORDINARY.fullmatch(full_name):
             self.unknown[full_name] = None
@@ -274,14 +286,14 @@ class Interpreter:
 
     def _dict(self, arguments: Sequence[Any]) -> dict[Any, Any]:
         match arguments:
-            case [dict() as mapping]:  # a Counter
-                return mapping
-            case [list() as pairs]:  # an OrderedDict from Python 2
-                self._pairs += len(pairs)
+            case [dict() | list() as items]:  # of a Counter; of an OrderedDict from Python 2
+                self._pairs += len(items)
                 if self._pairs > _MAX_OPCODES:
                     raise StateDictError("its pickle repeats the same list of tensors too often")
+                if isinstance(items, dict):
+                    return items.copy()
                 result: dict[Any, Any] = {}
-                for pair in pairs:
+                for pair in items:
                     if not isinstance(pair, list | tuple) or len(pair) != 2:
                         raise StateDictError("its pickle makes a dict of something that is not pairs")
                     _update(result, pair)
@@ -295,9 +307,13 @@ class Interpreter:
             case ("storage", Placeholder(name), str(key), _, int(length), *views) if len(views) < 2:
                 name = re.sub(r"^torch\.storage\._?", "torch.", name)
                 if name in STORAGE_DTYPES and 0 <= length < 2**62 and len(key) <= MAX_NAME:
-                    storage = Storage(key, STORAGE_DTYPES[name], length, is_untyped=name == "torch.UntypedStorage")
-                    if self.storages.setdefault(key, storage).size != storage.size:
+                    key, dtype = self._folder + key, STORAGE_DTYPES[name]
+                    storage = Storage(key, dtype, length, is_untyped=name == "torch.UntypedStorage")
+                    first = self.storages.setdefault(key, storage)
+                    if first.size != storage.size:
                         raise StateDictError(f"its pickle names storage {key[:20]} with two different sizes")
+                    if first.dtype != dtype and storage.size:
+                        raise StateDictError(f"its pickle names storage {key[:20]} with two different dtypes")
                     match views:
                         case [] | [None]:
                             return storage

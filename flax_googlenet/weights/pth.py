@@ -25,6 +25,7 @@ from flax_googlenet.weights.pickles import Placeholder, StateDictError, Tensor, 
 from flax_googlenet.weights.state_dicts import find_state_dict
 from flax_googlenet.weights.torchvision import PortingError
 
+_MAX_TENSORS = 10_000  # a GoogLeNet has 364; a pickle can repeat one tensor under 200,000 names
 _CHUNK = 2**20  # bytes that are read, hashed and checked at once: they stay in a processor's cache
 
 
@@ -112,6 +113,10 @@ def _find(contents: Contents, key: str | None) -> tuple[dict[str, Any], list[str
         needed = [value.name for value in objects if isinstance(value, Placeholder)]
         needed.sort(key=lambda name: name not in contents.unknown)  # a model rather than the arguments beside it
         raise StateDictError(_asks_for(needed[0]) if needed else str(error)) from error
+    if len(found.state_dict) > _MAX_TENSORS:
+        raise StateDictError(
+            f"it has {len(found.state_dict):,} tensors, and no GoogLeNet has more than {_MAX_TENSORS:,}"
+        )
     notes = found.notes
     if contents.unknown:
         notes = [*notes, f"left out objects of other classes, and ran nothing: {listing(contents.unknown, 3)}"]

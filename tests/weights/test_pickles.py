@@ -5,8 +5,14 @@ import struct
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+
+from flax_googlenet.weights import pth
+from flax_googlenet.weights.state_dicts import find_state_dict
 
 VALUE = struct.pack("<f", 0.5)
 
@@ -44,6 +50,11 @@ def shape(*lengths: int) -> bytes:
 EXPLODING = b")" + b"q\1h\1\x86" * 100  # a tuple of the same tuple twice, and so on: 2**100 elements
 SAME_HASH = b"".join(b"\x8a\x0a" + (k * (2**61 - 1)).to_bytes(10, "little") + b"N" for k in range(60_000))
 PAIRS = b"](" + b"".join(text(f"x{i}") + b"N\x86q\2" for i in range(20_000)) + b"e"
+
+COPIES = b"](" + b"ccollections\nCounter\nh\1\x85R" * 1000 + b"e"
+MANY_AXES = tensor(shape=shape(*[1] * 64), strides=shape(*[1] * 64))
+LONG_TEXTS = b"".join(text("x" * 498 + chr(192 + i)) + b"q" + bytes([i]) + b"0" for i in range(60))
+LONG_CLASSES = b"](" + b"".join(b"h" + bytes([i, ord("h"), j]) + b"\x93" for i in range(60) for j in range(60)) + b"e"
 
 READ = {
     "a number of bytes": b"c__builtin__\nbytearray\n(" + number(3 << 30) + b"tR",
@@ -83,6 +94,15 @@ REFUSED = {
     "an empty stack": (b"\x80\2\x85.", "not a state dict"),
     "no mark": (b"\x80\2t.", "damaged"),
     "another protocol": (b"\x80\6" + beside(b"N")[2:], "protocol 6"),
+    "long classes of a few texts": (beside(LONG_TEXTS + LONG_CLASSES), "cannot exist"),
+    "a tensor under 200,000 names": (
+        b"\x80\2}(" + b"".join(text(f"fc.{i}") + (b"h\1" if i else MANY_AXES + b"q\1") for i in range(200_000)) + b"u.",
+        "200,000 tensors",
+    ),
+    "a dict copied often": (
+        beside(b"}(" + b"".join(b"J" + struct.pack("<i", i) + b"N" for i in range(20_000)) + b"uq\1" + COPIES),
+        "too often",
+    ),
     "a list repeated often": (
         beside(PAIRS + b"q\3" + b"ccollections\nOrderedDict\nh\3\x85R0" * 10_000),
         "too often",
@@ -103,6 +123,7 @@ REFUSED = {
     "a storage of text": (beside(storage(text("FloatStorage"))), "not a storage"),
     "a storage of negative length": (beside(storage(length=-1)), "not a storage"),
     "a storage of two sizes": (beside(storage(length=2)), "two different sizes"),
+    "a storage of two dtypes": (beside(storage(b"ctorch\nIntStorage\n")), "two different dtypes"),
     "a storage that is not there": (state_dict(tensor(storage(key="1"))), "more than the bytes stored"),
     "a storage that claims more": (state_dict(tensor(storage(length=2))), "more than the bytes stored"),
     "a storage of another dtype": (state_dict(tensor(storage(b"ctorch\nDoubleStorage\n"))), "more than the bytes"),
@@ -195,3 +216,54 @@ def test_a_hostile_pickle_is_refused_with_its_reason(name: str, results: Results
     assert len(error) < 600
     assert seconds < 10
     assert memory < 100e6
+
+
+def pair(name: str, value: bytes) -> bytes:
+    return text(name) + value + b"\x86"
+
+
+SCALAR = tensor(shape=b")", strides=b")")
+
+
+@pytest.mark.parametrize(
+    ("pickle", "entries"),
+    [
+        pytest.param(
+            b"\x80\2}(" + text("x") + b"}(" + text("fc.bias") + tensor() + b"uq\1"
+            + text("y") + b"ccollections\nCounter\nh\1\x85R" + text("fc.bias") + SCALAR + b"su.",
+            {},
+            id="a copy that is changed",
+        ),
+        pytest.param(
+            b"\x80\2}(" + text("fc.bias") + tensor()
+            + text("x") + b"ccollections\nOrderedDict\n](" + pair("a", SCALAR) + pair("b", SCALAR) + b"e\x85\x81u.",
+            {},
+            id="a dict whose contents are given to __new__",
+        ),
+        pytest.param(b"\x80\2}(U\x05t\xc3\xaate" + tensor() + b"u.", {}, id="a name from Python 2"),
+        pytest.param(
+            state_dict(tensor()),
+            {"archive/data/archive/data.pkl": state_dict(SCALAR)},
+            id="a storage with the name of the pickle",
+        ),
+        pytest.param(state_dict(tensor(storage(key="archive/four"))), {"archive/four": VALUE}, id="not a storage"),
+    ],
+)  # fmt: skip
+def test_what_no_pickler_writes_is_read_as_pytorch_reads_it_or_refused(
+    pickle: bytes, entries: dict[str, bytes], tmp_path: Path
+) -> None:
+    path = tmp_path / "model.pth"
+    sound = {"archive/data.pkl": pickle, "archive/version": b"3\n", "archive/data/0": VALUE}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in (sound | entries).items():
+            archive.writestr(name, data)
+    try:
+        expected = find_state_dict(torch.load(path, weights_only=True)).state_dict
+    except RuntimeError:
+        with pytest.raises(pth.StateDictError):
+            pth.read(path)
+        return
+    found = pth.read(path).state_dict
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value.numpy(), strict=True)
