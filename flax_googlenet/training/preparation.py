@@ -149,8 +149,8 @@ def describe_classes(dataset: Dataset, *, balanced: bool) -> list[str]:
     lines = [f"{len(names)} classes: {', '.join(listed)}; {images}"]
     if not balanced and counts[most] >= UNEQUAL * counts[fewest]:
         lines.append(
-            f"warning: {names[most]} has {counts[most]} images to train on and {names[fewest]} {counts[fewest]}: with "
-            "class_weights balanced every class counts the same"
+            f"warning: {names[most]} has {counts[most]} images to train on and {names[fewest]} {counts[fewest]}: set "
+            "class_weights to balanced, so that every class counts the same"
         )
     return lines
 

@@ -25,7 +25,7 @@ from flax_googlenet.errors import GoogLeNetError
 MAX_PICKLE_BYTES = 2**22  # that of a training checkpoint has 150 kB
 _MAX_OPCODES = 2**19  # a training checkpoint has 50,000; each can take 150 bytes
 MAX_NAME = 1000  # characters
-_MAX_CLASS_NAME = 250  # characters; two texts of a pickle give a name, so that it can have many more names than bytes
+_MAX_CLASS_NAME = 250  # characters; a pickle can combine n texts to n * n names of classes
 MAX_AXES = 64  # of a tensor in PyTorch and of an array in NumPy
 
 _STORAGES = {
@@ -307,9 +307,9 @@ class Interpreter:
             case ("storage", Placeholder(name), str(key), _, int(length), *views) if len(views) < 2:
                 name = re.sub(r"^torch\.storage\._?", "torch.", name)
                 if name in STORAGE_DTYPES and 0 <= length < 2**62 and len(key) <= MAX_NAME:
-                    key, dtype = self._folder + key, STORAGE_DTYPES[name]
-                    storage = Storage(key, dtype, length, is_untyped=name == "torch.UntypedStorage")
-                    first = self.storages.setdefault(key, storage)
+                    dtype, is_untyped = STORAGE_DTYPES[name], name == "torch.UntypedStorage"
+                    storage = Storage(self._folder + key, dtype, length, is_untyped=is_untyped)
+                    first = self.storages.setdefault(storage.key, storage)
                     if first.size != storage.size:
                         raise StateDictError(f"its pickle names storage {key[:20]} with two different sizes")
                     if first.dtype != dtype and storage.size:
@@ -318,7 +318,7 @@ class Interpreter:
                         case [] | [None]:
                             return storage
                         case [(_, int(start), int(count))] if 0 <= start <= start + count <= length:
-                            return Storage(key, storage.dtype, length, start, start + count)
+                            return Storage(storage.key, dtype, length, start, start + count)
         raise StateDictError("its pickle refers to something that is not a storage of numbers")
 
 

@@ -103,8 +103,8 @@ def test_the_classes_are_listed_with_their_images_and_a_warning_if_these_are_ver
     classes, warning = described(4, 30, 3)
     assert classes == "3 classes: class0, class1, class2; 3 (class2) to 30 (class1) images each"
     assert warning == (
-        "warning: class1 has 30 images to train on and class2 3: with class_weights balanced every class "
-        "counts the same"
+        "warning: class1 has 30 images to train on and class2 3: set class_weights to balanced, so that "
+        "every class counts the same"
     )
     assert described(4, 30, 3, balanced=True) == [classes]
     assert described(1, 1) == ["2 classes: class0, class1; 1 image each"]
