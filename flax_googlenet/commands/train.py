@@ -137,7 +137,7 @@ def display() -> Iterator[dict[str, Any]]:
 def require_training_packages() -> None:
     """Raise a CommandError if a package of the extra ``train`` is not installed."""
     # optax and orbax are always there: Flax needs them.
-    missing = [name for name in ("grain", "matplotlib", "sklearn") if find_spec(name) is None]
+    missing = [name for name in ("grain", "matplotlib", "sklearn", "tensorboardX") if find_spec(name) is None]
     if missing:
         raise CommandError(f"{', '.join(missing)} is not installed: {install_advice('train')}")
 

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import struct
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +17,6 @@ from typing import Any, BinaryIO, Self
 import numpy as np
 
 from flax_googlenet.files import read_regular_file, write_atomically
-from flax_googlenet.training import tensorboard
 
 METRICS = "metrics.jsonl"
 CURVES = "curves.png"
@@ -80,14 +80,17 @@ class RunLog:
         self._first: tuple[int, float] | None = None
 
     def __enter__(self) -> Self:
+        from tensorboardX.proto.event_pb2 import SessionLog
+
         path = self._workdir / METRICS
         self._evaluation_before = _drop_records(self._start_step, path)
         events = self._workdir / f"events.out.tfevents.{time.time_ns()}"
         with ExitStack() as stack:
             self._lines = stack.enter_context(open(path, "ab", buffering=0))
             self._events = stack.enter_context(open(events, "xb", buffering=0))
-            _append(self._events, tensorboard.event(tensorboard.VERSION))
-            _append(self._events, tensorboard.event(tensorboard.START, self._start_step + 1))
+            _append(self._events, _event(file_version="brain.Event:2"))
+            # TensorBoard drops the steps from this one on that it has read from earlier files.
+            _append(self._events, _event(step=self._start_step + 1, session_log=SessionLog(status=SessionLog.START)))
             self._exit = stack.pop_all()
         return self
 
@@ -134,8 +137,8 @@ class RunLog:
         try:
             _append(self._lines, json.dumps(record, allow_nan=False).encode() + b"\n")
             if record != self._evaluation_before:  # TensorBoard has this one, and cannot drop it alone
-                named = {f"{split}/{name}": value for name, value in values.items()}
-                _append(self._events, tensorboard.event(tensorboard.scalars(named), step))
+                summary = _scalars({f"{split}/{name}": value for name, value in values.items()})
+                _append(self._events, _event(step=step, summary=summary))
             self._disk_failed = False
         except OSError as error:
             if not self._disk_failed:  # once is enough
@@ -283,3 +286,19 @@ def _append(file: BinaryIO, data: bytes) -> None:
     except OSError:
         file.truncate(end)
         raise
+
+
+def _event(**fields: Any) -> bytes:
+    """Return a record of a TensorBoard file. tensorboardX's own writer hangs for ever once the disk is full."""
+    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.record_writer import masked_crc32c
+
+    data = Event(wall_time=time.time(), **fields).SerializeToString()
+    length = struct.pack("<Q", len(data))
+    return b"".join((length, struct.pack("<I", masked_crc32c(length)), data, struct.pack("<I", masked_crc32c(data))))
+
+
+def _scalars(values: Mapping[str, float]) -> Any:
+    from tensorboardX.proto.summary_pb2 import Summary
+
+    return Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])

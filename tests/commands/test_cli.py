@@ -36,7 +36,7 @@ def test_help_fits_the_terminal_and_breaks_no_word(
 
 
 def test_help_on_training_needs_neither_an_extra_nor_jax() -> None:
-    missing = dict.fromkeys(("jax", "flax", "grain", "matplotlib", "optax", "orbax", "sklearn"))
+    missing = dict.fromkeys(("jax", "flax", "grain", "matplotlib", "optax", "orbax", "sklearn", "tensorboardX"))
     code = f"import sys; sys.modules.update({missing}); from flax_googlenet.__main__ import main; sys.exit(main())"
     process = subprocess.run([sys.executable, "-c", code, "train", "--help"], capture_output=True, text=True)
     assert process.returncode == 0, process.stderr

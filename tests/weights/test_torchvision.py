@@ -3,7 +3,6 @@
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -307,13 +306,8 @@ def test_flattening_the_aux_features_as_nhwc_is_noticed(state_dict: StateDict) -
     assert proof.relative_error(port["aux2"], truth["aux2"]) < 1e-12
 
 
-def test_the_library_imports_no_torch_not_even_to_train(tmp_path: Path) -> None:
-    code = (
-        "import sys; from flax_googlenet import *; from flax_googlenet.training import *\n"
-        "from flax_googlenet.training.logs import RunLog\n"
-        f"with RunLog(__import__('pathlib').Path({str(tmp_path)!r}), 1, report=print): pass\n"
-        "sys.exit(not {'torch', 'torchvision'}.isdisjoint(sys.modules))"
-    )
+def test_the_library_imports_no_torch() -> None:
+    code = "import sys; from flax_googlenet import *; sys.exit(not {'torch', 'torchvision'}.isdisjoint(sys.modules))"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
