@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
+from flax_googlenet.errors import printable
 from flax_googlenet.files import cache_folder, lock, read_regular_file
 from flax_googlenet.model import GoogLeNet
 from flax_googlenet.weights.checkpoint import CheckpointError, load, load_metadata, save
@@ -131,17 +132,23 @@ def _original(
     mirror = os.environ.get("FLAX_GOOGLENET_MIRROR")
     url = f"{mirror.rstrip('/')}/{name}" if mirror else source.url
     if url.startswith("file:") or "://" not in url:
-        path = Path(url2pathname(urlsplit(url).path) if url.startswith("file:") else url)
+        place = url
+        advice = f"set FLAX_GOOGLENET_MIRROR to a folder, or the URL of one, that has {name}"
         try:
-            sha256 = hashlib.sha256(read_regular_file(path, _MAX_BYTES)).hexdigest()
-        except OSError as error:
-            advice = f"set FLAX_GOOGLENET_MIRROR to a folder, or the URL of one, that has {name}"
-            raise DownloadError(f"cannot read {path}: {error.strerror}; {advice}") from error
+            if url.startswith("file:"):
+                parts = urlsplit(url)
+                if parts.netloc not in ("", "localhost"):
+                    raise ValueError("a file: URL has three slashes before its path, and no host")
+                place = url2pathname(parts.path)
+            sha256 = hashlib.sha256(read_regular_file(place, _MAX_BYTES)).hexdigest()
+        except (OSError, ValueError) as error:  # also for a URL that is not valid, and for a path with a NUL
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise DownloadError(f"cannot read {printable(place)}: {reason}; {advice}") from error
         if not sha256.startswith(source.sha256):
             raise WrongFileError(
-                f"{path}: wrong file: its sha256 is {sha256}, and it should start with {source.sha256}"
+                f"{place}: wrong file: its sha256 is {sha256}, and it should start with {source.sha256}; {advice}"
             )
-        return path
+        return Path(place)
     path = folder / name
     try:
         fetch(url, path, sha256=source.sha256, max_bytes=_MAX_BYTES, on_progress=on_progress, warn=warn)

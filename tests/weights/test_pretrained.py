@@ -227,6 +227,19 @@ def test_a_mirror_without_the_file_or_with_another_one_is_named(
     assert contents(cache) == set()
 
 
+@pytest.mark.parametrize("url", ["file://data/weights", "file://[data", "file:///data/%00"])
+def test_a_file_url_that_is_no_path_of_this_machine_is_an_error_with_the_way_out(
+    url: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLAX_GOOGLENET_MIRROR", url)
+    with pytest.raises(DownloadError) as caught:
+        flax_googlenet.pretrained("imagenet")
+    assert "data" in str(caught.value)
+    assert "FLAX_GOOGLENET_MIRROR" in str(caught.value)
+    assert "\0" not in str(caught.value)
+    assert contents(cache) == set()
+
+
 def test_a_training_takes_pretrained_weights_by_their_name(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
