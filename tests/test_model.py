@@ -25,7 +25,7 @@ MODEL64 = GoogLeNet(dtype=jnp.float64, param_dtype=jnp.float64)
 NO_DROPOUT64 = MODEL64.clone(dropout=0.0, dropout_aux=0.0)
 SIZES = [
     (15, 15),
-    *(pytest.param(*size, marks=pytest.mark.slow) for size in [(224, 224), (97, 131), (225, 223), (64, 300)]),
+    *(pytest.param(*size, marks=pytest.mark.slow) for size in [(97, 131), (225, 223), (64, 300)]),
 ]
 
 Images = Callable[..., np.ndarray]
@@ -67,11 +67,8 @@ def test_float32_is_as_near_to_the_truth_as_pytorch(
     torch32: TorchGoogLeNet,
     torch64: TorchGoogLeNet,
     random_images: Images,
-    photographs: np.ndarray,
 ) -> None:
     images = random_images(2, h, w)
-    if (h, w) == photographs.shape[1:3]:
-        images = np.concatenate([images, photographs.astype(np.float64)])
     truth = reference.stages(torch64, images)
     pytorch = reference.stages(torch32, images.astype(np.float32))
     flax = jax.jit(lambda v, x: endpoints(GoogLeNet(), v, x))(variables, images.astype(np.float32))
@@ -79,55 +76,6 @@ def test_float32_is_as_near_to_the_truth_as_pytorch(
         ours, theirs = (relative_error(np.asarray(x[name]), truth[name]) for x in (flax, pytorch))
         print(f"{h}x{w} {name:12} PyTorch {theirs:.1e}  Flax {ours:.1e}  ratio {ours / theirs:.2f}")
         assert ours <= 2 * theirs, name
-
-
-@pytest.fixture(scope="module")
-def training(state_dict: dict[str, np.ndarray], variables64: dict[str, Any], random_images: Images) -> dict[str, Any]:
-    """A training pass of both in float64 without dropout: outputs, gradients of a loss on all heads, statistics."""
-    images = random_images(3, 113, 131)  # large enough for Winograd's algorithm on a CPU: inception3b has 15x17 pixels
-    model = reference.build_for_training(state_dict)
-    expected = model(torch.from_numpy(images).permute(0, 3, 1, 2))
-    weights = [torch.linspace(-1, 1, head.numel(), dtype=torch.float64).reshape(head.shape).cos() for head in expected]
-    sum((head * weight).sum() for head, weight in zip(expected, weights, strict=True)).backward()
-
-    def loss(params: Any) -> Any:
-        output, updates = NO_DROPOUT64.apply(
-            {**variables64, "params": params}, images, train=True, mutable=["batch_stats"]
-        )
-        return sum((h * w.numpy()).sum() for h, w in zip(output, weights, strict=True)), (output, updates)
-
-    grads, (output, updates) = jax.jit(jax.grad(loss, has_aux=True))(variables64["params"])
-    return {
-        "expected": expected,
-        "output": output,
-        "expected_grads": {name: parameter.grad.numpy() for name, parameter in model.named_parameters()},
-        "grads": flax_googlenet.to_torchvision({**updates, "params": grads}),
-        "expected_stats": state_dict_of(model.named_buffers()),
-        "stats": flax_googlenet.to_torchvision({**updates, "params": variables64["params"]}),
-    }
-
-
-@pytest.mark.slow
-def test_all_heads_in_training_are_torchvisions_by_name(training: dict[str, Any]) -> None:
-    assert training["output"]._fields == training["expected"]._fields == ("logits", "aux_logits2", "aux_logits1")
-    for name in training["output"]._fields:
-        expected = getattr(training["expected"], name).detach().numpy()
-        assert relative_error(getattr(training["output"], name), expected) < 1e-12, name  # 4e-14 measured
-
-
-@pytest.mark.slow
-def test_gradients_of_all_parameters_are_torchvisions(training: dict[str, Any]) -> None:
-    assert len(training["expected_grads"]) == 187
-    for name, expected in training["expected_grads"].items():
-        assert relative_error(training["grads"][name], expected) < 1e-10, name  # 3e-13 measured
-
-
-@pytest.mark.slow
-def test_batch_norm_statistics_after_a_step_are_torchvisions(training: dict[str, Any]) -> None:
-    names = [name for name in training["expected_stats"] if not name.endswith("num_batches_tracked")]
-    assert len(names) == 2 * 59
-    for name in names:
-        assert relative_error(training["stats"][name], training["expected_stats"][name]) < 1e-12, name  # 2e-14 measured
 
 
 def test_flaxs_own_batch_norm_would_miss_the_unbiased_variance() -> None:

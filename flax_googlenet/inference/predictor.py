@@ -1,7 +1,8 @@
 """The predictor: a compiled function from images to logits."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -11,13 +12,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, ArrayLike, Float, Float64
 from scipy.special import softmax
 
-from flax_googlenet.inference import compiling, cpu
+from flax_googlenet.inference import compiling, cpu, gpu
 from flax_googlenet.inference.folding import fold_batch_norm
 from flax_googlenet.model import GoogLeNet, Variables, check_images, transform_input
 from flax_googlenet.ops import winograd
 from flax_googlenet.weights.checkpoint import CheckpointError
 
-_BATCH_SIZES = (256, 128, 64, 32, 16, 8, 4, 2, 1)  # for each device; cpu.BATCH_SIZES on a CPU
+_BATCH_SIZES = (256, 128, 64, 32, 16, 8, 4, 2, 1)
+"""Numbers of images for each device in one call, but on a CPU ``cpu.BATCH_SIZES``."""
 
 
 def make_predictor(model: GoogLeNet, variables: Variables, devices: Sequence[jax.Device] | None = None) -> "Predictor":
@@ -39,7 +41,8 @@ def make_predictor(model: GoogLeNet, variables: Variables, devices: Sequence[jax
     # In float64, so that parameters in bfloat16 are rounded once at the end, and not by each of several computations.
     exact = jax.tree.map(lambda x: np.asarray(x, np.float64), {**variables, "params": needed})
     _, folded = fold_batch_norm(model, exact)
-    weights = cpu.prepare(folded["params"]) if _is_tuned(model, platform) else folded
+    tuned = _tuned_graph(model, platform)
+    weights = folded if tuned is None else tuned.prepare(folded["params"])
     return Predictor(model, jax.tree.map(lambda x: x.astype(model.dtype), weights), platform, devices)
 
 
@@ -48,7 +51,9 @@ class Predictor:
 
     It takes any number of images, splits them into batches of a few sizes, and compiles each size when it first occurs.
     On a CPU it computes the graph of ``flax_googlenet.inference.cpu``, one batch after the other, and
-    ``model.precision`` has no effect. Any number of threads may call it at once.
+    ``model.precision`` has no effect; on a GPU it computes the graph of ``flax_googlenet.inference.gpu``. Images that
+    lie on a single GPU or TPU stay there, as do their logits, and the call returns before they are computed. Any number
+    of threads may call it at once.
 
     It can be copied and pickled. Unpickled in another process, it computes on the devices with the same ids, or on all
     devices of the platform if ``make_predictor`` was not given any.
@@ -66,7 +71,7 @@ class Predictor:
         self._on_all = devices is None
         self._mesh = Mesh(np.asarray(self.devices), ("batch",))
         self._graph = _inference_graph(model, platform)
-        compiler_options = compiling.compiler_options() if _is_tuned(model, platform) else {}
+        compiler_options = compiling.compiler_options(platform) if _tuned_graph(model, platform) else {}
         if len(self.devices) == 1:
             self._weights = jax.device_put(weights, self.devices[0])
             self._compiled = jax.jit(self._graph, compiler_options=compiler_options)
@@ -109,13 +114,15 @@ class Predictor:
             images = np.asarray(images)
         sizes = [size * len(self.devices) for size in (cpu.BATCH_SIZES if on_cpu else _BATCH_SIZES)]
         logits = []
-        for batch in _batches(images, sizes):
+        for batch in _batches(images, sizes, rounds_up=not on_cpu):
             logits.append(self._compiled(self._weights, batch))
             if on_cpu:
                 logits[-1].block_until_ready()  # batches that run at the same time would compete for the caches
         if on_one and len(logits) == 1 and len(logits[0]) == len(images):
             return logits[0]
-        # On the host, because on a device each number of images would need a compilation of its own.
+        if on_one and not on_cpu:
+            return jnp.concatenate(logits)[: len(images)]
+        # On the host, because on several devices each number of images would need a compilation of its own.
         return jax.device_put(np.concatenate(logits)[: len(images)], self.devices[0])
 
     def __repr__(self) -> str:
@@ -159,33 +166,53 @@ def _restore(model: GoogLeNet, weights: Any, platform: str, ids: Sequence[int] |
     return Predictor(model, weights, platform, [by_id[number] for number in ids])
 
 
-def _is_tuned(model: GoogLeNet, platform: str) -> bool:
-    """Return whether the graph of ``flax_googlenet.inference.cpu`` is the fastest one, and precise."""
-    return platform == "cpu" and winograd.is_precise(model.dtype)
+def _tuned_graph(model: GoogLeNet, platform: str) -> ModuleType | None:
+    """Return the module with the fastest graph for a platform, or None where that is the model's own."""
+    if platform == "cpu" and winograd.is_precise(model.dtype):
+        return cpu
+    return gpu if platform == "gpu" else None
 
 
 def _inference_graph(model: GoogLeNet, platform: str) -> Callable[[Any, jax.Array], jax.Array]:
     """Return the function (weights, images) -> logits that is fastest on the platform."""
+    tuned = _tuned_graph(model, platform)
     folded = model.clone(aux_logits=False, batch_norm=False)
 
     def plain_graph(weights: Variables, images: jax.Array) -> jax.Array:
         output: Any = folded.apply(weights, images)
         return output.logits
 
-    def cpu_graph(weights: cpu.Weights, images: jax.Array) -> jax.Array:
+    if tuned is None:
+        return plain_graph
+    options = {"precision": model.precision} if tuned is gpu else {}
+
+    def tuned_graph(weights: Mapping[str, Any], images: jax.Array) -> jax.Array:
         images = transform_input(images) if model.transform_input else images
-        return cpu.logits(weights, images.astype(model.dtype))
+        return tuned.logits(weights, images.astype(model.dtype), **options)
 
-    return cpu_graph if _is_tuned(model, platform) else plain_graph
+    return tuned_graph
 
 
-def _batches(images: Any, sizes: Sequence[int]) -> Iterator[Any]:
-    """Yield batches, at least one, each of the largest size that the rest fills. The last is padded with zeros."""
+def _batches(images: Any, sizes: Sequence[int], rounds_up: bool) -> Iterator[Any]:
+    """Yield batches, at least one, of the given sizes, in falling order. The last is padded with zeros.
+
+    Args:
+        images: An array of NumPy or JAX, on whose device the batches are cut.
+        sizes: The sizes that a batch may have, in falling order.
+        rounds_up: Whether the rest that does not fill the largest size is one batch, padded to the next size, as suits
+            devices on which a small batch takes little less time than a larger one. Otherwise each batch has the
+            largest size that the rest fills.
+    """
+    xp = jnp if isinstance(images, jax.Array) else np
     rest = images
     while True:
-        size = max((size for size in sizes if size <= len(rest)), default=min(sizes))
-        batch, rest = rest[:size], rest[size:]
-        missing = size - len(batch)
-        yield np.pad(batch, [(0, missing), (0, 0), (0, 0), (0, 0)]) if missing else batch
-        if not len(rest):
+        if rounds_up:
+            size = min((size for size in sizes if size >= len(rest)), default=sizes[0])
+        else:
+            size = max((size for size in sizes if size <= len(rest)), default=sizes[-1])
+        if size >= len(rest):
+            padding = [(0, size - len(rest)), (0, 0), (0, 0), (0, 0)]
+            yield xp.pad(rest, padding) if size > len(rest) else rest
             return
+        yield rest[:size]
+        rest = rest[size:]

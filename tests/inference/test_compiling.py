@@ -10,11 +10,11 @@ from flax_googlenet.inference.compiling import compiler_options, jit
 
 
 def test_this_xla_takes_the_compiler_options() -> None:
-    assert compiler_options()
+    assert compiler_options(jax.default_backend())
 
 
 def test_xla_gets_the_options_and_inside_another_jit_it_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiling, "compiler_options", lambda: {"xla_no_such_option": "1"})
+    monkeypatch.setattr(compiling, "compiler_options", lambda platform: {"xla_no_such_option": "1"})
     double = jit(lambda x: x + x)
     with pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such_option"):
         double(1.0)
