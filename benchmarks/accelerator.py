@@ -13,6 +13,7 @@ and weight decay; in bfloat16 the parameters stay float32.
 
 import argparse
 import contextlib
+import itertools
 import random
 import statistics
 import subprocess
@@ -84,7 +85,7 @@ def pytorch(folder: Path, task: str, precision: str, compiled: bool = False) -> 
     elif compiled and task == "training":
         step = torch.compile(step, dynamic=False)
     elif compiled:
-        # Autotuning tries out each convolution for minutes; "reduce-overhead" has CUDA graphs alone, as it has, too.
+        # Both modes use CUDA graphs. "max-autotune" also tries several kernels for each convolution, for minutes.
         model = torch.compile(model, dynamic=False, mode="reduce-overhead" if is_quick() else "max-autotune")
 
     def put(images: np.ndarray, labels: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
@@ -187,7 +188,9 @@ def main() -> None:
         results: dict[tuple[str, int], Measured] = {}
         errors: dict[str, float] = {}
         for group in groups:
-            measure(group, batches, size, arguments.rounds, folder, results, errors)
+            new_results, new_errors = measure(group, batches, size, arguments.rounds, folder)
+            results |= new_results
+            errors |= new_errors
     packages = ("jax", "jaxlib", "flax", "optax", *(() if platform == "tpu" else ("torch", "torchvision")))
     print(f"{kind}; {machine(*packages)}\n")
     for task in batches:
@@ -249,11 +252,15 @@ def measure(
     size: int,
     rounds: int,
     folder: Path,
-    results: dict[tuple[str, int], Measured],
-    errors: dict[str, float],
-) -> None:
-    """Start the engines, let them take turns, and add what was measured to ``results`` and ``errors``."""
+) -> tuple[dict[tuple[str, int], Measured], dict[str, float]]:
+    """Start the engines and let them take turns.
+
+    Returns:
+        What was measured, by engine and batch size, and the errors of the logits, by engine.
+    """
     order = random.Random(0)
+    results: dict[tuple[str, int], Measured] = {}
+    errors: dict[str, float] = {}
     with contextlib.ExitStack() as processes, ThreadPoolExecutor(len(names) if is_quick() else 1) as threads:
 
         def start(name: str) -> tuple[Worker, dict[int, tuple[float, int]]]:
@@ -273,18 +280,17 @@ def measure(
 
         workers = dict(zip(names, threads.map(start, names), strict=True))
         for task, sizes in batches.items():
-            for batch in sizes:
-                mine = [name for name in names if ENGINES[name][1] == task]
-                for number in range(rounds):
-                    for name in order.sample(mine, len(mine)):
-                        worker, warm = workers[name]
-                        first, calls = warm[batch]
-                        answer = worker.ask(batch=batch, size=size, calls=calls)
-                        before = results.get((name, batch), Measured(first, [], 0.0))
-                        results[name, batch] = Measured(
-                            first, [*before.seconds, answer["seconds"] / calls], answer["peak"]
-                        )
-                    progress(f"{task}, batch {batch}: round {number + 1} of {rounds}")
+            mine = [name for name in names if ENGINES[name][1] == task]
+            for batch, number in itertools.product(sizes, range(rounds)):
+                for name in order.sample(mine, len(mine)):
+                    worker, warm = workers[name]
+                    first, calls = warm[batch]
+                    answer = worker.ask(batch=batch, size=size, calls=calls)
+                    before = results.get((name, batch), Measured(first, [], 0.0))
+                    seconds = [*before.seconds, answer["seconds"] / calls]
+                    results[name, batch] = Measured(first, seconds, answer["peak"])
+                progress(f"{task}, batch {batch}: round {number + 1} of {rounds}")
+    return results, errors
 
 
 def report(

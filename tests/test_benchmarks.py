@@ -7,6 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import accelerator
 import inference
 import pytest
 import side_by_side
@@ -38,6 +39,7 @@ def test_no_engine_gets_a_folder_that_a_compiler_would_split(
         ("inference.py", ["--quick"]),
         ("training.py", ["--quick"]),
         ("stages.py", ["--quick"]),
+        ("accelerator.py", ["--quick"]),
         ("drift.py", ["drift.png", "--steps", "1"]),
     ],
 )
@@ -51,5 +53,10 @@ def test_every_engine_starts_on_a_new_machine(script: str, options: list[str], t
         [sys.executable, BENCHMARKS / script, *options], cwd=temporary, env=environment, capture_output=True, text=True
     )
     assert process.returncode == 0, process.stderr
-    engines = {"inference.py": inference.ENGINES, "training.py": training.ENGINES, "stages.py": stages.ENGINES}
+    engines = {
+        "inference.py": inference.ENGINES,
+        "training.py": training.ENGINES,
+        "stages.py": stages.ENGINES,
+        "accelerator.py": [f"| {library}, TF32 |" for library in accelerator.LIBRARIES],
+    }
     assert all(name in process.stdout for name in engines.get(script, ("JAX float32", "JAX float64")))
