@@ -91,14 +91,16 @@ class BatchNorm(nn.Module):
                     "use a larger batch or larger images"
                 )
             # Both statistics in one pass over x, and one pass less in the gradient: a step in bfloat16 is 1.04 times as
-            # fast on an NVIDIA H200, and takes a fifth fewer cycles on a TPU v5e. Nothing cancels, because the mean of
-            # the first column differs from the mean by at most the square root of the width times the deviation.
+            # fast on an NVIDIA H200. The shift, the mean at the first index of the last axis but one, differs from the
+            # mean by at most sqrt(width) times the deviation, where width is the length of that axis. So this loses at
+            # most the rounding of width + 1 terms: 2e-5 in float32 for a width of 112.
             first_column = jax.lax.slice_in_dim(x, 0, 1, axis=x.ndim - 2)  # [n, h, 1, c]
             shift = jax.lax.stop_gradient(first_column.mean(batch_axes))  # [c]
             deviation = x - per_channel(shift, x)
             mean_deviation = deviation.mean(batch_axes)  # [c]
             mean = shift + mean_deviation
-            var = jnp.square(deviation).mean(batch_axes) - jnp.square(mean_deviation)  # [c]
+            # Of a constant channel, rounding can leave less than 0.
+            var = jnp.maximum(jnp.square(deviation).mean(batch_axes) - jnp.square(mean_deviation), 0)  # [c]
             if not self.is_initializing():
                 running_mean.value = self._update(running_mean.value, mean)
                 running_var.value = self._update(running_var.value, var * (count / (count - 1)))

@@ -106,6 +106,18 @@ def test_the_variance_of_a_large_mean_does_not_cancel() -> None:
     assert np.abs(fast / x.astype(np.float64).var((0, 1, 2)) - 1).max() > 0.1
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_variance_of_a_constant_channel_is_not_negative(dtype: Any) -> None:
+    constants = np.random.default_rng(0).normal(0, 30, 256).astype(dtype)
+    x = jnp.broadcast_to(jnp.asarray(constants)[None, None, None], (7, 13, 11, 256))
+    norm = BatchNorm(dtype=dtype, param_dtype=dtype)
+    variables = norm.init(jax.random.key(0), x, True)
+    zero = jax.tree.map(jnp.zeros_like, variables["batch_stats"])
+    output, updates = norm.apply({**variables, "batch_stats": zero}, x, True, mutable=["batch_stats"])
+    assert jnp.all(updates["batch_stats"]["var"] >= 0)
+    assert jnp.all(jnp.isfinite(output))
+
+
 def test_training_on_one_value_a_channel_raises_as_torch_does(
     variables64: dict[str, Any], torch64: TorchGoogLeNet, random_images: Images
 ) -> None:

@@ -1,6 +1,6 @@
 """The network on JAX's default device against torchvision's on the CPU: ``pytest -m parity -s`` prints the errors.
 
-The truth is PyTorch in float64. Where a device has no float64, as a TPU, the tests in float64 are left out.
+The truth is PyTorch in float64. Where a device has no float64, such as a TPU, the tests in float64 are left out.
 """
 
 from collections.abc import Callable
@@ -118,11 +118,19 @@ def test_heads_gradients_and_statistics_in_training_are_torchvisions(
     ours = {name if "running" in name else f"gradient of {name}": x for name, x in named.items()}
     ours |= output._asdict()
     truth, theirs = pytorch(torch.float64), pytorch(torch.float32) if dtype == "float32" else {}
-    for kind in ("running_mean", "running_var", "gradient", "logits"):
+    counts = {"running_mean": 59, "running_var": 59, "gradient": 187, "logits": 3}
+    for kind, count in counts.items():
         names = [name for name in truth if kind in name]
+        assert len(names) == count
         errors = [relative_error(ours[name], truth[name]) for name in names]
-        pytorch32 = max(relative_error(theirs[name], truth[name]) for name in names) if theirs else None
-        judge(kind, dtype, float(np.max(errors)), pytorch32, limit=1e-10 if kind == "gradient" else FLOAT64_LIMIT)
+        limit = 1e-10 if kind == "gradient" else FLOAT64_LIMIT
+        if dtype == "float64":
+            judge(f"{kind}, worst at {names[int(np.argmax(errors))]}", dtype, float(np.max(errors)), limit=limit)
+        else:
+            pytorch32 = [relative_error(theirs[name], truth[name]) for name in names]
+            # The largest error of a gradient is a matter of chance: rounding decides a ReLU or a maximum differently.
+            total = np.median if kind == "gradient" else np.max
+            judge(kind, dtype, float(total(errors)), float(total(pytorch32)))
 
 
 def test_three_steps_of_sgd_in_float32_are_torchs(state_dict: dict[str, np.ndarray], variables: dict[str, Any]) -> None:

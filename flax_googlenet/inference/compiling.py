@@ -18,9 +18,9 @@ _OPTIONS = {
     # Convolutions by Eigen instead of YNNPACK: inference is 1.4 times as fast and a training step more than 2 times
     # (two cores of Zen 3 with AVX2, jaxlib 0.10.2).
     "cpu": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"},
-    # Convolutions in CUDA graphs, too, which XLA leaves out by default: starting each of their kernels takes longer
-    # than most of them run. Inference in bfloat16 is 4.5 times as fast for one image and 2.5 times for 32, and a
-    # training step of 64 images 1.7 times (one NVIDIA H200, jaxlib 0.11.2).
+    # jaxlib 0.11.2's list of what runs in CUDA graphs, and convolutions, which it leaves out: starting each of their
+    # kernels takes longer than most of them run. Inference in bfloat16 is 4.5 times as fast for one image and 2.5 times
+    # for 32, and a training step of 64 images 1.7 times (one NVIDIA H200, jaxlib 0.11.2).
     "gpu": {
         "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONVOLUTION"
     },
@@ -62,7 +62,9 @@ def compiler_options(platform: str) -> dict[str, str]:
     Args:
         platform: JAX's name of the platform, such as "cpu" or "gpu".
     """
-    options = _OPTIONS.get(platform, {})
+    options = _OPTIONS.get(platform)
+    if options is None:
+        return {}
     try:
         with jax.default_device(jax.local_devices(backend=platform)[0]):
             jax.jit(operator.pos, compiler_options=options)(0.0)

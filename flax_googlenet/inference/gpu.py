@@ -14,7 +14,7 @@ from jax import lax
 from jax import numpy as jnp
 from jaxtyping import Array, Float
 
-from flax_googlenet.model import WIDTHS
+from flax_googlenet.architecture import WIDTHS
 from flax_googlenet.ops.pooling import ceil_mode_padding, per_channel, strided_slices
 
 Weights = Mapping[str, Any]
@@ -24,8 +24,7 @@ Weights = Mapping[str, Any]
 def prepare(params: Mapping[str, Any]) -> Weights:
     """Return the weights for ``logits``.
 
-    Kernels are OHWI, as cuDNN reads them. Given HWIO, XLA would transpose all of them in every call: with 57 kernels,
-    0.06 ms of the 0.35 ms that one image takes.
+    Kernels are OHWI, as cuDNN reads them. Of HWIO, XLA would transpose each in every call, in 0.06 ms altogether.
 
     Args:
         params: The parameters of the folded network (what is under ``"params"``). The auxiliary heads are not used.
@@ -99,11 +98,12 @@ def logits(
             x = _max_pool(x, 2, 2)  # [n, 7, 7, 832]
         block = weights[name]
         # The three 1x1 convolutions that read x are one: 1.02x, and 1.3x for one image.
-        first = conv(x, block["first"])
+        first = conv(x, block["first"])  # [n, h, w, width1 + reduce2 + reduce3]
         branch2 = conv(first[..., width1 : width1 + reduce2], block["branch2_1"], padding=1)
         branch3 = conv(first[..., width1 + reduce2 :], block["branch3_1"], padding=1)
         branch4 = conv(_max_pool(x, 3, 1, padding=1), block["branch4_1"])
         x = jnp.concatenate([first[..., :width1], branch2, branch3, branch4], axis=-1)
+    # [n, 7, 7, 1024] at 224x224
     return jnp.matmul(x.mean((1, 2)), weights["fc"]["kernel"], precision=precision) + weights["fc"]["bias"][None]
 
 
@@ -118,11 +118,11 @@ def _convolution(
 
 
 def _max_pool(x: jax.Array, window: int, stride: int, padding: int = 0) -> jax.Array:
-    """Compute ``ops.pooling.max_pool`` as a maximum of shifted slices. The gradient of a tie is another one.
+    """Compute ``ops.pooling.max_pool`` as a maximum of shifted slices, whose gradient at a tie is another one.
 
     XLA computes a pool of bfloat16 in float32, in two kernels; slices stay in bfloat16, in one. The barrier keeps the
     concatenation before the pool from being fused with it, which would choose among four inputs for each of nine
-    pixels. Together: 1.25x.
+    pixels. Together: 1.25x. All pixels of a window in one step instead of rows and then columns: 1.03x.
     """
     pads = [ceil_mode_padding(size, window, stride, padding) for size in x.shape[1:3]]
     x = jnp.pad(lax.optimization_barrier(x), ((0, 0), *pads, (0, 0)), constant_values=-jnp.inf)

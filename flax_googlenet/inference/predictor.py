@@ -51,9 +51,11 @@ class Predictor:
 
     It takes any number of images, splits them into batches of a few sizes, and compiles each size when it first occurs.
     On a CPU it computes the graph of ``flax_googlenet.inference.cpu``, one batch after the other, and
-    ``model.precision`` has no effect; on a GPU it computes the graph of ``flax_googlenet.inference.gpu``. Images that
-    lie on a single GPU or TPU stay there, as do their logits, and the call returns before they are computed. Any number
-    of threads may call it at once.
+    ``model.precision`` has no effect; on a GPU it computes the graph of ``flax_googlenet.inference.gpu``. Any number of
+    threads may call it at once.
+
+    Images that lie on the only device, a GPU or TPU, are not copied to the host, and the call returns before their
+    logits are computed. There each number of images that is not a power of two up to 256 compiles a small program once.
 
     It can be copied and pickled. Unpickled in another process, it computes on the devices with the same ids, or on all
     devices of the platform if ``make_predictor`` was not given any.
@@ -71,7 +73,7 @@ class Predictor:
         self._on_all = devices is None
         self._mesh = Mesh(np.asarray(self.devices), ("batch",))
         self._graph = _inference_graph(model, platform)
-        compiler_options = compiling.compiler_options(platform) if _tuned_graph(model, platform) else {}
+        compiler_options = {} if _tuned_graph(model, platform) is None else compiling.compiler_options(platform)
         if len(self.devices) == 1:
             self._weights = jax.device_put(weights, self.devices[0])
             self._compiled = jax.jit(self._graph, compiler_options=compiler_options)
@@ -110,8 +112,8 @@ class Predictor:
 
     def _compute(self, images: Any) -> jax.Array:
         on_cpu, on_one = self.devices[0].platform == "cpu", len(self.devices) == 1
-        if on_cpu or not (on_one and isinstance(images, jax.Array) and images.devices() == {*self.devices}):
-            images = np.asarray(images)
+        stays = on_one and not on_cpu and isinstance(images, jax.Array) and images.devices() == {*self.devices}
+        images = images if stays else np.asarray(images)
         sizes = [size * len(self.devices) for size in (cpu.BATCH_SIZES if on_cpu else _BATCH_SIZES)]
         logits = []
         for batch in _batches(images, sizes, rounds_up=not on_cpu):
@@ -120,9 +122,9 @@ class Predictor:
                 logits[-1].block_until_ready()  # batches that run at the same time would compete for the caches
         if on_one and len(logits) == 1 and len(logits[0]) == len(images):
             return logits[0]
-        if on_one and not on_cpu:
+        if stays:
             return jnp.concatenate(logits)[: len(images)]
-        # On the host, because on several devices each number of images would need a compilation of its own.
+        # On the host, because on a device each number of images would need a compilation of its own.
         return jax.device_put(np.concatenate(logits)[: len(images)], self.devices[0])
 
     def __repr__(self) -> str:

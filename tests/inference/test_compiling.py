@@ -1,5 +1,7 @@
 """jax.jit with options for a CPU: the same function inside and outside other transformations."""
 
+import operator
+
 import jax
 import numpy as np
 import pytest
@@ -10,7 +12,10 @@ from flax_googlenet.inference.compiling import compiler_options, jit
 
 
 def test_this_xla_takes_the_compiler_options() -> None:
-    assert compiler_options(jax.default_backend())
+    assert compiler_options("cpu")
+    assert compiler_options("tpu") == {}
+    for options in compiling._OPTIONS.values():  # XLA for a CPU refuses a wrong value of a GPU's option, too
+        assert jax.jit(operator.pos, compiler_options=options)(1.0) == 1
 
 
 def test_xla_gets_the_options_and_inside_another_jit_it_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
