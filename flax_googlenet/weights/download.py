@@ -24,7 +24,7 @@ _CHUNK = 1 << 20  # bytes
 
 
 class DownloadError(GoogLeNetError):
-    """A failed download; the message is one line that names the URL, without secrets, and what went wrong."""
+    """A failed download; the message is one line that names the file or the URL, without secrets, and the problem."""
 
 
 class WrongFileError(DownloadError):
