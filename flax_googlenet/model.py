@@ -99,7 +99,7 @@ class BatchNorm(nn.Module):
             deviation = x - per_channel(shift, x)
             mean_deviation = deviation.mean(batch_axes)  # [c]
             mean = shift + mean_deviation
-            # Of a constant channel, rounding can leave less than 0.
+            # For a constant channel, rounding can make the difference negative.
             var = jnp.maximum(jnp.square(deviation).mean(batch_axes) - jnp.square(mean_deviation), 0)  # [c]
             if not self.is_initializing():
                 running_mean.value = self._update(running_mean.value, mean)
