@@ -43,7 +43,7 @@ def folder_advice(path: Path) -> str:
         return ""
     names = sorted(entry.name for entry in path.iterdir())
     for archive in (path, *(path / name for name in names)):
-        if (archive / "data.pkl").is_file():
+        if os.path.isfile(archive / "data.pkl"):  # false where Path.is_file raises, as in a folder of another user
             parent, name = archive.resolve().parent, archive.resolve().name
             return f": it is an unpacked .pth: pack it again with (cd {parent} && zip -0 -r {name}.pth {name})"
     if ".metadata" in names:

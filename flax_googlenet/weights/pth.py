@@ -147,7 +147,10 @@ def _checked(name: str, tensor: Any, places: Mapping[str, Place]) -> Tensor:
         or storage.key not in places
         or places[storage.key].size != storage.size
     ):
-        raise StateDictError(f"{name} claims {str(tensor.shape)[:80]}, more than the bytes stored for it")
+        raise StateDictError(
+            f"{name} claims {str(tensor.shape)[:80]}, more than the bytes stored for it: "
+            "call contiguous() before saving if it was expanded"
+        )
     return tensor
 
 

@@ -105,7 +105,7 @@ def _choose(wanted: list[_Candidate], candidates: list[_Candidate]) -> FoundStat
             left_out.append(name)
     notes = []
     if others := [_label(candidate, candidates) for candidate in wanted if candidate is not chosen]:
-        taken = repr(_label(chosen, candidates) or "the outermost weights")
+        taken = repr(_label(chosen, candidates)[:_SHOWN] or "the outermost weights")
         keys = " or ".join(key[:_SHOWN] for key in others[:8] if key)
         notes.append(f"took {taken}; the file's other weights have the key {keys}")
     if left_out:

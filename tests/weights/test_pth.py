@@ -346,7 +346,8 @@ def test_a_stride_of_0_is_refused_before_any_copy(
 ) -> None:
     path = tmp_path / "strides.pth"
     torch.save({**tensors, "fc.bias": torch.zeros(1).expand(size)}, path, _use_new_zipfile_serialization=is_zip)
-    assert refusal(path) == f"fc.bias claims {size}, more than the bytes stored for it"
+    advice = "call contiguous() before saving if it was expanded"
+    assert refusal(path) == f"fc.bias claims {size}, more than the bytes stored for it: {advice}"
 
 
 def test_a_stride_of_0_fills_no_memory(tmp_path: Path) -> None:
@@ -542,6 +543,18 @@ def test_a_folder_is_named_for_what_it_is_with_the_step_that_helps(
     assert f"give the file in it: {folder / 'pytorch_model.bin'}" in advice(folder)
     (folder / "model-00001-of-00002.safetensors").touch()
     assert "several files" in advice(folder)
+
+
+def test_a_folder_in_which_not_every_path_can_be_looked_up_is_named_all_the_same(tmp_path: Path) -> None:
+    longest = os.pathconf(tmp_path, "PC_PATH_MAX") - 1
+    folder = tmp_path
+    while longest - len(str(folder)) > 260:
+        folder = folder / ("d" * 200)
+    folder = folder / ("d" * (longest - len(str(folder)) - 12))
+    folder.mkdir(parents=True)
+    (folder / "model.pth").touch()  # data.pkl in it, where an unpacked archive would have one, has too long a path
+    with pytest.raises(StateDictError, match=r"give the file in it: .*/model\.pth"):
+        pth.read(folder)
 
 
 def test_a_model_is_named_rather_than_what_is_beside_it(tmp_path: Path) -> None:

@@ -83,6 +83,11 @@ def test_a_network_is_found_at_any_depth(key: str | None, network: dict[str, np.
     assert found({"state": {"model": network}, "epoch": 3}, network, key) == []
 
 
+def test_a_note_does_not_repeat_a_long_key(network: dict[str, np.ndarray]) -> None:
+    (note,) = found({"k" * 900: network, "ema": dict(network)}, network)
+    assert len(note) < 200
+
+
 def test_networks_in_lists_and_tuples_are_found_by_their_indices(network: dict[str, np.ndarray]) -> None:
     other = {name: array.copy() for name, array in network.items()}
     assert found((network, {"state": {}, "param_groups": [{"lr": 0.1}]}), network) == []
