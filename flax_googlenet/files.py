@@ -26,7 +26,7 @@ def cache_folder() -> Path | None:
     It is that of the environment variable ``FLAX_GOOGLENET_CACHE``, or ``flax-googlenet`` in the user's cache folder.
     """
     if folder := os.environ.get("FLAX_GOOGLENET_CACHE"):
-        return Path(folder).absolute()
+        return Path(os.path.expanduser(folder)).absolute()  # no shell expands ~ in what Python or Docker sets
     caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(caches, "flax-googlenet") if os.path.isabs(caches) else None
 

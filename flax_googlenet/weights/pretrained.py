@@ -132,7 +132,7 @@ def _original(
     mirror = os.environ.get("FLAX_GOOGLENET_MIRROR")
     url = f"{mirror.rstrip('/')}/{name}" if mirror else source.url
     if url.startswith("file:") or "://" not in url:
-        place = url
+        place = os.path.expanduser(url)
         advice = f"set FLAX_GOOGLENET_MIRROR to a folder, or the URL of one, that has {name}"
         try:
             if url.startswith("file:"):

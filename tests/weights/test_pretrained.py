@@ -271,6 +271,20 @@ def test_the_cache_is_in_the_users_cache_folder(tmp_path: Path, monkeypatch: pyt
         flax_googlenet.pretrained("imagenet")
 
 
+def test_a_tilde_in_the_names_of_the_cache_and_the_mirror_is_the_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("FLAX_GOOGLENET_CACHE", "~/cache")
+    monkeypatch.setenv("FLAX_GOOGLENET_MIRROR", "~/mirror")
+    with pytest.raises(DownloadError) as caught:
+        flax_googlenet.pretrained("imagenet")
+    assert str(tmp_path / "home" / "mirror" / NAME) in str(caught.value)
+    assert contents(tmp_path / "home" / "cache") == set()
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+
+
 def test_a_full_disk_leaves_nothing_broken_and_the_download_is_resumed(
     server: Server, original: bytes, path: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
