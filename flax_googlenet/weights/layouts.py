@@ -208,7 +208,7 @@ def _open_safetensors(file: io.BufferedReader, file_size: int, header_size: int)
         shape = tuple(entry["shape"])
         numbers_are_right = all(type(number) is int and number >= 0 for number in (start, stop, *shape))
         is_inside = numbers_are_right and start <= stop <= file_size - 8 - header_size
-        if not is_inside or len(shape) > MAX_AXES or len(name) > MAX_NAME:
+        if not is_inside or not isinstance(entry["shape"], list) or len(shape) > MAX_AXES or len(name) > MAX_NAME:
             raise StateDictError("the file is damaged or cut off (its header has an impossible tensor)")
         places[name] = Place(8 + header_size + start, stop - start)
         kind = f"torch.{_SAFETENSORS_DTYPES.get(entry['dtype'])}Storage"

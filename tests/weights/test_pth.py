@@ -573,6 +573,7 @@ def test_a_model_is_named_rather_than_what_is_beside_it(tmp_path: Path) -> None:
         b'{"fc.bias": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}',
         b'{"fc.bias": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}}',
         b'{"fc.bias": {"dtype": "F32", "shape": [1.0], "data_offsets": [0, 4]}}',
+        b'{"fc.bias": {"dtype": "F32", "shape": {}, "data_offsets": [0, 4]}}',
         b'{"fc.bias": {"dtype": "F32", "shape": [1099511627776], "data_offsets": [0, 4398046511104]}}',
         b'{"fc.bias": {"dtype": "F32", "shape": [0, 9223372036854775807, 9], "data_offsets": [0, 0]}}',
         b'{"fc.bias": {"dtype": "F32", "shape": [' + b"9," * 100_000 + b'9], "data_offsets": [0, 4]}}',
@@ -581,7 +582,7 @@ def test_a_model_is_named_rather_than_what_is_beside_it(tmp_path: Path) -> None:
         b'{"fc.bias": {"dtype": "F8_E5M2", "shape": [4], "data_offsets": [0, 4]}}',
         b'{"' + b"x" * 4_000_000 + b'": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}',
     ],
-    ids=range(14),
+    ids=range(15),
 )
 def test_a_hostile_safetensors_is_refused(header: bytes, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
