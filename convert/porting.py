@@ -26,7 +26,7 @@ from flax_googlenet import GoogLeNet
 from flax_googlenet.commands.status import CommandError, UsageError
 from flax_googlenet.commands.terminal import Messages, require_folder_of, writing
 from flax_googlenet.errors import listing, printable
-from flax_googlenet.files import require_replaceable, write_atomically
+from flax_googlenet.files import write_atomically
 from flax_googlenet.images.files import display_name
 from flax_googlenet.model import Variables
 from flax_googlenet.weights.checkpoint import Weights
@@ -127,8 +127,8 @@ def _check_outputs(checkpoint: str | Path, output: Path, report: Path | None) ->
         if os.path.realpath(path) == os.path.realpath(checkpoint):
             raise UsageError(f"{path} is the checkpoint itself: name another file to write")
         require_folder_of(path)
-        with writing(path):
-            require_replaceable(path)
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise CommandError(f"cannot write {path}: it exists and is not a regular file")
 
 
 def _prove(state_dict: dict[str, np.ndarray], model: GoogLeNet, variables: Variables, messages: Messages) -> Proof:
