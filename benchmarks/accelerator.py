@@ -156,15 +156,8 @@ ENGINES = {
 }
 
 
-class Measured(NamedTuple):
-    """What was measured of one engine at one batch size."""
-
-    first: float
-    """Seconds until the first result, with the compilation."""
-    seconds: list[float]
-    """Seconds of a call in each turn."""
-    peak: float
-    """Peak memory in MB."""
+Answers = dict[tuple[str, int], list[dict[str, Any]]]
+"""All answers by engine and batch size. The first has the compilation in it; the next two are for warming up."""
 
 
 def main() -> None:
@@ -185,16 +178,16 @@ def main() -> None:
     with scratch() as folder:
         inference.make_inputs(folder, [], size)
         groups = [[name] for name in names] if platform == "tpu" else [names]
-        results: dict[tuple[str, int], Measured] = {}
+        answers: Answers = {}
         errors: dict[str, float] = {}
         for group in groups:
-            new_results, new_errors = measure(group, batches, size, arguments.rounds, folder)
-            results |= new_results
+            new_answers, new_errors = measure(group, batches, size, arguments.rounds, folder)
+            answers |= new_answers
             errors |= new_errors
     packages = ("jax", "jaxlib", "flax", "optax", *(() if platform == "tpu" else ("torch", "torchvision")))
     print(f"{kind}; {machine(*packages)}\n")
     for task in batches:
-        report(task, [name for name in names if name.endswith(task)], batches[task], results, errors)
+        report(task, [name for name in names if name.endswith(task)], batches[task], answers, errors)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -227,7 +220,7 @@ def device() -> tuple[str, str]:
 def load(name: str, folder: Path) -> Callable[..., dict[str, Any]]:
     """Return a function that runs the engine ``calls`` times on ``batch`` images of ``size`` pixels.
 
-    It returns the seconds of all calls together, the last result and the peak memory.
+    It returns the seconds of a call and the peak memory, and the logits if the batch is that of the error.
     """
     library, task, precision = ENGINES[name]
     engine = LIBRARIES[library](folder, task, precision)
@@ -241,77 +234,57 @@ def load(name: str, folder: Path) -> Callable[..., dict[str, Any]]:
         for _ in range(calls):
             result = engine.run(inputs[batch])
         result = engine.wait(result)
-        return {"seconds": time.perf_counter() - start, "result": result.tolist(), "peak": engine.peak()}
+        measured = {"seconds": (time.perf_counter() - start) / calls, "peak": engine.peak()}
+        return measured | ({"logits": result.tolist()} if batch == inference.ERROR_BATCH else {})
 
     return answer
 
 
 def measure(
-    names: Sequence[str],
-    batches: dict[str, list[int]],
-    size: int,
-    rounds: int,
-    folder: Path,
-) -> tuple[dict[tuple[str, int], Measured], dict[str, float]]:
-    """Start the engines and let them take turns.
+    names: Sequence[str], batches: dict[str, list[int]], size: int, rounds: int, folder: Path
+) -> tuple[Answers, dict[str, float]]:
+    """Start the engines, let them take turns, and return all answers, and the errors of the logits by engine."""
+    from proof import relative_error
 
-    Returns:
-        What was measured, by engine and batch size, and the errors of the logits, by engine.
-    """
     order = random.Random(0)
-    results: dict[tuple[str, int], Measured] = {}
+    answers: Answers = {}
     errors: dict[str, float] = {}
     with contextlib.ExitStack() as processes, ThreadPoolExecutor(len(names) if is_quick() else 1) as threads:
 
-        def start(name: str) -> tuple[Worker, dict[int, tuple[float, int]]]:
+        def start(name: str) -> Worker:
             worker = processes.enter_context(Worker(name, folder))
-            warm = {}
-            for batch in batches[ENGINES[name][1]]:
-                first = worker.ask(batch=batch, size=size, calls=1)["seconds"]
-                worker.ask(batch=batch, size=size, calls=2)  # CUDA graphs are captured in the calls after the first
-                seconds = worker.ask(batch=batch, size=size, calls=2)["seconds"] / 2
-                warm[batch] = first, max(2, round(TURN / seconds))
-            if ENGINES[name][1] == "inference":
-                batch = inference.ERROR_BATCH
-                logits = np.asarray(worker.ask(batch=batch, size=size, calls=1)["result"])
-                errors[name] = inference.relative_error(logits, folder)
+            task = ENGINES[name][1]
+            for batch in batches[task]:  # CUDA graphs are captured in the calls after the first
+                answers[name, batch] = [worker.ask(batch=batch, size=size, calls=calls) for calls in (1, 2, 2)]
+            if task == "inference":
+                logits = worker.ask(batch=inference.ERROR_BATCH, size=size, calls=1)["logits"]
+                errors[name] = relative_error(logits, np.load(folder / "truth.npy"))
             progress(f"{name}: compiled")
-            return worker, warm
+            return worker
 
         workers = dict(zip(names, threads.map(start, names), strict=True))
         for task, sizes in batches.items():
             mine = [name for name in names if ENGINES[name][1] == task]
             for batch, number in itertools.product(sizes, range(rounds)):
                 for name in order.sample(mine, len(mine)):
-                    worker, warm = workers[name]
-                    first, calls = warm[batch]
-                    answer = worker.ask(batch=batch, size=size, calls=calls)
-                    before = results.get((name, batch), Measured(first, [], 0.0))
-                    seconds = [*before.seconds, answer["seconds"] / calls]
-                    results[name, batch] = Measured(first, seconds, answer["peak"])
+                    calls = max(2, round(TURN / answers[name, batch][2]["seconds"]))
+                    answers[name, batch].append(workers[name].ask(batch=batch, size=size, calls=calls))
                 progress(f"{task}, batch {batch}: round {number + 1} of {rounds}")
-    return results, errors
+    return answers, errors
 
 
-def report(
-    task: str,
-    names: Sequence[str],
-    batches: Sequence[int],
-    results: dict[tuple[str, int], Measured],
-    errors: dict[str, float],
-) -> None:
+def report(task: str, names: Sequence[str], batches: Sequence[int], answers: Answers, errors: dict[str, float]) -> None:
     """Print the table of inference or of training."""
     columns = [f"{title}, batch {batch}" for batch in batches for title in ("images/s", "first result, s", "peak MB")]
     print_header(task, *columns, *(["error / largest logit"] if task == "inference" else []))
+    medians = {key: statistics.median(answer["seconds"] for answer in turns[3:]) for key, turns in answers.items()}
     for name in names:
         cells = []
         for batch in batches:
-            first, seconds, peak = results[name, batch]
-            rate = batch / statistics.median(seconds)
-            _library, _, precision = ENGINES[name]
-            baseline = results.get((f"torch.compile, {precision}, {task}", batch))
-            ratio = f" ({statistics.median(baseline.seconds) * rate / batch:.2f}x)" if baseline else ""
-            cells += [f"{rate:.0f}{ratio}", f"{first:.1f}", f"{peak:.0f}"]
+            median, turns = medians[name, batch], answers[name, batch]
+            baseline = medians.get((f"torch.compile, {ENGINES[name][2]}, {task}", batch))
+            ratio = f" ({baseline / median:.2f}x)" if baseline else ""
+            cells += [f"{batch / median:.0f}{ratio}", f"{turns[0]['seconds']:.1f}", f"{turns[-1]['peak']:.0f}"]
         print_row(name.rpartition(",")[0], *cells, *([f"{errors[name]:.1e}"] if task == "inference" else []))
     print("\nIn brackets: how many times as fast as torch.compile in the same precision.\n")
 

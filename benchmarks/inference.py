@@ -168,14 +168,10 @@ def load(name: str, folder: Path, size: int) -> Callable[..., dict[str, Any]]:
 
 
 def error(worker: Worker, folder: Path) -> float:
-    """Return the error of an engine's logits against float64."""
-    return relative_error(np.asarray(worker.ask(batch=ERROR_BATCH, calls=0)["logits"]), folder)
+    """Return the largest error of an engine's logits against float64, relative to the largest logit."""
+    from proof import relative_error
 
-
-def relative_error(logits: np.ndarray, folder: Path) -> float:
-    """Return the largest error of the logits of ``ERROR_BATCH`` images, relative to the largest true logit."""
-    truth = np.load(folder / "truth.npy")
-    return float(np.abs(logits - truth).max() / np.abs(truth).max())
+    return relative_error(worker.ask(batch=ERROR_BATCH, calls=0)["logits"], np.load(folder / "truth.npy"))
 
 
 def measure(

@@ -11,7 +11,6 @@ import numpy as np
 import reference
 import torch
 from process import InputError, cleans_up
-from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
 
 from flax_googlenet import CheckpointError, GoogLeNet, PortingError, StateDictError, from_torchvision
 from flax_googlenet.commands.terminal import Messages
@@ -125,10 +124,9 @@ def _download(url: str, scratch: Path, messages: Messages) -> Path:
     # Without a hash, nothing shows whether a cached file is still the one on the server.
     directory = Path(torch.hub.get_dir()) / "checkpoints" if sha256 else scratch
     path = directory / name
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with messages.progress(*columns) as bar:
+        with messages.download_progress() as bar:
             task = bar.add_task(f"downloading {name}", total=None)
             download.fetch(
                 url,

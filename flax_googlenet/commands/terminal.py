@@ -141,6 +141,12 @@ class Messages:
             redirect_stderr=False,
         )
 
+    def download_progress(self) -> "Progress":
+        """Return a line of progress with the columns of a download: its name, a bar, the bytes and the time left."""
+        from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
+
+        return self.progress(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+
     def conclude(self, done: int, seconds: float, skipped: int = 0) -> Status:
         """Print how many images are done, how fast, and how many could not be read; return the status of the command.
 

@@ -23,13 +23,10 @@ def weights_file(named: str | Path, messages: Messages) -> Path:
     """
     if not is_pretrained(named):
         return Path(named)
-    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
-
     from flax_googlenet.files import cache_folder
     from flax_googlenet.weights.pretrained import pretrained_file
 
-    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
-    with messages.progress(*columns) as bar:
+    with messages.download_progress() as bar:
         task = bar.add_task(f"downloading {named}", total=None, visible=False)
 
         def show(done: int, total: int | None) -> None:
