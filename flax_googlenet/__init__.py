@@ -5,19 +5,31 @@ optax.
 """
 
 TYPE_CHECKING = False  # the import of typing would take longer than everything else here
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # "as" the same name tells type checkers that the name is public
     from flax_googlenet import training as training
-    from flax_googlenet.errors import GoogLeNetError
-    from flax_googlenet.images.preprocessing import ImageError, preprocess, preprocess_batch
-    from flax_googlenet.inference.export import ExportError, export
-    from flax_googlenet.inference.folding import fold_batch_norm
-    from flax_googlenet.inference.predictor import Predictor, make_predictor
-    from flax_googlenet.model import GoogLeNet, GoogLeNetOutput, endpoints
-    from flax_googlenet.weights.checkpoint import CheckpointError, load, load_metadata, save
-    from flax_googlenet.weights.download import DownloadError
-    from flax_googlenet.weights.pretrained import pretrained
-    from flax_googlenet.weights.pth import StateDictError, read_state_dict
-    from flax_googlenet.weights.torchvision import PortingError, from_torchvision, to_torchvision
+    from flax_googlenet.errors import GoogLeNetError as GoogLeNetError
+    from flax_googlenet.images.preprocessing import ImageError as ImageError
+    from flax_googlenet.images.preprocessing import preprocess as preprocess
+    from flax_googlenet.images.preprocessing import preprocess_batch as preprocess_batch
+    from flax_googlenet.inference.export import ExportError as ExportError
+    from flax_googlenet.inference.export import export as export
+    from flax_googlenet.inference.folding import fold_batch_norm as fold_batch_norm
+    from flax_googlenet.inference.predictor import Predictor as Predictor
+    from flax_googlenet.inference.predictor import make_predictor as make_predictor
+    from flax_googlenet.model import GoogLeNet as GoogLeNet
+    from flax_googlenet.model import GoogLeNetOutput as GoogLeNetOutput
+    from flax_googlenet.model import endpoints as endpoints
+    from flax_googlenet.weights.checkpoint import CheckpointError as CheckpointError
+    from flax_googlenet.weights.checkpoint import load as load
+    from flax_googlenet.weights.checkpoint import load_metadata as load_metadata
+    from flax_googlenet.weights.checkpoint import save as save
+    from flax_googlenet.weights.download import DownloadError as DownloadError
+    from flax_googlenet.weights.pretrained import pretrained as pretrained
+    from flax_googlenet.weights.pth import StateDictError as StateDictError
+    from flax_googlenet.weights.pth import read_state_dict as read_state_dict
+    from flax_googlenet.weights.torchvision import PortingError as PortingError
+    from flax_googlenet.weights.torchvision import from_torchvision as from_torchvision
+    from flax_googlenet.weights.torchvision import to_torchvision as to_torchvision
 
     __version__: str
 else:  # hidden from type checkers, which would accept any name because of __getattr__
@@ -35,6 +47,7 @@ else:  # hidden from type checkers, which would accept any name because of __get
         "weights.torchvision": ("PortingError", "from_torchvision", "to_torchvision"),
         "training": (),
     }
+    __all__ = sorted(name for names in _MODULES.values() for name in names)
 
     def _get_lazily(package: str, modules: dict[str, tuple[str, ...]], name: str) -> object:
         """Import a name of a package from the module that has it, or import the module itself."""
@@ -58,30 +71,3 @@ else:  # hidden from type checkers, which would accept any name because of __get
 
     def __dir__() -> list[str]:
         return sorted({*globals(), *__all__, "training"})
-
-
-__all__ = [
-    "CheckpointError",
-    "DownloadError",
-    "ExportError",
-    "GoogLeNet",
-    "GoogLeNetError",
-    "GoogLeNetOutput",
-    "ImageError",
-    "PortingError",
-    "Predictor",
-    "StateDictError",
-    "endpoints",
-    "export",
-    "fold_batch_norm",
-    "from_torchvision",
-    "load",
-    "load_metadata",
-    "make_predictor",
-    "preprocess",
-    "preprocess_batch",
-    "pretrained",
-    "read_state_dict",
-    "save",
-    "to_torchvision",
-]
