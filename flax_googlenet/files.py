@@ -155,8 +155,13 @@ def _ignore(message: str) -> None:
 def replace_synced(source: Path, target: Path) -> None:
     """Rename ``source`` to ``target``, in the same directory, and wait until the new name is on the disk."""
     os.replace(source, target)
-    directory = os.open(target.parent, os.O_RDONLY)  # the rename reaches the disk with its directory
+    sync(target.parent)  # the rename reaches the disk with its directory
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a directory, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(directory)
+        os.fsync(descriptor)
     finally:
-        os.close(directory)
+        os.close(descriptor)

@@ -110,9 +110,9 @@ class Results:
         header = _csv([_columns(self._top)]) if self._is_csv else b""
         end = 0
         self._file.seek(0)
-        for row, row_end in _csv_rows(self._file, self._top) if self._is_csv else _json_rows(self._file):
+        for row in _csv_rows(self._file, self._top) if self._is_csv else _json_rows(self._file):
             self.admit([] if row is None else [row])
-            end = row_end
+            end = self._file.tell()
         if end == 0:  # the file is new, or was cut off in its first line
             start = header or b'{"image": "'
             self._file.seek(0)
@@ -167,7 +167,7 @@ def open_results(
         if is_parquet:
             file.seek(0)
             try:
-                _add_to_parquet(path, (row for row, _ in _json_rows(file)))
+                _add_to_parquet(path, _json_rows(file))
             except OSError as error:
                 message = f"cannot write {path}: {error.strerror}; its rows are in {growing} for the next run"
                 raise CommandError(message) from error
@@ -178,16 +178,14 @@ def _json(rows: Iterable[Row]) -> bytes:
     return "".join(f"{json.dumps(row)}\n" for row in rows).encode()
 
 
-def _json_rows(file: BinaryIO) -> Iterator[tuple[Row, int]]:
-    """Yield each complete row of a growing file, and the position of its end."""
-    end = 0
+def _json_rows(file: BinaryIO) -> Iterator[Row]:
+    """Yield each complete row of a growing file."""
     for line in _whole_lines(file):
-        end += len(line)
-        yield _checked(json.loads(line)), end
+        yield _checked(json.loads(line))
 
 
 def _whole_lines(file: BinaryIO) -> Iterator[bytes]:
-    """Yield each line of a growing file, except a last one that was cut off."""
+    """Yield each line of a growing file, except a last one that was cut off; the file stands at the line's end."""
     while (line := file.readline(_MAX_LINE_BYTES)).endswith(b"\n"):
         yield line
     if len(line) == _MAX_LINE_BYTES:
@@ -235,27 +233,19 @@ def _text(cell: str) -> str:
     return cell[1:] if cell.startswith("'") and _FORMULA.match(cell) else cell
 
 
-def _csv_rows(file: BinaryIO, top: int) -> Iterator[tuple[Row | None, int]]:
-    """Yield the header, as None, and each complete row, with the position of its end. A row can have several lines."""
-    end = 0
-
-    def lines() -> Iterator[str]:
-        nonlocal end
-        for line in _whole_lines(file):
-            end += len(line)
-            yield line.decode()
-
-    reader = csv.reader(lines())
+def _csv_rows(file: BinaryIO, top: int) -> Iterator[Row | None]:
+    """Yield the header, as None, and each complete row. A row can have several lines."""
+    reader = csv.reader(map(bytes.decode, _whole_lines(file)))
     for columns in reader:
         if columns != _columns(top):
             other_top = (len(columns) - 2) // 3
             if columns == _columns(other_top):
                 raise _OtherRowsError(f"it was made with --top {other_top}")
             raise ValueError("it has other columns")
-        yield None, end
+        yield None
         for fields in reader:
             if len(fields) == len(columns):
-                yield {"image": _text(fields[0]), "predictions": fields[1:-1:3], "weights": fields[-1]}, end
+                yield {"image": _text(fields[0]), "predictions": fields[1:-1:3], "weights": fields[-1]}
             elif next(reader, None) is not None:  # only the last row can be cut off
                 raise ValueError(f"line {reader.line_num} has other columns")
 

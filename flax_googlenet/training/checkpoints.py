@@ -23,7 +23,7 @@ from etils import epath  # the paths that Orbax's handlers take
 from jax.experimental import multihost_utils
 
 from flax_googlenet.errors import GoogLeNetError, printable
-from flax_googlenet.files import read_regular_file, replace_synced
+from flax_googlenet.files import read_regular_file, replace_synced, sync
 from flax_googlenet.weights.checkpoint import CheckpointError
 from flax_googlenet.weights.checks import with_problems
 
@@ -269,11 +269,7 @@ def write_manifest(folder: Path) -> None:
     """Write the checksums of all files in a folder and below, and wait until the files and the list are on the disk."""
     (folder / _MANIFEST).write_bytes(_checksums(folder))
     for path in (*folder.rglob("*"), folder):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync(path)
 
 
 def find_damage(folder: Path) -> str | None:

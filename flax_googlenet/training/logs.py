@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from datetime import timedelta
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 import numpy as np
@@ -74,14 +73,11 @@ class RunLog:
         self._report = report
         self._progress = progress or self._report_progress
         self._shown = {name: text for name, text in _SHOWN.items() if name != "top5" or num_classes > 5}
-        self._exit = ExitStack()
         self._disk_failed = False
         self._next_message = 0.0
         self._first: tuple[int, float] | None = None
 
     def __enter__(self) -> Self:
-        from tensorboardX.proto.event_pb2 import SessionLog
-
         path = self._workdir / METRICS
         self._evaluation_before = _drop_records(self._start_step, path)
         events = self._workdir / f"events.out.tfevents.{time.time_ns()}"
@@ -90,13 +86,11 @@ class RunLog:
             self._events = stack.enter_context(open(events, "xb", buffering=0))
             _append(self._events, _event(file_version="brain.Event:2"))
             # TensorBoard drops the steps from this one on that it has read from earlier files.
-            _append(self._events, _event(step=self._start_step + 1, session_log=SessionLog(status=SessionLog.START)))
+            _append(self._events, _event(step=self._start_step + 1, session_log={"status": "START"}))
             self._exit = stack.pop_all()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._exit.close()
 
     def train(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -137,8 +131,8 @@ class RunLog:
         try:
             _append(self._lines, json.dumps(record, allow_nan=False).encode() + b"\n")
             if record != self._evaluation_before:  # TensorBoard has this one, and cannot drop it alone
-                summary = _scalars({f"{split}/{name}": value for name, value in values.items()})
-                _append(self._events, _event(step=step, summary=summary))
+                scalars = [{"tag": f"{split}/{name}", "simple_value": value} for name, value in values.items()]
+                _append(self._events, _event(step=step, summary={"value": scalars}))
             self._disk_failed = False
         except OSError as error:
             if not self._disk_failed:  # once is enough
@@ -229,13 +223,12 @@ def draw_curves(workdir: Path, best: tuple[int, str] | None = None) -> Path:
 
 def _smooth(values: np.ndarray) -> np.ndarray:
     """Return the moving average over a fortieth of the values, [n] -> [n]. NaN is left out; the ends have less."""
-    half = len(values) // 80
-    ends = np.cumsum(np.concatenate([[0.0], np.nan_to_num(values, nan=0.0)]))
-    counts = np.cumsum(np.concatenate([[0.0], np.isfinite(values)]))
-    first = np.maximum(np.arange(len(values)) - half, 0)
-    last = np.minimum(np.arange(len(values)) + half + 1, len(values))
-    count = counts[last] - counts[first]
-    return np.where(count > 0, (ends[last] - ends[first]) / np.maximum(count, 1), np.nan)
+    from scipy.ndimage import uniform_filter1d
+
+    width = 2 * (len(values) // 80) + 1
+    means = uniform_filter1d(np.nan_to_num(values), width, mode="constant")  # with 0 for NaN and beyond the ends
+    shares = uniform_filter1d(np.isfinite(values).astype(float), width, mode="constant")  # of finite values
+    return np.divide(means, shares, out=np.full_like(values, np.nan), where=shares > 0)
 
 
 def _records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
@@ -296,9 +289,3 @@ def _event(**fields: Any) -> bytes:
     data = Event(wall_time=time.time(), **fields).SerializeToString()
     length = struct.pack("<Q", len(data))
     return b"".join((length, struct.pack("<I", masked_crc32c(length)), data, struct.pack("<I", masked_crc32c(data))))
-
-
-def _scalars(values: Mapping[str, float]) -> Any:
-    from tensorboardX.proto.summary_pb2 import Summary
-
-    return Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])
