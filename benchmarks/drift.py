@@ -16,10 +16,10 @@ import jax
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from side_by_side import LEARNING_RATE, MOMENTUM, optax_sgd, torch_sgd
+from side_by_side import LEARNING_RATE, MOMENTUM, flax_step, optax_sgd, torch_sgd
 
 import flax_googlenet
-from flax_googlenet.training import create_train_state, train_step
+from flax_googlenet.training import create_train_state
 
 import reference  # isort: skip  # side_by_side puts convert/ on the path
 
@@ -39,14 +39,8 @@ def pytorch(state_dict: dict[str, np.ndarray], dtype: type[np.floating]) -> Step
 def flax(state_dict: dict[str, np.ndarray], dtype: type[np.floating]) -> Step:
     model = flax_googlenet.GoogLeNet(dropout=0.0, dropout_aux=0.0, dtype=dtype, param_dtype=dtype)
     variables = jax.tree.map(lambda x: x.astype(dtype), flax_googlenet.from_torchvision(state_dict))
-    state = create_train_state(model, variables, optax_sgd())
-
-    def step(images: np.ndarray, labels: np.ndarray) -> float:
-        nonlocal state
-        state, metrics = train_step(state, {"image": images.astype(dtype), "label": labels}, jax.random.key(0))
-        return float(metrics["loss"])
-
-    return step
+    step = flax_step(create_train_state(model, variables, optax_sgd()))
+    return lambda images, labels: step(images.astype(dtype), labels)
 
 
 def losses(step: Step, steps: int) -> np.ndarray:

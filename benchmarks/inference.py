@@ -10,7 +10,6 @@ memory, and the error against float64.
 """
 
 import contextlib
-import random
 import statistics
 import sys
 import time
@@ -31,6 +30,8 @@ from side_by_side import (
     progress,
     scratch,
     serve,
+    take_turns,
+    torch_model,
     write_weights,
 )
 
@@ -42,13 +43,9 @@ Engine = tuple[Callable[[np.ndarray], Any], Callable[[Any], np.ndarray]]
 
 def pytorch(folder: Path, channels_last: bool = False, compiled: bool = False) -> Engine:
     import torch
-    from torchvision.models import GoogLeNet
 
-    torch.set_num_threads(THREADS)
-    model = GoogLeNet(init_weights=False).eval()
-    model.load_state_dict(torch.load(folder / "weights.pth"))
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    model = model.to(memory_format=layout)
+    model, layout = torch_model(folder, channels_last)
+    model.eval()
     if compiled:
         import torch._inductor.config
 
@@ -125,9 +122,12 @@ def main() -> None:
             second, workers[name] = start(name, folder, processes)
             starts[name] = (first, second)
             progress(f"{name}: started twice")
-        times = measure(workers, sorted(arguments.batches), arguments.rounds)
+        results = {
+            batch: take_turns(workers, arguments.rounds, f"batch {batch}", batch=batch, calls=max(2, 8 // batch))
+            for batch in sorted(arguments.batches)
+        }
         errors = {name: error(worker, folder) for name, worker in workers.items()}
-        report(arguments.batches, starts, times, errors)
+        report(starts, results, errors)
 
 
 def make_inputs(folder: Path, engines: list[str], size: int) -> None:
@@ -174,45 +174,30 @@ def error(worker: Worker, folder: Path) -> float:
     return relative_error(worker.ask(batch=ERROR_BATCH, calls=0)["logits"], np.load(folder / "truth.npy"))
 
 
-def measure(
-    workers: dict[str, Worker], batches: list[int], rounds: int
-) -> dict[tuple[str, int], tuple[list[float], float]]:
-    """Return the seconds per image of every call, and the peak memory in MB, by engine and batch size."""
-    order = random.Random(0)
-    results: dict[tuple[str, int], tuple[list[float], float]] = {}
-    for batch in batches:
-        for round_number in range(rounds):
-            for name in order.sample(list(workers), len(workers)):
-                answer = workers[name].ask(batch=batch, calls=max(2, 8 // batch))
-                seconds, _ = results.get((name, batch), ([], 0.0))
-                results[name, batch] = [*seconds, *(s / batch for s in answer["seconds"])], answer["peak"]
-            progress(f"batch {batch}: round {round_number + 1} of {rounds}")
-    return results
-
-
 def report(
-    batches: list[int],
     starts: dict[str, tuple[tuple[float, float], tuple[float, float]]],
-    results: dict[tuple[str, int], tuple[list[float], float]],
+    results: dict[int, dict[str, list[dict[str, Any]]]],
     errors: dict[str, float],
 ) -> None:
     """Print the tables."""
     packages = ("jax", "jaxlib", "flax", "torch", "torchvision", "onnxruntime", "openvino")
     print(machine(*packages) + "\n")
     baseline = BASELINE if BASELINE in starts else next(iter(starts))
-    print_header("milliseconds an image", *(f"batch {batch}" for batch in batches))
+    print_header("milliseconds an image", *(f"batch {batch}" for batch in results))
     for name in starts:
-        medians = {batch: statistics.median(results[name, batch][0]) for batch in batches}
         cells = []
-        for batch, median in medians.items():
-            ratio = statistics.median(results[baseline, batch][0]) / median
-            cells.append(f"{1000 * median:.1f} ({ratio:.2f}x)")
+        for batch, answers in results.items():
+            median, baseline_median = (
+                statistics.median(seconds for answer in answers[engine] for seconds in answer["seconds"])
+                for engine in (name, baseline)
+            )
+            cells.append(f"{1000 * median / batch:.1f} ({baseline_median / median:.2f}x)")
         print_row(name, *cells)
     print(f"\nIn brackets: how many times as fast as {baseline}.\n")
-    peaks = [f"peak MB, batch {batch}" for batch in batches]
+    peaks = [f"peak MB, batch {batch}" for batch in results]
     print_header("", "import and load, s", "first call, s", "in a second process, s", *peaks, "error / largest logit")
     for name, (first, second) in starts.items():
-        memory = [f"{results[name, batch][1]:.0f}" for batch in batches]
+        memory = [f"{answers[name][-1]['peak']:.0f}" for answers in results.values()]
         print_row(name, f"{first[0]:.1f}", f"{first[1]:.1f}", f"{second[1]:.1f}", *memory, f"{errors[name]:.1e}")
 
 

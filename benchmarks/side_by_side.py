@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import platform
+import random
 import re
 import subprocess
 import sys
@@ -20,11 +21,24 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "convert"))
 
 THREADS = len(os.sched_getaffinity(0))
+ORDER = random.Random(0)  # of the turns
 
 QUICK_SIZE = 64
 """Height and width of the images with --quick, in pixels."""
 
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.001, 0.9, 1e-4
+
+
+def torch_model(folder: Path, channels_last: bool) -> "tuple[torch.nn.Module, torch.memory_format]":
+    """Return torchvision's network with the weights in the folder, and the memory format of its input."""
+    import torch
+    from torchvision.models import GoogLeNet
+
+    torch.set_num_threads(THREADS)
+    model = GoogLeNet(init_weights=False)
+    model.load_state_dict(torch.load(folder / "weights.pth"))
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return model.to(memory_format=layout), layout
 
 
 def torch_sgd(model: "torch.nn.Module") -> "torch.optim.SGD":
@@ -38,6 +52,20 @@ def optax_sgd(learning_rate: float = LEARNING_RATE) -> "optax.GradientTransforma
     import optax
 
     return optax.chain(optax.add_decayed_weights(WEIGHT_DECAY), optax.sgd(learning_rate, MOMENTUM))
+
+
+def flax_step(state: "TrainState") -> Callable[[np.ndarray, np.ndarray], float]:
+    """Return a function that takes the next step on images NHWC and labels, and returns the loss before it."""
+    import jax
+
+    from flax_googlenet.training import train_step
+
+    def step(images: np.ndarray, labels: np.ndarray) -> float:
+        nonlocal state
+        state, metrics = train_step(state, {"image": images, "label": labels}, jax.random.key(0))
+        return float(metrics["loss"])
+
+    return step
 
 
 def is_quick() -> bool:
@@ -103,6 +131,18 @@ class Worker:
         self.process.kill()
         self.process.wait()
         self.log.close()
+
+
+def take_turns(
+    workers: Mapping[str, Worker], rounds: int, message: str, **request: Any
+) -> dict[str, list[dict[str, Any]]]:
+    """Ask each engine once in every round, in random order, and return the answers by engine."""
+    answers: dict[str, list[dict[str, Any]]] = {name: [] for name in workers}
+    for number in range(rounds):
+        for name in ORDER.sample(list(workers), len(workers)):
+            answers[name].append(workers[name].ask(**request))
+        progress(f"{message}: round {number + 1} of {rounds}")
+    return answers
 
 
 def parse_arguments(

@@ -26,9 +26,9 @@ from side_by_side import (
     parse_arguments,
     print_header,
     print_row,
-    progress,
     scratch,
     serve,
+    take_turns,
 )
 
 from flax_googlenet.training.memory import keep_memory  # imports no JAX
@@ -42,26 +42,16 @@ Compute = Callable[[], None]
 
 def input_shapes(batch: int, size: int) -> dict[str, list[int]]:
     """Return the shape of each stage's input, NHWC, in the order of computation, with the auxiliary heads last."""
-    import jax
     import reference
 
-    from flax_googlenet.model import GoogLeNet, endpoints, variable_shapes
+    from flax_googlenet.inference.stages import summarize
+    from flax_googlenet.model import GoogLeNet
 
-    model, order = GoogLeNet(), []
-
-    def outputs(variables: Any, images: Any) -> Any:
-        stages = endpoints(model, variables, images)
-        order.extend(stages)  # jax.eval_shape would sort them
-        return stages
-
-    images = jax.ShapeDtypeStruct((batch, size, size, 3), np.float32)
-    shapes = jax.eval_shape(outputs, variable_shapes(model), images) | {"images": images}
-    body = order[: order.index("avgpool")]
-    before = dict(zip(body, ["images", *body], strict=False)) | reference.AUX_INPUTS
+    outputs = {"images": (size, size, 3)} | {stage.name: stage.output for stage in summarize(GoogLeNet(), size)}
+    body = list(outputs)[: list(outputs).index("avgpool")]
+    before = dict(zip(body[1:], body, strict=False)) | reference.AUX_INPUTS
     return {
-        name: list(shapes[previous].shape)
-        for name, previous in before.items()
-        if not is_quick() or name in QUICK_STAGES
+        name: [batch, *outputs[previous]] for name, previous in before.items() if not is_quick() or name in QUICK_STAGES
     }
 
 
@@ -175,12 +165,8 @@ def measure(engines: list[str], batch: int, rounds: int, size: int) -> None:
     with scratch() as folder, contextlib.ExitStack() as processes:
         workers = {name: processes.enter_context(Worker(name, folder)) for name in engines}
         for stage, shape in input_shapes(batch, size).items():
-            progress(f"batch {batch}: {stage}")
-            times: dict[str, list[float]] = {name: [] for name in engines}
-            for _ in range(rounds):
-                for name in engines:
-                    times[name].append(workers[name].ask(stage=stage, shape=shape)["seconds"])
-            medians = {name: statistics.median(x) for name, x in times.items()}
+            turns = take_turns(workers, rounds, f"batch {batch}, {stage}", stage=stage, shape=shape)
+            medians = {name: statistics.median(x["seconds"] for x in answers) for name, answers in turns.items()}
             print_times(stage, medians)
             totals = {name: totals[name] + medians[name] for name in engines}
     print_times("sum of these", totals)

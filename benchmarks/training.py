@@ -10,7 +10,6 @@ ratios, the time of the first step, and the peak memory.
 """
 
 import contextlib
-import random
 import statistics
 import time
 from collections.abc import Callable
@@ -19,8 +18,8 @@ from typing import Any
 
 import numpy as np
 from side_by_side import (
-    THREADS,
     Worker,
+    flax_step,
     is_quick,
     machine,
     optax_sgd,
@@ -31,6 +30,8 @@ from side_by_side import (
     progress,
     scratch,
     serve,
+    take_turns,
+    torch_model,
     torch_sgd,
     write_weights,
 )
@@ -45,13 +46,8 @@ Step = Callable[[np.ndarray, np.ndarray], float]
 
 def pytorch(folder: Path, channels_last: bool = False, compiled: bool = False) -> Step:
     import torch
-    from torchvision.models import GoogLeNet
 
-    torch.set_num_threads(THREADS)
-    model = GoogLeNet(init_weights=False)
-    model.load_state_dict(torch.load(folder / "weights.pth"))
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    model = model.train().to(memory_format=layout)
+    model, layout = torch_model(folder, channels_last)
     optimizer = torch_sgd(model)
     loss = torch.nn.functional.cross_entropy
 
@@ -76,22 +72,13 @@ def pytorch(folder: Path, channels_last: bool = False, compiled: bool = False) -
 
 
 def flax(folder: Path) -> Step:
-    import jax
-
     import flax_googlenet
     from flax_googlenet.architecture import BLOCKS
-    from flax_googlenet.training import create_train_state, train_step
+    from flax_googlenet.training import create_train_state
 
     model, variables = flax_googlenet.load(folder / "weights.safetensors")
     frozen = BLOCKS[: BLOCKS.index("inception5b")] if is_quick() else ()  # compiles in a third of the time
-    state = create_train_state(model, variables, optax_sgd(), frozen=frozen, aux_weight=AUX_WEIGHT)
-
-    def step(images: np.ndarray, labels: np.ndarray) -> float:
-        nonlocal state
-        state, metrics = train_step(state, {"image": images, "label": labels}, jax.random.key(0))
-        return float(metrics["loss"])
-
-    return step
+    return flax_step(create_train_state(model, variables, optax_sgd(), frozen=frozen, aux_weight=AUX_WEIGHT))
 
 
 ENGINES: dict[str, Callable[[Path], Step]] = {
@@ -136,17 +123,14 @@ def load(name: str, folder: Path, size: int) -> Callable[..., dict[str, Any]]:
 
 def measure(engines: list[str], folder: Path, batch: int, rounds: int) -> dict[tuple[str, int], list[dict[str, Any]]]:
     """Return all answers, by engine and batch size. The first answer is for the step that compiles."""
-    order = random.Random(0)
     with contextlib.ExitStack() as processes:
         workers, answers = {}, {}
         for name in engines:
             workers[name] = processes.enter_context(Worker(name, folder))
             answers[name, batch] = [workers[name].ask(batch=batch), workers[name].ask(batch=batch)]
             progress(f"batch {batch}: {name} is warm")
-        for number in range(rounds):
-            for name in order.sample(engines, len(engines)):
-                answers[name, batch].append(workers[name].ask(batch=batch))
-            progress(f"batch {batch}: round {number + 1} of {rounds}")
+        for name, turns in take_turns(workers, rounds, f"batch {batch}", batch=batch).items():
+            answers[name, batch] += turns
     return answers
 
 
