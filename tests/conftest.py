@@ -36,11 +36,11 @@ LONGEST_FILES = (
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out tests marked fault or benchmark unless -m names the marker, and run the longest files first.
+    """Leave out tests marked aot, benchmark or fault unless -m names the marker, and run the longest files first.
 
     A -m in ``addopts`` would not do: the one on the command line replaces it, and ``-m "not slow"`` would run them.
     """
-    unasked = [marker for marker in ("fault", "benchmark") if marker not in config.option.markexpr]
+    unasked = [marker for marker in ("aot", "benchmark", "fault") if marker not in config.option.markexpr]
     left_out = [item for item in items if any(map(item.get_closest_marker, unasked))]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]
