@@ -13,6 +13,7 @@ and weight decay; in bfloat16 the parameters stay float32.
 
 import argparse
 import contextlib
+import functools
 import itertools
 import random
 import statistics
@@ -35,7 +36,6 @@ from side_by_side import (
     print_row,
     progress,
     scratch,
-    serve,
     torch_sgd,
 )
 from training import AUX_WEIGHT
@@ -163,9 +163,6 @@ Answers = dict[tuple[str, int], list[dict[str, Any]]]
 def main() -> None:
     """Run the benchmark and print its tables in Markdown."""
     arguments = parse_arguments()
-    if arguments.work:
-        serve(lambda: load(arguments.engines[0], arguments.work))
-        return
     platform, kind = device()
     names = [name for name in arguments.engines if platform != "tpu" or "torch" not in name.lower()]
     batches, size = BATCHES | ({"training": [64]} if arguments.quick else {}), 224
@@ -191,7 +188,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Return the options; ``work`` is None except in a worker."""
+    """Return the options."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -205,7 +202,6 @@ def parse_arguments() -> argparse.Namespace:
         help="end within 4 minutes: bfloat16 alone, training at batch 64 alone, torch.compile without autotuning, and "
         "all engines compile at the same time, so that the times of the first results are too long",
     )
-    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)  # the folder of a process that is one engine
     return parser.parse_args()
 
 
@@ -235,7 +231,7 @@ def load(name: str, folder: Path) -> Callable[..., dict[str, Any]]:
             result = engine.run(inputs[batch])
         result = engine.wait(result)
         measured = {"seconds": (time.perf_counter() - start) / calls, "peak": engine.peak()}
-        return measured | ({"logits": result.tolist()} if batch == inference.ERROR_BATCH else {})
+        return measured | ({"logits": result} if batch == inference.ERROR_BATCH else {})
 
     return answer
 
@@ -252,7 +248,7 @@ def measure(
     with contextlib.ExitStack() as processes, ThreadPoolExecutor(len(names) if is_quick() else 1) as threads:
 
         def start(name: str) -> Worker:
-            worker = processes.enter_context(Worker(name, folder))
+            worker = processes.enter_context(Worker(name, folder, functools.partial(load, name, folder)))
             task = ENGINES[name][1]
             for batch in batches[task]:  # CUDA graphs are captured in the calls after the first
                 answers[name, batch] = [worker.ask(batch=batch, size=size, calls=calls) for calls in (1, 2, 2)]

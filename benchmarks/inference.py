@@ -10,6 +10,7 @@ memory, and the error against float64.
 """
 
 import contextlib
+import functools
 import statistics
 import sys
 import time
@@ -29,7 +30,6 @@ from side_by_side import (
     print_row,
     progress,
     scratch,
-    serve,
     take_turns,
     torch_model,
     write_weights,
@@ -110,16 +110,13 @@ READ_ONNX = {"ONNX Runtime", "OpenVINO"}
 def main() -> None:
     """Run the benchmark and print its tables in Markdown."""
     arguments = parse_arguments(__doc__, ENGINES, batches=[1, 8, 32], rounds=15)
-    if arguments.work:
-        serve(lambda: load(arguments.engines[0], arguments.work, arguments.size))
-        return
     with scratch() as folder, contextlib.ExitStack() as processes:
         make_inputs(folder, arguments.engines, arguments.size)
         starts, workers = {}, {}
         for name in arguments.engines:
             with contextlib.ExitStack() as process:
-                first, _ = start(name, folder, process)
-            second, workers[name] = start(name, folder, processes)
+                first, _ = start(name, folder, arguments.size, process)
+            second, workers[name] = start(name, folder, arguments.size, processes)
             starts[name] = (first, second)
             progress(f"{name}: started twice")
         results = {
@@ -151,7 +148,7 @@ def make_inputs(folder: Path, engines: list[str], size: int) -> None:
 def load(name: str, folder: Path, size: int) -> Callable[..., dict[str, Any]]:
     """Return a function that runs the engine on ``batch`` images and returns the seconds of each of ``calls`` calls.
 
-    One call before them is not measured. Without ``calls``, the function returns the logits.
+    One call before them is not measured. Its logits are in the answer, too.
     """
     to_input, run = ENGINES[name](folder)
 
@@ -162,7 +159,7 @@ def load(name: str, folder: Path, size: int) -> Callable[..., dict[str, Any]]:
             start = time.perf_counter()
             run(images)
             seconds.append(time.perf_counter() - start)
-        return {"seconds": seconds, "peak": peak_memory(), "logits": [] if calls else logits.tolist()}
+        return {"seconds": seconds, "peak": peak_memory(), "logits": logits}
 
     return answer
 
@@ -201,10 +198,10 @@ def report(
         print_row(name, f"{first[0]:.1f}", f"{first[1]:.1f}", f"{second[1]:.1f}", *memory, f"{errors[name]:.1e}")
 
 
-def start(name: str, folder: Path, processes: contextlib.ExitStack) -> tuple[tuple[float, float], Worker]:
+def start(name: str, folder: Path, size: int, processes: contextlib.ExitStack) -> tuple[tuple[float, float], Worker]:
     """Start a process, and return the seconds until it is loaded, the seconds of its first call, and the process."""
     begin = time.perf_counter()
-    worker = processes.enter_context(Worker(name, folder))
+    worker = processes.enter_context(Worker(name, folder, functools.partial(load, name, folder, size)))
     loaded = time.perf_counter()
     worker.ask(batch=1, calls=0)
     return (loaded - begin, time.perf_counter() - loaded), worker

@@ -2,15 +2,15 @@
 
 import argparse
 import contextlib
-import json
+import multiprocessing
 import os
 import platform
 import random
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,7 @@ def flax_step(state: "TrainState") -> Callable[[np.ndarray, np.ndarray], float]:
 
 
 def is_quick() -> bool:
-    """Return whether the benchmark was started with --quick. A worker gets the option from its parent."""
+    """Return whether the benchmark was started with --quick, in its workers, too."""
     return "--quick" in sys.argv
 
 
@@ -93,44 +93,39 @@ class Worker:
 
     Args:
         name: The engine's name.
-        folder: The folder of the inputs and of the engines' caches; the process gets it as ``--work``.
+        folder: The folder of the engines' caches.
+        load: Loads the engine, in the process, and returns the function that answers requests. It must be picklable.
     """
 
-    def __init__(self, name: str, folder: Path) -> None:
-        self.name = name
-        own = folders(name, folder)
-        Path(own["TMPDIR"]).mkdir(parents=True, exist_ok=True)
-        own["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-        own["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # engines that share a GPU take what they need
-        command = [sys.executable, sys.argv[0], "--engines", name, "--work", str(folder)]
-        command += ["--quick"] if is_quick() else []
-        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115  # closed with the process
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(
-            command, stdin=pipe, stdout=pipe, stderr=self.log, text=True, env=os.environ | own
-        )
-        self._answer()
+    def __init__(self, name: str, folder: Path, load: Callable[[], Callable[..., dict[str, Any]]]) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        self._pool = ProcessPoolExecutor(1, spawn, _start, (folders(name, folder), load))
+        self._pool.submit(str).result()  # comes back when the engine is loaded
 
     def ask(self, **request: Any) -> dict[str, Any]:
-        """Send a request to the function that the process serves, and return its answer."""
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        return self._answer()
-
-    def _answer(self) -> Any:
-        line = self.process.stdout.readline()
-        if not line:
-            self.log.seek(0)
-            sys.exit(f"{self.name} ended:\n{self.log.read()[-3000:]}")
-        return json.loads(line)
+        """Send a request to the engine, and return its answer."""
+        return self._pool.submit(_ask, request).result()
 
     def __enter__(self) -> "Worker":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.wait()
-        self.log.close()
+        self._pool.shutdown()
+
+
+def _start(own: dict[str, str], load: Callable[[], Callable[..., dict[str, Any]]]) -> None:
+    """Load the engine of this process, which has environment variables of its own."""
+    global _answer
+    os.dup2(2, 1)  # libraries may print, and standard output is for the tables
+    Path(own["TMPDIR"]).mkdir(parents=True, exist_ok=True)
+    os.environ.update(own)
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # engines that share a GPU take what they need
+    _answer = load()
+
+
+def _ask(request: dict[str, Any]) -> dict[str, Any]:
+    return _answer(**request)
 
 
 def take_turns(
@@ -148,7 +143,7 @@ def take_turns(
 def parse_arguments(
     description: str | None, engines: Mapping[str, Any], batches: list[int], rounds: int
 ) -> argparse.Namespace:
-    """Return the options of a benchmark. ``size`` is the size of the images; ``work`` is None except in a worker."""
+    """Return the options of a benchmark. ``size`` is the size of the images."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -162,7 +157,6 @@ def parse_arguments(
         help=f"only check that everything runs, on two images of {QUICK_SIZE}x{QUICK_SIZE} and with a part of the "
         "network compiled; the times mean nothing",
     )
-    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)  # the folder of a process that is one engine
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.batches, arguments.rounds = [2], 1
@@ -183,15 +177,6 @@ def write_weights(folder: Path) -> dict[str, np.ndarray]:
     variables = flax_googlenet.from_torchvision(state_dict)
     flax_googlenet.save(folder / "weights.safetensors", flax_googlenet.GoogLeNet(), variables)
     return state_dict
-
-
-def serve(load: Callable[[], Callable[..., dict[str, Any]]]) -> None:
-    """Load the engine of a worker, and answer the requests on standard input until it is closed."""
-    answers, sys.stdout = sys.stdout, sys.stderr  # libraries may print; only answers go to standard output
-    answer = load()
-    print(json.dumps("ready"), file=answers, flush=True)
-    for line in sys.stdin:
-        print(json.dumps(answer(**json.loads(line))), file=answers, flush=True)
 
 
 def peak_memory() -> float:

@@ -27,7 +27,6 @@ from side_by_side import (
     print_header,
     print_row,
     scratch,
-    serve,
     take_turns,
 )
 
@@ -130,9 +129,6 @@ ENGINES: dict[str, Callable[[str, np.ndarray], Compute]] = {"PyTorch channels_la
 def main() -> None:
     """Run the benchmark and print its table in Markdown."""
     arguments = parse_arguments(__doc__, ENGINES, batches=[16], rounds=7)
-    if arguments.work:
-        serve(lambda: load(arguments.engines[0]))
-        return
     print(machine("jax", "jaxlib", "flax", "torch", "torchvision") + "\n")
     for batch in arguments.batches:
         measure(arguments.engines, batch, arguments.rounds, arguments.size)
@@ -163,7 +159,9 @@ def measure(engines: list[str], batch: int, rounds: int, size: int) -> None:
     print_header(f"milliseconds at batch {batch}", *engines)
     totals = dict.fromkeys(engines, 0.0)
     with scratch() as folder, contextlib.ExitStack() as processes:
-        workers = {name: processes.enter_context(Worker(name, folder)) for name in engines}
+        workers = {
+            name: processes.enter_context(Worker(name, folder, functools.partial(load, name))) for name in engines
+        }
         for stage, shape in input_shapes(batch, size).items():
             turns = take_turns(workers, rounds, f"batch {batch}, {stage}", stage=stage, shape=shape)
             medians = {name: statistics.median(x["seconds"] for x in answers) for name, answers in turns.items()}

@@ -10,6 +10,7 @@ ratios, the time of the first step, and the peak memory.
 """
 
 import contextlib
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -29,7 +30,6 @@ from side_by_side import (
     print_row,
     progress,
     scratch,
-    serve,
     take_turns,
     torch_model,
     torch_sgd,
@@ -94,14 +94,11 @@ ENGINES |= {name + KEPT: ENGINES[name] for name in ("PyTorch channels_last", "tr
 def main() -> None:
     """Run the benchmark and print its table in Markdown."""
     arguments = parse_arguments(__doc__, ENGINES, batches=[16, 64], rounds=5)
-    if arguments.work:
-        serve(lambda: load(arguments.engines[0], arguments.work, arguments.size))
-        return
     results = {}
     with scratch() as folder:
         write_weights(folder)
         for batch in arguments.batches:
-            results |= measure(arguments.engines, folder, batch, arguments.rounds)
+            results |= measure(arguments.engines, folder, batch, arguments.rounds, arguments.size)
     report(arguments.engines, arguments.batches, results)
 
 
@@ -121,12 +118,14 @@ def load(name: str, folder: Path, size: int) -> Callable[..., dict[str, Any]]:
     return answer
 
 
-def measure(engines: list[str], folder: Path, batch: int, rounds: int) -> dict[tuple[str, int], list[dict[str, Any]]]:
+def measure(
+    engines: list[str], folder: Path, batch: int, rounds: int, size: int
+) -> dict[tuple[str, int], list[dict[str, Any]]]:
     """Return all answers, by engine and batch size. The first answer is for the step that compiles."""
     with contextlib.ExitStack() as processes:
         workers, answers = {}, {}
         for name in engines:
-            workers[name] = processes.enter_context(Worker(name, folder))
+            workers[name] = processes.enter_context(Worker(name, folder, functools.partial(load, name, folder, size)))
             answers[name, batch] = [workers[name].ask(batch=batch), workers[name].ask(batch=batch)]
             progress(f"batch {batch}: {name} is warm")
         for name, turns in take_turns(workers, rounds, f"batch {batch}", batch=batch).items():
