@@ -26,16 +26,13 @@ def aborts_in_one_line() -> Iterator[None]:
     """
     import jax  # imported late: the command line is faster without it
 
-    def save_log() -> str:
-        number, path = tempfile.mkstemp(".txt", "flax-googlenet-jax-")
-        log.seek(0)
-        os.write(number, log.read())
-        return path
-
     @ctypes.CFUNCTYPE(None, ctypes.c_int)
     def on_abort(number: int) -> None:
         try:
-            reason = f"most likely because another process of the run is gone (JAX's log is in {save_log()})"
+            file, path = tempfile.mkstemp(".txt", "flax-googlenet-jax-")
+            log.seek(0)
+            os.write(file, log.read())
+            reason = f"most likely because another process of the run is gone (JAX's log is in {path})"
             advice = "start all of them again, to go on from the last checkpoint"
             os.write(original, f"error: JAX ended this process, {reason}: {advice}\n".encode())
         finally:

@@ -18,7 +18,7 @@ from flax_googlenet.commands.evaluate import evaluate
 from flax_googlenet.commands.export import export
 from flax_googlenet.commands.status import Status, UsageError, describe_crash, exit_status
 from flax_googlenet.commands.summary import summary
-from flax_googlenet.commands.terminal import Messages, message_console, prepare_process, write_output
+from flax_googlenet.commands.terminal import Messages, prepare_process, write_output
 from flax_googlenet.commands.train import STARTING, default_recipe, train
 from flax_googlenet.errors import GoogLeNetError
 
@@ -54,7 +54,7 @@ def _run(arguments: list[str]) -> int:
         recipe = None
         if name == "train":
             if not {"-h", "--help"} & set(arguments):
-                message_console().print(STARTING)
+                Messages().note(STARTING)
             recipe = default_recipe(arguments[1:])
         return parse(name, SUBCOMMANDS[name], arguments[1:], recipe)()
     if name and not name.startswith("-"):

@@ -88,7 +88,10 @@ class Results:
             CommandError: If they cannot be written. The message names the file.
         """
         rows = [row | {"weights": self._weights} for row in rows]
-        self._write(_csv(map(_flat, rows)) if self._is_csv else _json(rows))
+        if self._is_csv:
+            self._write(_csv(map(_flat, rows)))
+        else:
+            self._write("".join(f"{json.dumps(row)}\n" for row in rows).encode())
 
     def _write(self, data: bytes) -> None:
         with writing(self._file.name):
@@ -174,10 +177,6 @@ def open_results(
             growing.unlink()
 
 
-def _json(rows: Iterable[Row]) -> bytes:
-    return "".join(f"{json.dumps(row)}\n" for row in rows).encode()
-
-
 def _json_rows(file: BinaryIO) -> Iterator[Row]:
     """Yield each complete row of a growing file."""
     for line in _whole_lines(file):
@@ -261,14 +260,9 @@ def _require_pyarrow() -> None:
 def _parquet_schema() -> Any:
     import pyarrow
 
-    prediction = {"index": pyarrow.int64(), "label": pyarrow.string(), "probability": pyarrow.float64()}
-    return pyarrow.schema(
-        {
-            "image": pyarrow.string(),
-            "predictions": pyarrow.list_(pyarrow.struct(prediction)),
-            "weights": pyarrow.string(),
-        }
-    )
+    text = pyarrow.string()
+    prediction = pyarrow.struct({"index": pyarrow.int64(), "label": text, "probability": pyarrow.float64()})
+    return pyarrow.schema({"image": text, "predictions": pyarrow.list_(prediction), "weights": text})
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:

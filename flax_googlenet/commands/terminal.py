@@ -83,11 +83,6 @@ def make_console(**options: Any) -> "Console":
     return PatientConsole(highlight=False, emoji=False, **options)
 
 
-def message_console() -> "Console":
-    """Return the console of messages, on standard error."""
-    return make_console(stderr=True, soft_wrap=True)
-
-
 def draws_progress(console: "Console") -> bool:
     """Return whether a console can show a bar or a spinner, whose frames overwrite each other.
 
@@ -103,7 +98,7 @@ class Messages:
     """The messages of a command on standard error, with the number of images that it could not read."""
 
     def __init__(self) -> None:
-        self.console = message_console()
+        self.console = make_console(stderr=True, soft_wrap=True)
         self.failed = 0
 
     def note(self, message: str) -> None:

@@ -4,7 +4,7 @@ import numpy as np
 from jaxtyping import Float32
 from PIL import Image, ImageOps
 
-from flax_googlenet.images.preprocessing import CROP, RESIZE, ImageError, normalise, preprocess
+from flax_googlenet.images.preprocessing import CROP, RESIZE, ImageError, normalise, preprocess, resize
 
 PAPER_SCALES = (256, 288, 320, 352)
 """The short sides that an image is resized to, in pixels, for crops of 224."""
@@ -37,19 +37,18 @@ def crops(image: Image.Image, count: int, size: int = CROP) -> Float32[np.ndarra
         return preprocess(image, size)[None]
     if max(image.size) > _MAX_ASPECT * min(image.size):
         raise ImageError(f"{image.width}x{image.height} pixels are too long for {count} crops: take one crop")
-    views = _ten(image, size) if count == 10 else _paper(image, size)
+    if count == 10:
+        resized = resize(image, round(RESIZE * size / CROP))
+        views = [crop for view in (resized, ImageOps.mirror(resized)) for crop in _corners_and_centre(view, size)]
+    else:
+        views = _paper(image, size)
     return np.stack([normalise(view) for view in views])
-
-
-def _ten(image: Image.Image, size: int) -> list[Image.Image]:
-    resized = _resize(image, round(RESIZE * size / CROP))
-    return [crop for view in (resized, ImageOps.mirror(resized)) for crop in _corners_and_centre(view, size)]
 
 
 def _paper(image: Image.Image, size: int) -> list[Image.Image]:
     views = []
     for scale in PAPER_SCALES:
-        resized = _resize(image, round(scale * size / CROP))
+        resized = resize(image, round(scale * size / CROP))
         side, right, bottom = min(resized.size), resized.width - min(resized.size), resized.height - min(resized.size)
         for share in (0, 0.5, 1):
             left, top = round(share * right), round(share * bottom)
@@ -57,13 +56,6 @@ def _paper(image: Image.Image, size: int) -> list[Image.Image]:
             for view in (square, ImageOps.mirror(square)):
                 views += [*_corners_and_centre(view, size), view.resize((size, size), Image.Resampling.BILINEAR)]
     return views
-
-
-def _resize(image: Image.Image, short: int) -> Image.Image:
-    """Resize an image to ``short`` pixels on its short side, with the long side rounded down as torchvision does."""
-    long = int(short * max(image.size) / min(image.size))
-    size = (short, long) if image.width <= image.height else (long, short)
-    return image.resize(size, Image.Resampling.BILINEAR)
 
 
 def _corners_and_centre(image: Image.Image, size: int) -> list[Image.Image]:

@@ -277,15 +277,21 @@ def _from_array(array: np.ndarray) -> Image.Image:
     return Image.fromarray(array)
 
 
+def resize(image: Image.Image, short: int) -> Image.Image:
+    """Resize an image to ``short`` pixels on its short side, with the long side rounded down as torchvision does."""
+    long = int(short * max(image.size) / min(image.size))
+    size = (short, long) if image.width <= image.height else (long, short)
+    return image.resize(size, Image.Resampling.BILINEAR)
+
+
 def _resize_and_crop(image: Image.Image) -> Image.Image:
     """Do the same as torchvision's ``resize(image, 256)`` and ``center_crop(image, 224)``, with the same rounding."""
-    width, height = image.size
-    short, long = min(width, height), int(RESIZE * max(width, height) / min(width, height))
-    start = round((long - CROP) / 2)  # to even, as torchvision does
-    if short < RESIZE and long > _LONGEST:
-        return _enlarge_strip(image, long, start)
-    size, left, top = ((RESIZE, long), _MARGIN, start) if width <= height else ((long, RESIZE), start, _MARGIN)
-    return image.resize(size, Image.Resampling.BILINEAR).crop((left, top, left + CROP, top + CROP))
+    long = int(RESIZE * max(image.size) / min(image.size))
+    if min(image.size) < RESIZE and long > _LONGEST:
+        return _enlarge_strip(image, long, round((long - CROP) / 2))
+    resized = resize(image, RESIZE)
+    left, top = (round((side - CROP) / 2) for side in resized.size)  # to even, as torchvision does
+    return resized.crop((left, top, left + CROP, top + CROP))
 
 
 def _enlarge_strip(image: Image.Image, long: int, start: int) -> Image.Image:

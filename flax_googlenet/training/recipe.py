@@ -233,7 +233,6 @@ PRESETS = {
     ),
 }
 """The recipes of ``--preset`` by name."""
-"""Recipes by name."""
 
 
 def schedule(recipe: Recipe, steps_per_epoch: int) -> "optax.Schedule":
