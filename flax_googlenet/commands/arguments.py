@@ -9,15 +9,13 @@ import shutil
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import tyro
 from tyro.conf import FlagCreatePairsOff, arg
 
 from flax_googlenet.commands.status import UsageError
-
-if TYPE_CHECKING:
-    from flax_googlenet.training.recipe import Recipe
+from flax_googlenet.training.recipe import Recipe
 
 File = Annotated[Path, arg(metavar="FILE")]
 OptionalFile = Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")]
@@ -29,7 +27,7 @@ Flag = Annotated[bool, arg(help_behavior_hint=""), FlagCreatePairsOff]
 
 
 def parse(
-    name: str, command: Callable[..., int], arguments: Sequence[str], recipe: "Recipe | None" = None
+    name: str, command: Callable[..., int], arguments: Sequence[str], recipe: Recipe | None = None
 ) -> Callable[[], int]:
     """Return the call of a subcommand that a command line asks for.
 

@@ -65,11 +65,7 @@ def writing(output: str | Path) -> Iterator[None]:
 
 
 def make_console(**options: Any) -> "Console":
-    """Return a console of rich that falls silent if nobody reads its file any more.
-
-    Args:
-        options: Arguments of rich's ``Console``.
-    """
+    """Return rich's ``Console`` with these options, which falls silent if nobody reads its file any more."""
     from rich.console import Console
 
     class PatientConsole(Console):

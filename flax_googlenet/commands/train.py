@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from tyro.conf import arg
 
@@ -16,9 +16,7 @@ from flax_googlenet.commands.status import CommandError, CrashError, Status, Usa
 from flax_googlenet.commands.terminal import Messages, draws_progress
 from flax_googlenet.commands.weights import weights_file
 from flax_googlenet.errors import GoogLeNetError, install_advice
-
-if TYPE_CHECKING:
-    from flax_googlenet.training.recipe import Recipe
+from flax_googlenet.training.recipe import PRESETS, Recipe
 
 STARTING = "starting: loading JAX, then looking at the data"
 """The first line that the command prints, at once: JAX, the data and the network take their time."""
@@ -142,10 +140,8 @@ def require_training_packages() -> None:
         raise CommandError(f"{', '.join(missing)} is not installed: {install_advice('train')}")
 
 
-def default_recipe(arguments: Sequence[str]) -> "Recipe":
+def default_recipe(arguments: Sequence[str]) -> Recipe:
     """Return the recipe whose fields a command line of ``train`` changes one by one, and ``--help`` shows."""
-    from flax_googlenet.training.recipe import PRESETS
-
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--workdir")
     parser.add_argument("--weights")

@@ -96,8 +96,8 @@ def eval_batches(
         dataset: The images.
         recipe: The recipe, from which ``batch_size``, ``image_size`` and ``workers`` are used.
         fail: Takes the message about an image of this process that cannot be read.
-        stopped: Returns whether to stop waiting for a batch; the iterator then raises a ``WaitStoppedError``.
-        process_index: Index of this process, which gets an equal share of the rows of each batch.
+        stopped: As for ``train_batches``.
+        process_index: As for ``train_batches``.
         process_count: Number of processes. All of them get the same number of batches.
 
     Yields:

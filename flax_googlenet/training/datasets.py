@@ -101,18 +101,13 @@ def read_idx_files(folder: str) -> tuple[Dataset, Dataset]:
     Raises:
         DataError: If one of the four files is missing or damaged, or if they do not belong together.
     """
-    (pixels, labels), (test_pixels, test_labels) = (_read_idx_part(folder, part) for part in ("train", "t10k"))
-    if test_labels.max() > labels.max():
+    train, test = (_read_idx_part(folder, part) for part in ("train", "t10k"))
+    if len(test.class_names) > len(train.class_names):
+        highest, highest_in_training = test.class_names[-1], train.class_names[-1]
         raise DataError(
-            f"{folder}: the test labels go up to {test_labels.max()}, but the training labels only to {labels.max()}"
+            f"{folder}: the test labels go up to {highest}, but the training labels only to {highest_in_training}"
         )
-    class_names = tuple(map(str, range(labels.max() + 1)))
-
-    def dataset(part: str, pixels: UInt8[np.ndarray, "n h w"], labels: Int32[np.ndarray, "n"]) -> Dataset:
-        names = tuple(f"{part}-images-idx3-ubyte[{i}]" for i in range(len(labels)))
-        return Dataset(class_names, labels, names, folder, pixels)
-
-    return dataset("train", pixels, labels), dataset("t10k", test_pixels, test_labels)
+    return train, replace(test, class_names=train.class_names)
 
 
 def _idx_paths(folder: str, part: str) -> tuple[str, str]:
@@ -121,9 +116,9 @@ def _idx_paths(folder: str, part: str) -> tuple[str, str]:
     return os.path.join(folder, images), os.path.join(folder, labels)
 
 
-def _read_idx_part(folder: str, part: str) -> tuple[UInt8[np.ndarray, "n h w"], Int32[np.ndarray, "n"]]:
+def _read_idx_part(folder: str, part: str) -> Dataset:
     images_path, labels_path = _idx_paths(folder, part)
-    pixels, labels = _read_idx(images_path, 3), _read_idx(labels_path, 1)
+    pixels, labels = _read_idx(images_path, 3), _read_idx(labels_path, 1).astype(np.int32)
     if len(pixels) != len(labels):
         raise DataError(
             f"{images_path} has {len(pixels)} images, but {labels_path} has {len(labels)} labels: they do not belong "
@@ -131,7 +126,9 @@ def _read_idx_part(folder: str, part: str) -> tuple[UInt8[np.ndarray, "n h w"], 
         )
     if pixels.size == 0:
         raise DataError(f"{images_path} has no pixels: its shape is {list(pixels.shape)}")
-    return pixels, labels.astype(np.int32)
+    class_names = tuple(map(str, range(labels.max() + 1)))
+    names = tuple(f"{part}-images-idx3-ubyte[{i}]" for i in range(len(labels)))
+    return Dataset(class_names, labels, names, folder, pixels)
 
 
 def _read_idx(path: str, ndim: int) -> UInt8[np.ndarray, "..."]:

@@ -59,9 +59,7 @@ class Devices:
     def jit(self, function: Callable[..., Any], donate: tuple[int, ...] = ()) -> jax.stages.Wrapped:
         """Return ``jax.jit`` of a function of arrays from ``replicate`` and ``split``; every device gets its results.
 
-        Args:
-            function: The function to compile.
-            donate: As ``donate_argnums`` of ``jax.jit``.
+        ``donate`` is ``donate_argnums`` of ``jax.jit``.
         """
         return jax.jit(
             function,

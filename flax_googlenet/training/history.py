@@ -26,17 +26,13 @@ def last_training(path: str, metadata: Mapping[str, Any]) -> Training:
     """Return the training that made the weights in a file, with all known trainings in ``before``.
 
     The held-out images of a file without a recipe are assumed to be those of the preset ``digits``.
-
-    Args:
-        path: The name of the weights in messages.
-        metadata: The metadata of the file.
     """
     recipe = recipe_of(metadata) or PRESETS["digits"]
     return Training(path, recipe.held_out, recipe.seed, metadata.get("trained_on"), trainings_of(path, metadata))
 
 
 def trainings_of(path: str, metadata: Mapping[str, Any]) -> tuple[Training, ...]:
-    """Return all known trainings of the weights in a file, the last one first; arguments as for ``last_training``."""
+    """Return all known trainings of the weights in a file, the last one first."""
     pasts = [(recipe_of(past), past["trained_on"]) for past in past_trainings(metadata)]
     return tuple(Training(path, recipe.held_out, recipe.seed, data) for recipe, data in pasts if recipe)
 

@@ -114,11 +114,7 @@ def make_plan(
 def find_head(class_names: tuple[str, ...], data: str, weights: Weights, path: str) -> Head:
     """Find out whether weights have exactly the classes of the data, in any order, by the rules of ``find_classes``.
 
-    Args:
-        class_names: The class names of the data.
-        data: The name of the data in messages.
-        weights: The weights.
-        path: The name of the weights in messages.
+    The arguments are those of ``find_classes``.
     """
     replaced = f"the head of {path} is replaced by a new one"
     num_classes = weights.model.num_classes
@@ -160,11 +156,7 @@ def initial_state(
 ) -> tuple[TrainState, Callable[[], TrainState]]:
     """Return the shapes of the state before the first step, and the function that computes this state.
 
-    Args:
-        plan: The plan of the run.
-        weights: The weights to start from, or None for new ones.
-        head: What happens to their last layers; None without weights.
-        devices: The devices that get a copy of the state.
+    Every device gets a copy of the state. Without weights to start from, ``head`` is None, too.
 
     Raises:
         RecipeError: If BatchNorm cannot train with such small batches.

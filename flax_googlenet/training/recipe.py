@@ -238,9 +238,7 @@ PRESETS = {
 def schedule(recipe: Recipe, steps_per_epoch: int) -> "optax.Schedule":
     """Return the learning rate as a function of the number of weight updates; ``accumulate`` steps make one update.
 
-    Args:
-        recipe: The recipe.
-        steps_per_epoch: Number of batches in an epoch, at least one.
+    An epoch has ``steps_per_epoch`` batches, at least one.
     """
     import optax
 
@@ -265,11 +263,7 @@ def schedule(recipe: Recipe, steps_per_epoch: int) -> "optax.Schedule":
 def make_optimizer(recipe: Recipe, steps_per_epoch: int) -> "optax.GradientTransformation":
     """Return SGD as the recipe describes it. As in PyTorch, weight decay is added before the momentum.
 
-    ``create_train_state`` excludes the frozen blocks.
-
-    Args:
-        recipe: The recipe.
-        steps_per_epoch: Number of batches in an epoch, at least one.
+    ``create_train_state`` excludes the frozen blocks. ``steps_per_epoch`` is as for ``schedule``.
     """
     import jax
     import optax
