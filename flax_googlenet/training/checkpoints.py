@@ -159,12 +159,9 @@ def restore_checkpoint(folder: str | os.PathLike[str], like: Any, report: Callab
     source = epath.Path(path / "state")
     wanted = _by_name(like)
     _check(path, wanted, handler.metadata(source).tree)
-    arguments = {
-        name: ocp.RestoreArgs(restore_type=np.ndarray)
-        if isinstance(leaf, np.ndarray | np.generic)
-        else ocp.ArrayRestoreArgs(sharding=leaf.sharding)
-        for name, leaf in wanted.items()
-    }
+    # Orbax takes no scalars of NumPy here, only arrays.
+    arrays = {name: np.asarray(leaf) if isinstance(leaf, np.generic) else leaf for name, leaf in wanted.items()}
+    arguments = ocp.checkpoint_utils.construct_restore_args(arrays)
     tensors = handler.restore(source, args=ocp.args.PyTreeRestore(wanted, restore_args=arguments))
     restored = jax.tree.unflatten(jax.tree.structure(like), [tensors[name] for name in wanted])
     return Restored(content["step"], restored, content["extra"])
