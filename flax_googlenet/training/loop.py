@@ -65,7 +65,7 @@ class Run:
     def train(self, batches: Reader) -> TrainingResult | TrainingStopped:
         """Train to the end of the recipe, or until a signal, after which a checkpoint is saved."""
         plan, counts = self.plan, self.counts
-        evaluate_batch = self.devices.jit(_evaluate_batch)
+        evaluate_batch = self.devices.jit(lambda state, batch, stop: eval_step(state, batch) | {"stop": stop.any()})
         first_step, speed, stopped_early = counts.step, Speed(plan.recipe.batch_size), False
         if first_step < plan.total_steps:
             batch = self._to_devices(next(batches))
@@ -100,7 +100,7 @@ class Run:
         ) -> tuple[TrainState, Metrics]:
             with jax.numpy_dtype_promotion("standard"):  # optax's schedules mix integers and floats
                 rate = jnp.asarray(learning_rate(state.step // recipe.accumulate))
-            state, metrics = train_step(state, {"image": batch["image"], "label": batch["label"]}, dropout_key)
+            state, metrics = train_step(state, batch, dropout_key)
             return state, metrics | {"learning_rate": rate, "skipped": batch["skipped"], "stop": stop.any()}
 
         dropout_key = self.devices.replicate(jax.random.key(recipe.seed))
@@ -257,7 +257,3 @@ class Run:
     def _to_devices(self, batch: HostBatch) -> Batch:
         skipped = np.where(batch["used"] == batch["index"], -1, batch["index"]).astype(np.int32)  # [b]
         return self.devices.split({"image": batch["image"], "label": batch["label"], "skipped": skipped})
-
-
-def _evaluate_batch(state: TrainState, batch: Batch, stop: jax.Array) -> Metrics:
-    return eval_step(state, batch) | {"stop": stop.any()}
