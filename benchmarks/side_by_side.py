@@ -88,8 +88,8 @@ def folders(name: str, folder: Path) -> dict[str, str]:
     return {variable: str(own / place) for variable, place in places.items()}
 
 
-class Worker:
-    """A process that runs one engine; a context manager that ends it.
+class Worker(ProcessPoolExecutor):
+    """A process that runs one engine, and ends with the ``with`` block.
 
     Args:
         name: The engine's name.
@@ -98,19 +98,12 @@ class Worker:
     """
 
     def __init__(self, name: str, folder: Path, load: Callable[[], Callable[..., dict[str, Any]]]) -> None:
-        spawn = multiprocessing.get_context("spawn")
-        self._pool = ProcessPoolExecutor(1, spawn, _start, (folders(name, folder), load))
-        self._pool.submit(str).result()  # comes back when the engine is loaded
+        super().__init__(1, multiprocessing.get_context("spawn"), _start, (folders(name, folder), load))
+        self.submit(str).result()  # comes back when the engine is loaded
 
     def ask(self, **request: Any) -> dict[str, Any]:
         """Send a request to the engine, and return its answer."""
-        return self._pool.submit(_ask, request).result()
-
-    def __enter__(self) -> "Worker":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown()
+        return self.submit(_ask, request).result()
 
 
 def _start(own: dict[str, str], load: Callable[[], Callable[..., dict[str, Any]]]) -> None:

@@ -184,7 +184,7 @@ def _json_rows(file: BinaryIO) -> Iterator[Row]:
 
 
 def _whole_lines(file: BinaryIO) -> Iterator[bytes]:
-    """Yield each line of a growing file, except a last one that was cut off; the file stands at the line's end."""
+    """Yield each complete line of a growing file, whose position is then the end of that line."""
     while (line := file.readline(_MAX_LINE_BYTES)).endswith(b"\n"):
         yield line
     if len(line) == _MAX_LINE_BYTES:

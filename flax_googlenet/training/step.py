@@ -339,17 +339,16 @@ def _float32(x: jax.Array) -> jax.Array:
 
 def _check_heads(model: GoogLeNet, params: Mapping[str, Any]) -> None:
     for name in HEADS:
-        if name not in params:
-            if name == "fc" or model.aux_logits:
-                raise ValueError(MISSING_HEAD.format(name))
-            continue
-        layer = params[name] if name == "fc" else params[name]["fc2"]
-        classes = layer["kernel"].shape[-1]
-        if classes != model.num_classes:
-            raise ValueError(
-                f"the variables' {name} is for {classes} classes and the model for {model.num_classes}: use "
-                f"new_head(model, variables, {model.num_classes}, jax.random.key(0))"
-            )
+        if name in params:
+            layer = params[name] if name == "fc" else params[name]["fc2"]
+            classes = layer["kernel"].shape[-1]
+            if classes != model.num_classes:
+                raise ValueError(
+                    f"the variables' {name} is for {classes} classes and the model for {model.num_classes}: use "
+                    f"new_head(model, variables, {model.num_classes}, jax.random.key(0))"
+                )
+        elif name == "fc" or model.aux_logits:
+            raise ValueError(MISSING_HEAD.format(name))
 
 
 def _check_needs(optimizer: optax.GradientTransformationExtraArgs, opt_state: optax.OptState, params: Any) -> None:
