@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Self
 
 import numpy as np
+from scipy.ndimage import uniform_filter1d
 
 from flax_googlenet.files import read_regular_file, write_atomically
 
@@ -223,8 +224,6 @@ def draw_curves(workdir: Path, best: tuple[int, str] | None = None) -> Path:
 
 def _smooth(values: np.ndarray) -> np.ndarray:
     """Return the moving average over a fortieth of the values, [n] -> [n]. NaN is left out; the ends have less."""
-    from scipy.ndimage import uniform_filter1d
-
     width = 2 * (len(values) // 80) + 1
     means = uniform_filter1d(np.nan_to_num(values), width, mode="constant")  # with 0 for NaN and beyond the ends
     shares = uniform_filter1d(np.isfinite(values).astype(float), width, mode="constant")  # of finite values

@@ -132,9 +132,7 @@ def find_head(class_names: tuple[str, ...], data: str, weights: Weights, path: s
 def describe_classes(dataset: Dataset, *, balanced: bool) -> list[str]:
     """Return a line with the class names and the numbers of their images, and a warning if these differ greatly.
 
-    Args:
-        dataset: The training images.
-        balanced: Whether the loss weighs the classes, so that no warning is needed.
+    With ``balanced``, the loss weighs the classes, and no warning is needed.
     """
     counts, names = np.bincount(dataset.labels, minlength=len(dataset.class_names)), dataset.class_names
     fewest, most = int(counts.argmin()), int(counts.argmax())

@@ -74,10 +74,9 @@ def claim(workdir: str | os.PathLike[str], warn: Callable[[str], object] = warni
 
 
 def save_run(workdir: Path, counts: RunCounts, state: TrainState, identity: dict[str, Any], keep: int) -> Path:
-    """Save a checkpoint for ``resume_run``, and remove all but the newest ``keep``. All processes call this.
+    """Save a checkpoint for ``resume_run``, remove all but the newest ``keep``, and return the folder of the new one.
 
-    Returns:
-        The checkpoint, a folder.
+    All processes call this.
 
     Raises:
         CheckpointSaveError: If it cannot be saved.

@@ -138,12 +138,9 @@ def _choose_held_out(dataset: Dataset, fraction: float, seed: int) -> Bool[np.nd
 
 
 def _used_in(training: Training, dataset: Dataset, *, is_certain: bool = False) -> Bool[np.ndarray, "n"]:
-    """Return which images a training used: none of them if it was not on this dataset.
+    """Return which images of a dataset, before any are held out, a training used: none if it was on other images.
 
-    Args:
-        training: The training.
-        dataset: All images, before any are held out.
-        is_certain: Whether it is known, even without the fingerprint, that the training was on this dataset.
+    With ``is_certain``, the training is known to have been on this dataset, whatever its fingerprint is.
     """
     if dataset.fingerprint == training.trained_on:
         return np.ones(len(dataset), bool)
