@@ -1,8 +1,8 @@
-"""GoogLeNet (Inception v1) as a Flax Linen module: torchvision's variant with BatchNorm, for NHWC images.
+"""GoogLeNet (Inception v1) as a Flax Linen module, for NHWC images: torchvision's network, and the paper's.
 
-References:
-    Szegedy et al., "Going Deeper with Convolutions", https://arxiv.org/abs/1409.4842
-    https://github.com/pytorch/vision/blob/main/torchvision/models/googlenet.py
+``architecture.NETWORKS`` says what sets the two apart.
+
+Reference: Szegedy et al., "Going Deeper with Convolutions", https://arxiv.org/abs/1409.4842
 """
 
 import functools
@@ -18,9 +18,10 @@ from jax import numpy as jnp
 from jax.sharding import AxisType, reshard
 from jaxtyping import Array, Float
 
-from flax_googlenet.architecture import BLOCKS, IMAGENET_MEAN, IMAGENET_STD, MIN_SIZE, WIDTHS
+from flax_googlenet.architecture import BLOCKS, IMAGENET_MEAN, IMAGENET_STD, NETWORKS, WIDTHS
 from flax_googlenet.ops import winograd
-from flax_googlenet.ops.pooling import adaptive_avg_pool, max_pool, per_channel
+from flax_googlenet.ops.normalization import local_response_norm
+from flax_googlenet.ops.pooling import adaptive_avg_pool, avg_pool, max_pool, per_channel
 
 Variables = Mapping[str, Any]
 """Nested dict ``{"params": ..., "batch_stats": ...}`` of arrays; ``batch_stats`` is absent without BatchNorm."""
@@ -122,6 +123,7 @@ class ConvBN(nn.Module):
     kernel_size: int = 1
     stride: int = 1
     padding: int = 0
+    variant: str = "torchvision"
     batch_norm: bool = True
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
@@ -138,6 +140,7 @@ class ConvBN(nn.Module):
             padding=((self.padding, self.padding), (self.padding, self.padding)),
             use_bias=not self.batch_norm,
             kernel_init=self.kernel_init,
+            bias_init=nn.initializers.constant(0.2 if NETWORKS[self.variant].caffe_init else 0.0),
             # Not at inference: ports are proven with plain convolutions, and make_predictor has a graph of its own.
             conv_general_dilated=winograd.convolution if train else None,
             dtype=self.dtype,
@@ -154,6 +157,7 @@ class Inception(nn.Module):
     """Four branches that read one input, concatenated along the channels. ``widths`` is an entry of ``WIDTHS``."""
 
     widths: tuple[int, int, int, int, int, int]
+    variant: str = "torchvision"
     batch_norm: bool = True
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
@@ -165,13 +169,13 @@ class Inception(nn.Module):
         """Map ``x`` [N, H, W, C] to [N, H, W, widths[0] + widths[2] + widths[4] + widths[5]]."""
         conv: Callable[..., ConvBN] = functools.partial(ConvBN, **_options(self, self.kernel_init))
         width1, reduce2, width2, reduce3, width3, width4 = self.widths
+        kernel3 = NETWORKS[self.variant].branch3_kernel
 
         branch1 = conv(width1, name="branch1")(x, train)
         branch2 = conv(reduce2, name="branch2_0")(x, train)
         branch2 = conv(width2, kernel_size=3, padding=1, name="branch2_1")(branch2, train)
-        # 3x3, not the paper's 5x5: the checkpoint has it (pytorch/vision#906).
         branch3 = conv(reduce3, name="branch3_0")(x, train)
-        branch3 = conv(width3, kernel_size=3, padding=1, name="branch3_1")(branch3, train)
+        branch3 = conv(width3, kernel_size=kernel3, padding=kernel3 // 2, name="branch3_1")(branch3, train)
         # Named branch4_1, because the pool is branch4.0 in torchvision.
         branch4 = conv(width4, name="branch4_1")(max_pool(x, window=3, stride=1, padding=1), train)
         return jnp.concatenate([branch1, branch2, branch3, branch4], axis=-1)
@@ -182,6 +186,7 @@ class InceptionAux(nn.Module):
 
     num_classes: int
     dropout: float = 0.7
+    variant: str = "torchvision"
     batch_norm: bool = True
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
@@ -191,7 +196,11 @@ class InceptionAux(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "n h w c"], train: bool) -> Float[Array, "n {self.num_classes}"]:
         """Map ``x`` [N, H, W, C] to logits [N, num_classes], with dropout only in training."""
-        x = adaptive_avg_pool(x, 4)  # [N, 4, 4, C]
+        pool = NETWORKS[self.variant].aux_pool
+        # Caffe's pool makes 4x4 of 12 to 14 pixels, that is, for images of 191 to 238 pixels. For others, Caffe's
+        # network has no auxiliary heads.
+        has_caffes_size = all(12 <= size <= 14 for size in x.shape[1:3])
+        x = avg_pool(x, *pool) if pool and has_caffes_size else adaptive_avg_pool(x, 4)  # [N, 4, 4, C]
         x = ConvBN(128, **_options(self, self.kernel_init), name="conv")(x, train)  # [N, 4, 4, 128]
         # Flattened with the channels first, because fc1's kernel is in PyTorch's order.
         x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], 128 * 4 * 4)
@@ -201,7 +210,11 @@ class InceptionAux(nn.Module):
 
 
 class GoogLeNet(nn.Module):
-    """GoogLeNet with BatchNorm, layer by layer the network of ``torchvision.models.googlenet``.
+    """GoogLeNet, layer by layer the network of ``torchvision.models.googlenet`` or that of the paper.
+
+    The paper's network, as Berkeley trained it with Caffe, is the variant ``"bvlc"``. It has local response
+    normalisation, biases and 5x5 convolutions, and no BatchNorm. Images are the same for both variants: the network
+    ``"bvlc"`` maps them to the pixels that Caffe's networks read, BGR in [0, 255] minus (104, 117, 123).
 
     In training on a CPU, ``winograd.convolution`` computes large 3x3 convolutions by Winograd's algorithm.
 
@@ -216,19 +229,26 @@ class GoogLeNet(nn.Module):
         output, updates = model.apply(variables, images, train=True, rngs={"dropout": key}, mutable=["batch_stats"])
 
     Attributes:
+        variant: Name of the network, ``"torchvision"`` or ``"bvlc"``.
         num_classes: Number of logits.
         aux_logits: Whether the two auxiliary classifiers exist. ``init`` always makes their variables; only training
             computes them.
-        transform_input: Whether to map ImageNet-normalised images to [-1, 1] first, as the ImageNet checkpoint needs.
-        dropout: Dropout rate before the last layer.
+        transform_input: Whether to map ImageNet-normalised images to [-1, 1] first, as torchvision's ImageNet
+            checkpoint needs. Only for the variant ``"torchvision"``.
+        dropout: Dropout rate before the last layer. Berkeley trained with 0.4, which ``from_caffe`` sets.
         dropout_aux: Dropout rate inside the auxiliary classifiers.
-        batch_norm: False for the folded network, whose convolutions have a bias and no BatchNorm.
+        batch_norm: False for the folded network, whose convolutions have a bias and no BatchNorm. It is always False
+            for the variant ``"bvlc"``.
         dtype: Dtype of the computation. BatchNorm computes in float32 at least.
         param_dtype: Dtype of the parameters. BatchNorm statistics start in float32 at least.
         precision: Precision of convolutions and matrix products. GPUs and TPUs compute float32 in TF32 or bfloat16
             unless this is "highest".
+
+    Raises:
+        ValueError: If there is no such variant, or if ``transform_input`` is set for ``"bvlc"``.
     """
 
+    variant: str = "torchvision"
     num_classes: int = 1000
     aux_logits: bool = True
     transform_input: bool = False
@@ -239,6 +259,18 @@ class GoogLeNet(nn.Module):
     param_dtype: Dtype = jnp.float32
     precision: jax.lax.PrecisionLike = None
 
+    def __post_init__(self) -> None:
+        if self.variant not in NETWORKS:
+            names = " and ".join(map(repr, NETWORKS))
+            raise ValueError(
+                f"variant: the networks are {names}, got {self.variant!r}; "
+                "write the number of classes as GoogLeNet(num_classes=...)"
+            )
+        if self.transform_input and self.variant != "torchvision":
+            raise ValueError(f"transform_input: the network {self.variant!r} has an input of its own: leave it out")
+        self.batch_norm = self.batch_norm and NETWORKS[self.variant].batch_norm
+        super().__post_init__()
+
     @nn.compact
     def __call__(
         self, images: Float[Array | np.ndarray, "n h w 3"], *, train: bool = False, frozen: Sequence[str] = ()
@@ -246,7 +278,7 @@ class GoogLeNet(nn.Module):
         """Compute the logits.
 
         Args:
-            images: Floating point [N, H, W, 3], RGB, ImageNet-normalised; H and W at least 15.
+            images: Floating point [N, H, W, 3], RGB, ImageNet-normalised; H and W at least 15, or 31 for ``"bvlc"``.
             train: Whether to normalise by the statistics of the batch, to drop out, and to compute the auxiliary
                 logits. Training needs ``mutable=["batch_stats"]`` and, for dropout rates above 0,
                 ``rngs={"dropout": key}``.
@@ -255,13 +287,16 @@ class GoogLeNet(nn.Module):
 
         Raises:
             TypeError: If ``images`` is not an array of JAX or NumPy, or ``frozen`` is a string.
-            ValueError: If ``images`` has another rank, layout, number of channels or dtype, or is smaller than 15x15;
-                if ``frozen`` has a name that no block has; in training with ``aux_logits``, if the variables have no
+            ValueError: If ``images`` has another rank, layout, number of channels or dtype, or is too small; if
+                ``frozen`` has a name that no block has; in training with ``aux_logits``, if the variables have no
                 auxiliary heads.
         """
-        check_images(images)
+        network = NETWORKS[self.variant]
+        check_images(images, network.min_size)
         check_frozen(frozen, BLOCKS)
-        kernel_init = _drawn_in_blocks(self.make_rng("params")) if self.is_initializing() else _kernel_init
+        kernel_init = _kernel_init
+        if self.is_initializing():
+            kernel_init = _drawn_in_blocks(self.make_rng("params"), self.variant)
         options = _options(self, kernel_init)
         conv_bn: Callable[..., ConvBN] = functools.partial(ConvBN, **options)
 
@@ -275,6 +310,9 @@ class GoogLeNet(nn.Module):
         def conv(name: str, x: jax.Array, features: int, **geometry: int) -> jax.Array:
             return stage(name, conv_bn(features, **geometry, name=name)(x, trains(name)))
 
+        def response_norm(name: str, x: jax.Array) -> jax.Array:
+            return stage(name, local_response_norm(x)) if network.response_norm else x
+
         def inception(name: str, x: jax.Array) -> jax.Array:
             return stage(name, Inception(WIDTHS[name], **options, name=name)(x, trains(name)))
 
@@ -285,15 +323,14 @@ class GoogLeNet(nn.Module):
                 raise ValueError(MISSING_HEAD.format(name))
             return InceptionAux(self.num_classes, self.dropout_aux, **options, name=name)(x, trains(name))
 
-        x = jnp.asarray(images)
-        if self.transform_input:
-            x = transform_input(x)
-        x = x.astype(self.dtype)
+        x = transform_input(self, jnp.asarray(images)).astype(self.dtype)
 
         x = conv("conv1", x, 64, kernel_size=7, stride=2, padding=3)
         x = stage("maxpool1", max_pool(x, window=3, stride=2))
+        x = response_norm("norm1", x)
         x = conv("conv2", x, 64)
         x = conv("conv3", x, 192, kernel_size=3, padding=1)
+        x = response_norm("norm2", x)
         x = stage("maxpool2", max_pool(x, window=3, stride=2))
 
         x = inception("inception3a", x)
@@ -307,7 +344,7 @@ class GoogLeNet(nn.Module):
         x = inception("inception4d", x)
         aux_logits2 = aux_head("aux2", x)
         x = inception("inception4e", x)
-        x = stage("maxpool4", max_pool(x, window=2, stride=2))
+        x = stage("maxpool4", max_pool(x, window=network.maxpool4_window, stride=2))
 
         x = inception("inception5a", x)
         x = inception("inception5b", x)
@@ -334,7 +371,8 @@ def endpoints(
     Returns:
         ``{"conv1": ..., "maxpool1": ..., ..., "inception5b": ..., "avgpool": ..., "fc": ...}``, by torchvision's module
         names and in the order of computation (``jax.jit`` sorts them by name). Stages are NHWC. ``avgpool`` is
-        [N, 1, 1, 1024] and ``fc``, the logits, [N, num_classes].
+        [N, 1, 1, 1024] and ``fc``, the logits, [N, num_classes]. The variant ``"bvlc"`` also has the results of local
+        response normalisation, ``norm1`` after ``maxpool1`` and ``norm2`` after ``conv3``.
     """
     _, collections = model.apply(variables, images, mutable=["intermediates"])
     # `sow` collects a tuple with one entry per call, and each stage is computed once.
@@ -343,34 +381,40 @@ def endpoints(
 
 def variable_shapes(model: GoogLeNet) -> dict[str, Any]:
     """Return the variables of ``model.init`` as nested dicts of ``jax.ShapeDtypeStruct``, without computing them."""
-    images = jax.ShapeDtypeStruct((1, MIN_SIZE, MIN_SIZE, 3), jnp.float32)
+    min_size = NETWORKS[model.variant].min_size
+    images = jax.ShapeDtypeStruct((1, min_size, min_size, 3), jnp.float32)
     return jax.eval_shape(model.init, jax.eval_shape(lambda: jax.random.key(0)), images)
 
 
 def _options(module: nn.Module, kernel_init: Initializer) -> dict[str, Any]:
     """Return the options that every block passes on to the blocks inside it."""
-    fields = {name: getattr(module, name) for name in ("batch_norm", "dtype", "param_dtype", "precision")}
+    fields = {name: getattr(module, name) for name in ("variant", "batch_norm", "dtype", "param_dtype", "precision")}
     return {**fields, "kernel_init": kernel_init}
 
 
-def _drawn_in_blocks(key: jax.Array) -> Initializer:
-    """Return an initialiser that cuts kernels, one after the other, from blocks of values that ``_kernel_init`` draws.
+def _drawn_in_blocks(key: jax.Array, variant: str) -> Initializer:
+    """Return an initialiser that cuts kernels, one after the other, from large blocks of random values.
 
     XLA compiles a draw again for each shape. With one draw for each of the 64 kernels, compiling ``model.init`` took 29
     seconds of CPU time; with blocks of one shape it takes 5 seconds. The key that Flax passes for each kernel is not
     used.
+
+    Values are from ``_kernel_init`` or, for a network of Caffe's, from its filler "xavier": uniform, with a variance of
+    1 / fan_in.
     """
+    is_xavier = NETWORKS[variant].caffe_init
+    draw = functools.partial(jax.random.uniform, minval=-1, maxval=1) if is_xavier else _kernel_init
     rest, blocks = None, 0
 
     def init(_key: jax.Array, shape: Sequence[int], dtype: Any, _sharding: Any = None) -> jax.Array:
         nonlocal rest, blocks
         size = math.prod(shape)
         while rest is None or rest.size < size:
-            block = _kernel_init(jax.random.fold_in(key, blocks), (_BLOCK,), dtype)
+            block = draw(jax.random.fold_in(key, blocks), (_BLOCK,), dtype)
             rest = block if rest is None else jnp.concatenate([rest, block])
             blocks += 1
-        kernel, rest = rest[:size], rest[size:]
-        return kernel.reshape(shape)
+        kernel, rest = rest[:size].reshape(shape), rest[size:]
+        return kernel * math.sqrt(3 / math.prod(shape[:-1])) if is_xavier else kernel
 
     return init
 
@@ -384,6 +428,8 @@ def _dense(module: nn.Module, features: int, fan_in: int, kernel_init: Initializ
     bound = 1 / math.sqrt(fan_in)  # the bias is uniform, as torch.nn.Linear initialises it
 
     def bias_init(key: jax.Array, shape: tuple[int, ...], dtype: Dtype) -> jax.Array:
+        if NETWORKS[module.variant].caffe_init:
+            return jnp.full(shape, 0.2 if name == "fc1" else 0.0, dtype)
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
     return nn.Dense(
@@ -428,11 +474,20 @@ def _blocked_dot(
     return blocks.sum(0).astype(x.dtype)
 
 
-def transform_input(images: jax.Array) -> jax.Array:
-    """Map images from ImageNet's normalisation to pixels in [-1, 1], with which the ImageNet checkpoint was trained."""
-    scale = jnp.asarray([std / 0.5 for std in IMAGENET_STD], images.dtype)
-    shift = jnp.asarray([(mean - 0.5) / 0.5 for mean in IMAGENET_MEAN], images.dtype)
-    return images * per_channel(scale, images) + per_channel(shift, images)
+def transform_input(model: GoogLeNet, images: Float[Array, "n h w 3"]) -> Float[Array, "n h w 3"]:
+    """Map images from ImageNet's normalisation to what the network was trained on.
+
+    These are the images themselves, pixels in [-1, 1] with the model's ``transform_input``, or BGR minus a mean.
+    """
+    std, mean, bgr_mean = np.array(IMAGENET_STD), np.array(IMAGENET_MEAN), NETWORKS[model.variant].bgr_mean
+    if bgr_mean:
+        images = images[..., ::-1]
+        scale, shift = 255 * std[::-1], 255 * mean[::-1] - bgr_mean
+    elif model.transform_input:
+        scale, shift = std / 0.5, (mean - 0.5) / 0.5
+    else:
+        return images
+    return images * per_channel(scale.astype(images.dtype), images) + per_channel(shift.astype(images.dtype), images)
 
 
 def check_frozen(frozen: Sequence[str], blocks: Iterable[str]) -> None:
@@ -461,16 +516,16 @@ def check_array(array: Any, name: str) -> None:
     raise TypeError(f"expected an array of JAX or NumPy, got {kind}: {way_out}")
 
 
-def check_images(images: Any) -> None:
+def check_images(images: Any, min_size: int) -> None:
     """Raise TypeError or ValueError, with the way out, unless the network can take ``images``. Looks at no pixel."""
     check_array(images, "images")
     shape, dtype = images.shape, images.dtype
-    expected = f"expected floating point images [N, H, W, 3] with H and W at least {MIN_SIZE}, got shape {shape}"
+    expected = f"expected floating point images [N, H, W, 3] with H and W at least {min_size}, got shape {shape}"
     if len(shape) != 4:
         raise ValueError(f"{expected}: add the batch axis with images[None]" if len(shape) == 3 else expected)
     if shape[3] != 3:
         raise ValueError(f"{expected}: NCHW? use images.transpose(0, 2, 3, 1)" if shape[1] == 3 else expected)
-    if any(size < MIN_SIZE for size in shape[1:3]):  # min() would compare two symbolic sizes, which fails
+    if any(size < min_size for size in shape[1:3]):  # min() would compare two symbolic sizes, which fails
         raise ValueError(expected)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(

@@ -19,6 +19,7 @@ from torchvision.models import GoogLeNet as TorchGoogLeNet
 
 import flax_googlenet
 from flax_googlenet import GoogLeNet, endpoints
+from flax_googlenet.architecture import NETWORKS
 from flax_googlenet.model import BatchNorm
 
 MODEL64 = GoogLeNet(dtype=jnp.float64, param_dtype=jnp.float64)
@@ -285,7 +286,7 @@ def test_training_without_the_variables_of_an_aux_head_is_refused_with_the_way_o
 
 
 def test_the_smallest_size_is_torchvisions() -> None:
-    assert reference.IMAGENET.meta["min_size"] == (flax_googlenet.model.MIN_SIZE,) * 2
+    assert reference.IMAGENET.meta["min_size"] == (NETWORKS["torchvision"].min_size,) * 2
 
 
 @pytest.mark.slow

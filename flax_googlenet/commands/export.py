@@ -37,8 +37,8 @@ def export(
       141  nobody reads standard output any more
 
     Args:
-        weights: File of weights, or imagenet for torchvision's, which are downloaded once. Files are written by train,
-            flax_googlenet.save and, in the repository, port_weights.py.
+        weights: File of weights, or imagenet for torchvision's or bvlc for Berkeley's, which are downloaded once. Files
+            are written by train, flax_googlenet.save and, in the repository, port_weights.py.
         output: File to write, for example googlenet.stablehlo. An existing file is replaced.
         platforms: Platforms that the file runs on: some of cpu, cuda, rocm and tpu. This machine need not have them.
         size: Height and width of the images, in pixels. By default the file takes images of any size from 15 up.
@@ -46,7 +46,7 @@ def export(
         top: Return the probabilities and indices of the N likeliest classes instead of the logits.
         gradient: Keep the derivative with respect to the images, which doubles the size of the file. Needs --size.
     """
-    from flax_googlenet.architecture import MIN_SIZE
+    from flax_googlenet.architecture import NETWORKS
     from flax_googlenet.inference.compiling import require_backend
     from flax_googlenet.inference.export import export as write_export
     from flax_googlenet.inference.export import images_dtype
@@ -59,7 +59,8 @@ def export(
         write_export(
             output, loaded.model, loaded.variables, platforms, size=size, uint8=uint8, top=top, gradient=gradient
         )
-    height, width = size or (f"H >= {MIN_SIZE}", f"W >= {MIN_SIZE}")
+    min_size = NETWORKS[loaded.model.variant].min_size
+    height, width = size or (f"H >= {min_size}", f"W >= {min_size}")
     kind = "uint8" if uint8 else f"{images_dtype(loaded.model)} ImageNet-normalised"
     results = "logits" if top is None else "probabilities, indices"
     write_output(

@@ -27,8 +27,8 @@ def summary(*, weights: OptionalWeights = None, size: OptionalNumber = None, jso
       141  nobody reads standard output any more
 
     Args:
-        weights: File of weights, or imagenet for torchvision's. By default torchvision's network is shown, for which
-            no weights are needed.
+        weights: File of weights, or imagenet for torchvision's or bvlc for Berkeley's. By default torchvision's network
+            is shown, for which no weights are needed.
         size: Height and width of the images, in pixels. By default the size that the weights were trained for, or 224.
         json: Print one line of JSON: {"image_size", "parameters", "parameters_with_auxiliary_heads", "multiply_adds",
             "stages": [{"name", "output", "parameters", "multiply_adds"}]}.
@@ -36,19 +36,21 @@ def summary(*, weights: OptionalWeights = None, size: OptionalNumber = None, jso
     from rich.console import Console
     from rich.table import Table
 
-    from flax_googlenet.architecture import MIN_SIZE
+    from flax_googlenet.architecture import NETWORKS
     from flax_googlenet.images.preprocessing import CROP
     from flax_googlenet.inference.compiling import require_backend
     from flax_googlenet.inference.stages import summarize
     from flax_googlenet.model import GoogLeNet
     from flax_googlenet.weights.checkpoint import load_weights
 
-    if size is not None and size < MIN_SIZE:
-        raise UsageError(f"--size must be at least {MIN_SIZE}, got {size}")
     require_backend()
     loaded = load_weights(weights_file(weights, Messages())) if weights else None
+    model = loaded.model if loaded else GoogLeNet()
+    min_size = NETWORKS[model.variant].min_size
+    if size is not None and size < min_size:
+        raise UsageError(f"--size must be at least {min_size}, got {size}")
     size = size or (loaded.image_size if loaded else CROP)
-    stages = summarize(loaded.model if loaded else GoogLeNet(), size)
+    stages = summarize(model, size)
     inference = [stage for stage in stages if not stage.name.startswith("aux")]
     parameters = sum(stage.parameters for stage in inference)
     parameters_with_heads = sum(stage.parameters for stage in stages)

@@ -11,7 +11,7 @@ import numpy as np
 from jax import export as jax_export
 from jax import numpy as jnp
 
-from flax_googlenet.architecture import IMAGENET_MEAN, IMAGENET_STD, MIN_SIZE
+from flax_googlenet.architecture import IMAGENET_MEAN, IMAGENET_STD, NETWORKS
 from flax_googlenet.errors import GoogLeNetError
 from flax_googlenet.files import write_atomically
 from flax_googlenet.inference.folding import fold_batch_norm
@@ -61,7 +61,8 @@ def export(
         model: The network.
         variables: Its variables, as concrete arrays. Those of the auxiliary heads are left out.
         platforms: Some of "cpu", "cuda", "rocm" and "tpu".
-        size: Height and width of the images, in pixels. By default the file takes images of any size from 15 up.
+        size: Height and width of the images, in pixels. By default the file takes images of any size from 15 up,
+            or from 31 up for the variant "bvlc".
         uint8: Take uint8 RGB images [N, H, W, 3], which the file scales and normalises. By default it takes
             ImageNet-normalised RGB images, float32 [N, H, W, 3] (float64 for a float64 model), as ``preprocess``
             returns them.
@@ -71,7 +72,7 @@ def export(
             the size of the file.
 
     Raises:
-        ExportError: If a platform is unknown, ``size`` is below 15, ``top`` is not from 1 to num_classes, or
+        ExportError: If a platform is unknown, ``size`` is too small, ``top`` is not from 1 to num_classes, or
             ``gradient`` is asked for with uint8 images or without a ``size``.
         OSError: If the file cannot be written. Nothing is left behind.
     """
@@ -79,8 +80,9 @@ def export(
         raise ExportError(f"platforms must be some of {', '.join(PLATFORMS)}, got {platforms!r}")
     if top is not None and not 1 <= top <= model.num_classes:
         raise ExportError(f"top must be from 1 to {model.num_classes}, the number of classes, got {top}")
-    if size is not None and min(size) < MIN_SIZE:
-        raise ExportError(f"size must be at least {MIN_SIZE} by {MIN_SIZE}, got {size[0]} by {size[1]}")
+    min_size = NETWORKS[model.variant].min_size
+    if size is not None and min(size) < min_size:
+        raise ExportError(f"size must be at least {min_size} by {min_size}, got {size[0]} by {size[1]}")
     if gradient and uint8:
         raise ExportError("whole numbers have no gradient: leave out uint8")
     if gradient and size is None:  # JAX cannot transpose a strided convolution of unknown size
@@ -99,7 +101,7 @@ def export(
         return tuple(jax.lax.top_k(jax.nn.softmax(output.logits.astype(float_dtype)), top))
 
     if size is None:
-        shape = jax_export.symbolic_shape("n, h, w, 3", constraints=[f"h >= {MIN_SIZE}", f"w >= {MIN_SIZE}"])
+        shape = jax_export.symbolic_shape("n, h, w, 3", constraints=[f"h >= {min_size}", f"w >= {min_size}"])
     else:
         shape = (*jax_export.symbolic_shape("n"), *size, 3)
     images = jax.ShapeDtypeStruct(shape, jnp.uint8 if uint8 else float_dtype)

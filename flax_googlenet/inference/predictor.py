@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, ArrayLike, Float, Float64
 from scipy.special import softmax
 
+from flax_googlenet.architecture import NETWORKS
 from flax_googlenet.inference import compiling, cpu, gpu
 from flax_googlenet.inference.folding import fold_batch_norm
 from flax_googlenet.model import GoogLeNet, Variables, check_images, transform_input
@@ -99,7 +100,7 @@ class Predictor:
             TypeError: If ``images`` is not an array of JAX or NumPy.
             ValueError: If ``images`` has another shape or dtype.
         """
-        check_images(images)
+        check_images(images, NETWORKS[self.model.variant].min_size)
         if isinstance(images, jax.core.Tracer):
             return self._graph(self._weights, images)
         try:
@@ -169,7 +170,12 @@ def _restore(model: GoogLeNet, weights: Any, platform: str, ids: Sequence[int] |
 
 
 def _tuned_graph(model: GoogLeNet, platform: str) -> ModuleType | None:
-    """Return the module with the fastest graph for a platform, or None where that is the model's own."""
+    """Return the module with the fastest graph for a platform, or None where that is the model's own.
+
+    The graphs in these modules are of torchvision's network.
+    """
+    if model.variant != "torchvision":
+        return None
     if platform == "cpu" and winograd.is_precise(model.dtype):
         return cpu
     return gpu if platform == "gpu" else None
@@ -189,8 +195,7 @@ def _inference_graph(model: GoogLeNet, platform: str) -> Callable[[Any, jax.Arra
     options = {"precision": model.precision} if tuned is gpu else {}
 
     def tuned_graph(weights: Mapping[str, Any], images: jax.Array) -> jax.Array:
-        images = transform_input(images) if model.transform_input else images
-        return tuned.logits(weights, images.astype(model.dtype), **options)
+        return tuned.logits(weights, transform_input(model, images).astype(model.dtype), **options)
 
     return tuned_graph
 

@@ -177,11 +177,28 @@ def adaptive_avg_pool(x: Float[Array, "n h w c"], output_size: int) -> Float[Arr
 
     Reference: https://docs.pytorch.org/docs/stable/generated/torch.nn.AdaptiveAvgPool2d.html
     """
-    for axis in (1, 2):  # the windows are rectangles: their mean is the mean of the means of their rows
+    for axis in (1, 2):
         size = x.shape[axis]
-        windows = [
-            lax.slice_in_dim(x, i * size // output_size, -(-(i + 1) * size // output_size), axis=axis)
-            for i in range(output_size)
-        ]
-        x = jnp.concatenate([window.mean(axis, keepdims=True) for window in windows], axis)
+        x = _means(x, [(i * size // output_size, -(-(i + 1) * size // output_size)) for i in range(output_size)], axis)
     return x
+
+
+def avg_pool(x: Float[Array, "n h w c"], window: int, stride: int) -> Float[Array, "n h2 w2 c"]:
+    """Average as Caffe does, and ``torch.nn.AvgPool2d`` with ``ceil_mode=True``: windows at the end may be cut off.
+
+    Args:
+        x: The input, NHWC, at least as large as a window.
+        window: Height and width of a window, in pixels.
+        stride: Step between windows, at most ``window``.
+    """
+    for axis in (1, 2):
+        size = x.shape[axis]
+        starts = range(0, size - window + stride, stride)
+        x = _means(x, [(start, min(start + window, size)) for start in starts], axis)
+    return x
+
+
+def _means(x: jax.Array, windows: Sequence[tuple[int, int]], axis: int) -> jax.Array:
+    """Return the mean of each window along ``axis``. The mean of a rectangle is the mean of the means of its rows."""
+    means = [lax.slice_in_dim(x, start, stop, axis=axis).mean(axis, keepdims=True) for start, stop in windows]
+    return jnp.concatenate(means, axis)

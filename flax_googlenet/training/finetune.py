@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import numpy as jnp
 from jaxtyping import Float, Int
 
-from flax_googlenet.architecture import HEADS, MIN_SIZE
+from flax_googlenet.architecture import HEADS, NETWORKS
 from flax_googlenet.model import BatchNorm, GoogLeNet, Variables, check_frozen, plain_dicts
 
 _LAST_LAYERS = (("fc",), ("aux1", "fc2"), ("aux2", "fc2"))
@@ -33,11 +33,12 @@ def new_head(
     """
     model, variables = model.clone(num_classes=num_classes), plain_dicts(variables)
     params = flatten_dict(variables["params"])
+    min_size = NETWORKS[model.variant].min_size
     replaced = [path for path in params if path[:-1] in _LAST_LAYERS]
 
     @jax.jit  # leaves out what is not returned: the kept layers are not computed
     def init(key: jax.Array) -> dict[tuple[str, ...], jax.Array]:
-        images = jnp.zeros((1, MIN_SIZE, MIN_SIZE, 3), jnp.float32)
+        images = jnp.zeros((1, min_size, min_size, 3), jnp.float32)
         initial = flatten_dict(model.clone(aux_logits=True).init(key, images)["params"])
         return {path: initial[path] for path in replaced}
 

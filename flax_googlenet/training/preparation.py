@@ -11,7 +11,7 @@ import numpy as np
 from jax import numpy as jnp
 from jaxtyping import Int
 
-from flax_googlenet.architecture import BLOCKS, MIN_SIZE
+from flax_googlenet.architecture import BLOCKS, MIN_SIZE, NETWORKS
 from flax_googlenet.model import GoogLeNet, Variables
 from flax_googlenet.training.classes import find_classes
 from flax_googlenet.training.datasets import DataError, Dataset
@@ -80,6 +80,8 @@ def make_plan(
         reason = f"a batch of {recipe.batch_size} cannot be shared evenly by {devices}"
         raise RecipeError(f"{reason}: choose a batch_size of {fitting}, or another multiple")
     weights = load_weights(weights_path, dtype=jnp.float32) if weights_path else None
+    if weights and recipe.image_size < (min_size := NETWORKS[weights.model.variant].min_size):
+        raise RecipeError(f"image_size must be at least {min_size} for the network {weights.model.variant!r}")
     blocks = set(weights.variables["params"] if weights else BLOCKS)
     if unknown := set(recipe.frozen) - blocks:
         raise RecipeError(f"frozen: the weights have no {', '.join(sorted(unknown))}")

@@ -12,7 +12,7 @@ from jax import numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec, reshard
 from jaxtyping import ArrayLike, Float, Integer
 
-from flax_googlenet.architecture import HEADS
+from flax_googlenet.architecture import HEADS, NETWORKS
 from flax_googlenet.inference.compiling import jit
 from flax_googlenet.model import (
     MISSING_HEAD,
@@ -371,7 +371,7 @@ def _checked(state: TrainState, batch: Any) -> dict[str, Any]:
         raise ValueError(
             f"{wanted}, got one without {' and '.join(missing)}; its keys are {', '.join(map(str, batch))}"
         )
-    check_images(batch["image"])
+    check_images(batch["image"], NETWORKS[state.model.variant].min_size)
     _check_labels(batch["label"], (batch["image"].shape[0], state.model.num_classes))
     step = state.step  # in a state from a file, it may be an array of NumPy
     if isinstance(step, jax.Array) and not isinstance(step, jax.core.Tracer) and step.is_deleted():

@@ -33,7 +33,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from flax.typing import Dtype
 from jax import numpy as jnp
 
-from flax_googlenet.architecture import MIN_SIZE
+from flax_googlenet.architecture import NETWORKS
 from flax_googlenet.errors import GoogLeNetError, listing, well_formed
 from flax_googlenet.files import read_regular_file, write_atomically
 from flax_googlenet.images.preprocessing import CROP
@@ -88,7 +88,8 @@ class Weights(NamedTuple):
         """Height and width of the training images in pixels, or 224 if the metadata has no recipe of a run."""
         recipe = self.metadata.get("recipe")
         size = recipe.get("image_size") if isinstance(recipe, dict) else None
-        return size if type(size) is int and MIN_SIZE <= size <= _MAX_IMAGE_SIZE else CROP
+        min_size = NETWORKS[self.model.variant].min_size
+        return size if type(size) is int and min_size <= size <= _MAX_IMAGE_SIZE else CROP
 
 
 def save(
@@ -241,6 +242,7 @@ def _model(config: dict[str, Any]) -> GoogLeNet:
     fields = _config(GoogLeNet()) | config
     dtypes = {jnp.dtype(dtype).name: jnp.dtype(dtype).type for dtype in _DTYPES.values()}
     is_right = {
+        "variant": lambda value: isinstance(value, str) and value in NETWORKS,
         "num_classes": lambda value: type(value) is int and value > 0,
         "precision": lambda value: value is None or isinstance(value, str),
         **dict.fromkeys(("aux_logits", "transform_input", "batch_norm"), lambda value: value in (True, False)),

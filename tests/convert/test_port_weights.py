@@ -134,7 +134,7 @@ def test_a_training_checkpoint_is_ported_with_its_key_and_the_result_printed_as_
     assert not {"aux1", "aux2"} & result["parity"].keys()
     assert metadata["class_names"] == ["daisy", "rose", "tulip", "caf\N{LATIN SMALL LETTER E WITH ACUTE}"]
     model, variables = flax_googlenet.load("ema.safetensors")
-    assert model == GoogLeNet(4, aux_logits=False, transform_input=True, param_dtype=jnp.float64)
+    assert model == GoogLeNet(num_classes=4, aux_logits=False, transform_input=True, param_dtype=jnp.float64)
     assert np.array_equal(variables["params"]["fc"]["bias"], doubles["fc.bias"].numpy())
 
 
@@ -264,7 +264,11 @@ def test_json_that_nobody_reads_keeps_the_status_and_json_that_cannot_be_written
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        (["none.pth"], 3, "cannot read none.pth: No such file or directory: give a file, a URL, imagenet or random"),
+        (
+            ["none.pth"],
+            3,
+            "none.pth: No such file or directory: give a file, a URL, imagenet, bvlc or random",
+        ),
         (["."], 3, "cannot read .: Is a directory"),
         (["hf"], 3, "cannot read hf: Is a directory: give the file in it: hf/pytorch_model.bin"),
         (["none.safetensors", "--to-torchvision", "out.pth"], 3, "cannot read none.safetensors: No such file"),

@@ -37,7 +37,7 @@ def images() -> np.ndarray:
 def test_a_network_that_multiplies_coarsely_differs_in_every_stage(images: np.ndarray) -> None:
     checkpoint = reference.random_checkpoint(num_classes=3)
     narrow = {key: tensor.numpy() for key, tensor in checkpoint.items() if not key.startswith("aux")}
-    port = flax_googlenet.GoogLeNet(3, aux_logits=False)
+    port = flax_googlenet.GoogLeNet(num_classes=3, aux_logits=False)
     state_dict, _, _ = widen_heads(narrow, port, flax_googlenet.from_torchvision(narrow))
     truth = reference.stages(
         reference.build(state_dict, transform_input=False, dtype=torch.float64), images.astype(np.float64)
@@ -73,7 +73,7 @@ def features(images: np.ndarray, state_dict: dict[str, np.ndarray]) -> list[torc
 def test_a_head_of_few_classes_is_neither_refused_nor_accepted_by_chance(
     num_classes: int, features: list[torch.Tensor]
 ) -> None:
-    model = flax_googlenet.GoogLeNet(num_classes, aux_logits=False)
+    model = flax_googlenet.GoogLeNet(num_classes=num_classes, aux_logits=False)
     rng = np.random.default_rng(num_classes)
     for _ in range(50):
         weight = rng.normal(0, 0.04, (num_classes, 1024)).astype(np.float32)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import numpy as jnp
 
-from flax_googlenet.ops.pooling import adaptive_avg_pool, max_pool
+from flax_googlenet.ops.pooling import adaptive_avg_pool, avg_pool, max_pool
 
 
 def nhwc(tensor: torch.Tensor) -> np.ndarray:
@@ -120,3 +120,12 @@ def test_adaptive_windows_from_14_to_4_start_at_0_3_7_and_10() -> None:
     x[0, (0, 3, 7, 10), 0, 0] = (1, 20, 300, 4000)
     column = np.asarray(adaptive_avg_pool(jnp.asarray(x), 4))[0, :, 0, 0] * 16
     np.testing.assert_allclose(column, [1 + 20, 20, 300 + 4000, 4000], rtol=1e-15)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(5, 30), st.integers(5, 30))
+def test_avg_pool_is_torchs_in_ceil_mode(h: int, w: int) -> None:
+    x = np.random.default_rng([h, w]).standard_normal((2, h, w, 3))
+    expected = torch.nn.functional.avg_pool2d(nchw(x), 5, 3, ceil_mode=True)
+    actual = jax.jit(avg_pool, static_argnums=(1, 2))(x, 5, 3)
+    np.testing.assert_allclose(actual, nhwc(expected), rtol=0, atol=1e-14)
