@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # "as" the same name tells type checkers that the name is pub
     from flax_googlenet.model import GoogLeNet as GoogLeNet
     from flax_googlenet.model import GoogLeNetOutput as GoogLeNetOutput
     from flax_googlenet.model import endpoints as endpoints
+    from flax_googlenet.weights.caffe import from_caffe as from_caffe
     from flax_googlenet.weights.checkpoint import CheckpointError as CheckpointError
     from flax_googlenet.weights.checkpoint import load as load
     from flax_googlenet.weights.checkpoint import load_metadata as load_metadata
@@ -40,6 +41,7 @@ else:  # hidden from type checkers, which would accept any name because of __get
         "inference.folding": ("fold_batch_norm",),
         "inference.predictor": ("Predictor", "make_predictor"),
         "model": ("GoogLeNet", "GoogLeNetOutput", "endpoints"),
+        "weights.caffe": ("from_caffe",),
         "weights.checkpoint": ("CheckpointError", "load", "load_metadata", "save"),
         "weights.download": ("DownloadError",),
         "weights.pretrained": ("pretrained",),

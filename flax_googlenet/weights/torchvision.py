@@ -80,16 +80,34 @@ def from_torchvision(state_dict: Mapping[str, Any]) -> dict[str, Any]:
             unreadable[key] = str(error)
     bias = arrays.get("fc.bias", np.empty(1000))
     has_aux = any(key.startswith(("aux1.", "aux2.")) for key in state_dict)
-    shapes = _shapes(GoogLeNet(num_classes=bias.size or 1000, aux_logits=has_aux))
-    torch_shapes = {torch_key(path): _torch_shape(shape) for path, shape in shapes.items()}
-    counters = {key.rsplit(".", 1)[0] + f".{_COUNTER}" for key in torch_shapes if key.endswith(".running_mean")}
+    shapes = shapes_by_path(GoogLeNet(num_classes=bias.size or 1000, aux_logits=has_aux))
+    counters = {torch_key(path).replace("running_mean", _COUNTER) for path in shapes if path[-1] == "mean"}
     tensors = {key: array for key, array in arrays.items() if key not in counters}
-    _check("the state dict", tensors, torch_shapes, unreadable)
+    return to_variables("the state dict", tensors, shapes, unreadable)
 
+
+def to_variables(
+    subject: str,
+    arrays: Mapping[str, np.ndarray],
+    shapes: Mapping[VariablePath, tuple[int, ...]],
+    unreadable: Mapping[str, str] = MappingProxyType({}),
+) -> dict[str, Any]:
+    """Convert arrays under PyTorch's names, and with its axes, to the variables of a network.
+
+    Args:
+        subject: What has the arrays, in messages.
+        arrays: PyTorch's names -> arrays.
+        shapes: The shapes of the network's variables, from ``shapes_by_path``.
+        unreadable: PyTorch's names of tensors that are no arrays -> the reason.
+
+    Raises:
+        PortingError: If the arrays are not those of the network, for the same reasons as ``from_torchvision``.
+    """
+    _check(subject, arrays, {torch_key(path): _torch_shape(shape) for path, shape in shapes.items()}, unreadable)
     # Copies even where nothing is transposed, because training the original must not change the port.
     return unflatten_dict(
         {
-            path: np.array(tensors[torch_key(path)].transpose(np.argsort(TORCH_AXES[len(shape)])), order="C")
+            path: np.array(arrays[torch_key(path)].transpose(np.argsort(TORCH_AXES[len(shape)])), order="C")
             for path, shape in shapes.items()
         }
     )
@@ -114,7 +132,7 @@ def to_torchvision(variables: Variables) -> dict[str, np.ndarray]:
     arrays = {path: np.asarray(value) for path, value in flatten_dict(dict(variables)).items()}
     bias = arrays.get(("params", "fc", "bias"), np.empty(1000))
     has_aux = any(path[1:2] in (("aux1",), ("aux2",)) for path in arrays)
-    shapes = _shapes(GoogLeNet(num_classes=bias.size or 1000, aux_logits=has_aux))
+    shapes = shapes_by_path(GoogLeNet(num_classes=bias.size or 1000, aux_logits=has_aux))
     _check(
         "the tree of variables",
         {"/".join(path): array for path, array in arrays.items()},
@@ -154,7 +172,8 @@ def _check_unwrapped(state_dict: Mapping[str, Any]) -> None:
         )
 
 
-def _shapes(model: GoogLeNet) -> dict[VariablePath, tuple[int, ...]]:
+def shapes_by_path(model: GoogLeNet) -> dict[VariablePath, tuple[int, ...]]:
+    """Return the shapes of the model's variables."""
     return {path: leaf.shape for path, leaf in flatten_dict(variable_shapes(model)).items()}
 
 

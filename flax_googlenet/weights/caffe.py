@@ -1,0 +1,299 @@
+"""Reads Caffe's files without Caffe: a file is refused, or gives exactly the weights it stores.
+
+A ``.caffemodel`` is a message of Protocol Buffers: a network with layers, which have blobs of numbers. Files are
+untrusted. Each number in one is checked before it has any effect, and the size of a file limits the memory and the time
+that reading it takes. The format has no checksum, so only a hash of the file shows a damaged weight.
+
+References:
+    https://protobuf.dev/programming-guides/encoding/
+    https://github.com/BVLC/caffe/blob/master/src/caffe/proto/caffe.proto
+"""
+
+import hashlib
+import math
+import os
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from flax_googlenet.architecture import WIDTHS
+from flax_googlenet.errors import printable
+from flax_googlenet.files import read_regular_file
+from flax_googlenet.model import GoogLeNet
+from flax_googlenet.weights.layouts import MAX_BYTES
+from flax_googlenet.weights.other_formats import refuse_other_files
+from flax_googlenet.weights.pickles import MAX_NAME, StateDictError
+from flax_googlenet.weights.pth import Checkpoint
+from flax_googlenet.weights.torchvision import shapes_by_path, to_variables
+
+_MAX_FIELDS = 2**17  # in the messages that are read; a network in training has 3,000
+_MAX_AXES = 32  # Caffe's kMaxBlobAxes
+_VARINT, _LENGTH = 0, 2  # kinds of values on the wire; the others have 8 bytes (1) and 4 bytes (5)
+_FIXED_SIZES = {1: 8, 5: 4}
+
+_BRANCHES = {
+    "1x1": "branch1",
+    "3x3_reduce": "branch2.0",
+    "3x3": "branch2.1",
+    "5x5_reduce": "branch3.0",
+    "5x5": "branch3.1",
+    "pool_proj": "branch4.1",
+}
+_HEADS = {"inception4a": ("loss1", "aux1"), "inception4d": ("loss2", "aux2")}
+"""Block -> names of the auxiliary head that reads it, in Caffe and here."""
+
+INPUT = "ImageNet-normalised RGB, which the network maps to BGR in [0, 255] minus (104, 117, 123)"
+"""What the network's images are, for the metadata of files."""
+
+_BVLC_CLASSIFIER = "ef057001349ecb54"
+"""First digits of the SHA-256 digest of the last layer's weights in ``bvlc_googlenet.caffemodel``."""
+
+
+class _Format(NamedTuple):
+    """The numbers of the fields of a layer, and of the types whose weights are read."""
+
+    name: int
+    type: int
+    blobs: int
+    convolution: int | bytes
+    inner_product: int | bytes
+
+
+_FORMATS = {2: _Format(4, 5, 6, 4, 14), 100: _Format(1, 2, 7, b"Convolution", b"InnerProduct")}
+"""Field of the network -> format of its layers: V1LayerParameter and LayerParameter."""
+
+
+class _Layer(NamedTuple):
+    name: str
+    blobs: list[np.ndarray]
+    """The weights and, if there is one, the bias, with PyTorch's axes."""
+
+
+def from_caffe(path: str | os.PathLike[str]) -> tuple[GoogLeNet, dict[str, Any]]:
+    """Read the paper's GoogLeNet from a ``.caffemodel``, without Caffe.
+
+    Files of the network that Berkeley trained are read, with or without auxiliary heads and with any number of classes.
+    Layers with other names are known by their order and their shapes. The network reads BGR pixels in [0, 255] minus
+    (104, 117, 123), to which it maps the images itself. A file does not say whether its network was trained with
+    another mean.
+
+    Args:
+        path: File to read.
+
+    Returns:
+        The model, which has ``variant="bvlc"`` and Berkeley's ``dropout=0.4``, and its variables: nested dicts of NumPy
+        arrays in the dtypes of the file.
+
+    Raises:
+        StateDictError: If the file is damaged or of another kind.
+        PortingError: If it holds another network. The message lists all tensors that are wrong.
+        OSError: If the file cannot be read.
+
+    Example::
+
+        model, variables = flax_googlenet.from_caffe("bvlc_googlenet.caffemodel")
+    """
+    return network(os.fspath(path), read(path).state_dict)
+
+
+def network(subject: str, state_dict: dict[str, np.ndarray]) -> tuple[GoogLeNet, dict[str, Any]]:
+    """Return the network with the weights that ``read`` returned, and its variables.
+
+    Args:
+        subject: The name of the file in messages.
+        state_dict: The weights.
+
+    Raises:
+        PortingError: If they are not those of the network.
+    """
+    bias = state_dict.get("fc.bias", np.empty(1000, np.float32))
+    has_aux = any(name.startswith(("aux1.", "aux2.")) for name in state_dict)
+    model = GoogLeNet(
+        variant="bvlc",
+        num_classes=bias.size or 1000,
+        aux_logits=has_aux,
+        dropout=0.4,
+        param_dtype=bias.dtype.type,
+    )
+    return model, to_variables(subject, state_dict, shapes_by_path(model))
+
+
+def read(path: str | os.PathLike[str]) -> Checkpoint:
+    """Read the weights of a ``.caffemodel`` under the names that PyTorch would give them, such as ``fc.weight``.
+
+    Layers that are not of the network keep their names.
+
+    Raises:
+        StateDictError, OSError: For the same reasons as ``from_caffe``.
+    """
+    data = read_regular_file(path, MAX_BYTES)
+    try:
+        refuse_other_files(data[:512])
+        if data and data[:512].isascii() and data[:512].decode().replace("\n", " ").replace("\r", " ").isprintable():
+            raise StateDictError("this is text, such as a .prototxt: give the .caffemodel, which has the weights")
+        state_dict = _state_dict(list(_Reader().layers(memoryview(data))))
+    except StateDictError as error:
+        raise StateDictError(f"{os.fspath(path)}: {printable(str(error))}") from error
+    return Checkpoint(state_dict, hashlib.sha256(data).hexdigest(), [])
+
+
+def has_bvlc_classes(state_dict: dict[str, np.ndarray]) -> bool:
+    """Return whether the classes are ImageNet's in torchvision's order: whether the last layer is Berkeley's own."""
+    weight = np.ascontiguousarray(state_dict["fc.weight"])
+    return hashlib.sha256(weight.data).hexdigest().startswith(_BVLC_CLASSIFIER)
+
+
+def _state_dict(layers: list[_Layer]) -> dict[str, np.ndarray]:
+    if not layers:
+        raise StateDictError(
+            "it has no layers with weights, or is damaged; Caffe's upgrade_net_proto_binary upgrades files from 2013"
+        )
+    without_aux = _modules(has_aux=False)
+    modules = _modules(has_aux=True) if len(layers) > len(without_aux) else without_aux
+    names = [layer.name for layer in layers]
+    if {*names} != {*modules} and len(names) == len(modules):
+        names = list(modules)  # another author's names: the order decides, and the shapes are checked
+    state_dict: dict[str, np.ndarray] = {}
+    for name, layer in zip(names, layers, strict=True):
+        for i, blob in enumerate(layer.blobs):
+            key = f"{modules.get(name, name)}.{('weight', 'bias')[i] if i < 2 else f'blob{i}'}"
+            if key in state_dict:
+                raise StateDictError(f"it has two layers with the name {name[:60]}")
+            state_dict[key] = blob
+    return state_dict
+
+
+def _modules(has_aux: bool) -> dict[str, str]:
+    """Return Caffe's names of the layers with weights, in the order of the file -> PyTorch's names."""
+    modules = {"conv1/7x7_s2": "conv1.conv", "conv2/3x3_reduce": "conv2.conv", "conv2/3x3": "conv3.conv"}
+    for block in WIDTHS:
+        caffe_block = block.replace("inception", "inception_")
+        modules |= {f"{caffe_block}/{layer}": f"{block}.{branch}.conv" for layer, branch in _BRANCHES.items()}
+        if has_aux and block in _HEADS:
+            loss, head = _HEADS[block]
+            modules |= {f"{loss}/conv": f"{head}.conv.conv", f"{loss}/fc": f"{head}.fc1"}
+            modules[f"{loss}/classifier"] = f"{head}.fc2"
+    return {**modules, "loss3/classifier": "fc"}
+
+
+class _Reader:
+    """Reads the messages of one file, and counts their fields."""
+
+    def __init__(self) -> None:
+        self._fields = 0
+
+    def layers(self, network: memoryview) -> Iterator[_Layer]:
+        """Yield the layers with weights, in the order of the file."""
+        for number, value in self._message(network):
+            if number in _FORMATS:
+                layer = self._layer(_bytes(value), _FORMATS[number])
+                if layer.blobs:
+                    yield layer
+
+    def _layer(self, message: memoryview, numbers: _Format) -> _Layer:
+        name, kind, blobs = "", None, []
+        for number, value in self._message(message):
+            if number == numbers.name:
+                name = bytes(_bytes(value)[: MAX_NAME + 1]).decode(errors="surrogateescape")
+            elif number == numbers.type:
+                kind = bytes(value[:MAX_NAME]) if isinstance(value, memoryview) else value
+            elif number == numbers.blobs:
+                blobs.append(self._blob(_bytes(value)))
+        if len(name) > MAX_NAME:
+            raise StateDictError(f"a layer has a name of more than {MAX_NAME:,} characters")
+        if kind not in (numbers.convolution, numbers.inner_product):
+            return _Layer(name, [_in_shape(blob, 0) for blob in blobs])  # not a layer of the network
+        axes = 4 if kind == numbers.convolution else 2
+        return _Layer(name, [_in_shape(blob, axes if i == 0 else 1) for i, blob in enumerate(blobs)])
+
+    def _blob(self, message: memoryview) -> np.ndarray:
+        """Return the values of a blob in the shape that the file says."""
+        old_shape, shape, values = [1, 1, 1, 1], None, []
+        for number, value in self._message(message):
+            match number:
+                case 1 | 2 | 3 | 4:  # num, channels, height and width
+                    old_shape[number - 1] = _integer(value)
+                case 5 | 8:
+                    values.append(_numbers(_bytes(value), "<f4" if number == 5 else "<f8"))
+                case 7:
+                    shape = self._shape(_bytes(value))
+        shape = old_shape if shape is None else shape
+        if len(values) != 1 or math.prod(shape) != values[0].size:
+            sizes = " and ".join(f"{array.size:,}" for array in values[:2]) or "no"
+            raise StateDictError(f"the file is damaged or cut off (a blob of shape {shape[:8]} has {sizes} values)")
+        return values[0].reshape(shape)
+
+    def _shape(self, message: memoryview) -> list[int]:
+        shape: list[int] = []
+        for number, value in self._message(message):
+            if number == 1 and isinstance(value, memoryview):  # packed
+                start = 0
+                while start < len(value) and len(shape) <= _MAX_AXES:
+                    size, start = _varint(value, start)
+                    shape.append(size)
+            elif number == 1:
+                shape.append(_integer(value))
+            if len(shape) > _MAX_AXES:
+                raise StateDictError(f"a blob has more than {_MAX_AXES} axes")
+        return shape
+
+    def _message(self, message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
+        """Yield the numbers and values of the fields of a message: an integer, or the bytes of anything else."""
+        position = 0
+        while position < len(message):
+            self._fields += 1
+            if self._fields > _MAX_FIELDS:
+                raise StateDictError(f"it has more than {_MAX_FIELDS:,} fields, too many for a network")
+            key, position = _varint(message, position)
+            number, kind = key >> 3, key & 7
+            if number == 0:
+                raise StateDictError("the file is damaged, or is not a .caffemodel (a field without a number)")
+            if kind == _VARINT:
+                value, position = _varint(message, position)
+                yield number, value
+                continue
+            if kind == _LENGTH:
+                size, position = _varint(message, position)
+            elif kind in _FIXED_SIZES:
+                size = _FIXED_SIZES[kind]
+            else:
+                raise StateDictError("the file is damaged, or is not a .caffemodel (a field of an unknown kind)")
+            if size > len(message) - position:
+                raise StateDictError("the file is damaged or cut off (a field is longer than what is there)")
+            yield number, message[position : position + size]
+            position += size
+
+
+def _varint(message: memoryview, position: int) -> tuple[int, int]:
+    """Return the integer at a position, and the position after it. A byte has 7 bits of it, and whether it goes on."""
+    value = 0
+    for i, byte in enumerate(message[position : position + 10]):
+        value |= (byte & 0x7F) << (7 * i)
+        if byte < 0x80:
+            return value, position + i + 1
+    raise StateDictError("the file is damaged or cut off (an integer without an end)")
+
+
+def _integer(value: int | memoryview) -> int:
+    if isinstance(value, memoryview):
+        raise StateDictError("the file is damaged (bytes where there should be an integer)")
+    return value
+
+
+def _bytes(value: int | memoryview) -> memoryview:
+    if not isinstance(value, memoryview):
+        raise StateDictError("the file is damaged (an integer where there should be bytes)")
+    return value
+
+
+def _numbers(data: memoryview, dtype: str) -> np.ndarray:
+    if len(data) % np.dtype(dtype).itemsize:
+        raise StateDictError("the file is damaged (a part of a number)")
+    return np.frombuffer(data, dtype).astype(np.dtype(dtype).newbyteorder("="))
+
+
+def _in_shape(blob: np.ndarray, axes: int) -> np.ndarray:
+    """Return a blob without the first axes of length 1 that files had until 2014, where every blob has four axes."""
+    extra = blob.ndim - axes
+    return blob.reshape(blob.shape[extra:]) if extra > 0 and set(blob.shape[:extra]) == {1} else blob
