@@ -17,9 +17,10 @@ from flax_googlenet.commands.terminal import Messages
 from flax_googlenet.errors import listing, printable, url_without_secrets
 from flax_googlenet.images.files import display_name
 from flax_googlenet.model import Variables
-from flax_googlenet.weights import download, pth
+from flax_googlenet.weights import caffe, download, pth
 from flax_googlenet.weights.checkpoint import Weights, check_class_names, load_weights
 from flax_googlenet.weights.layouts import MAX_BYTES
+from flax_googlenet.weights.pretrained import PRETRAINED
 
 IMAGENET_NAME = Path(reference.IMAGENET.url).name
 IMAGENET_HASH: str = download.hash_in_name(IMAGENET_NAME)  # type: ignore[assignment]  # torchvision's names have one
@@ -30,7 +31,7 @@ class Request:
     """Which checkpoint to read, and how."""
 
     checkpoint: str
-    """``imagenet``, ``random``, a path or a URL."""
+    """``imagenet``, ``bvlc``, ``random``, a path or a URL."""
     key: str | None
     """Which network of a training checkpoint to take, as for ``find_state_dict``."""
     without_aux: bool
@@ -38,10 +39,15 @@ class Request:
     transform_input: bool | None
     """Whether the network transforms its input; None means that only ``imagenet`` does."""
 
+    @property
+    def is_caffes(self) -> bool:
+        """Whether the checkpoint is a file of Caffe."""
+        return self.checkpoint == "bvlc" or self.checkpoint.endswith(".caffemodel")
+
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint of torchvision's GoogLeNet, and its conversion to Flax."""
+    """A checkpoint of torchvision's GoogLeNet or of Berkeley's, and its conversion to Flax."""
 
     name: str
     """Path or URL of the checkpoint, or "random"."""
@@ -51,7 +57,7 @@ class Source:
     model: GoogLeNet
     variables: Variables
     class_names: list[str] | None
-    """ImageNet's 1000 class names, if these are torchvision's own weights."""
+    """ImageNet's 1000 class names, if these are torchvision's own weights or have Berkeley's last layer."""
 
 
 def read_source(request: Request, messages: Messages) -> Source:
@@ -69,7 +75,7 @@ def read_source(request: Request, messages: Messages) -> Source:
         state_dict = {name: tensor.numpy() for name, tensor in reference.random_checkpoint().items()}
     else:
         name = url_without_secrets(checkpoint) if "://" in checkpoint else display_name(checkpoint)
-        state_dict, sha256, notes = _read_file(checkpoint, request.key, messages)
+        state_dict, sha256, notes = _read_file(request, messages)
         if sha256.startswith(IMAGENET_HASH):
             class_names = reference.IMAGENET.meta["categories"]
             if checkpoint != "imagenet" and transform_input is None:
@@ -79,6 +85,10 @@ def read_source(request: Request, messages: Messages) -> Source:
     if request.without_aux:
         state_dict = {name: array for name, array in state_dict.items() if not name.startswith(("aux1.", "aux2."))}
     try:
+        if request.is_caffes:
+            model, variables = caffe.network(name, state_dict)
+            class_names = reference.IMAGENET.meta["categories"] if caffe.has_bvlc_classes(state_dict) else None
+            return Source(name, sha256, state_dict, model, variables, class_names)
         variables = from_torchvision(state_dict)
     except PortingError as error:
         raise PortingError(f"{name}: {in_one_line(error)}") from error
@@ -92,17 +102,19 @@ def read_source(request: Request, messages: Messages) -> Source:
     return Source(name, sha256, state_dict, model, variables, class_names)
 
 
-def _read_file(checkpoint: str, key: str | None, messages: Messages) -> pth.Checkpoint:
+def _read_file(request: Request, messages: Messages) -> pth.Checkpoint:
+    checkpoint = request.checkpoint
     with cleans_up(), tempfile.TemporaryDirectory() as scratch:
-        if checkpoint == "imagenet" or "://" in checkpoint:
-            url = reference.IMAGENET.url if checkpoint == "imagenet" else checkpoint
-            path = _download(url, Path(scratch), messages)
+        if checkpoint in PRETRAINED:
+            path = _download(PRETRAINED[checkpoint].url, Path(scratch), messages, PRETRAINED[checkpoint].sha1)
+        elif "://" in checkpoint:
+            path = _download(checkpoint, Path(scratch), messages)
         else:
             path = Path(checkpoint)
         try:
-            found = pth.read(path, key)
+            found = caffe.read(path) if request.is_caffes else pth.read(path, request.key)
         except OSError as error:
-            advice = "" if os.path.exists(path) else ": give a file, a URL, imagenet or random"
+            advice = "" if os.path.exists(path) else ": give a file, a URL, imagenet, bvlc or random"
             raise InputError(f"cannot read {path}: {error.strerror}{advice}") from error
         except StateDictError as error:
             if isinstance(error.__cause__, OSError):  # it is a folder
@@ -117,12 +129,15 @@ def _read_file(checkpoint: str, key: str | None, messages: Messages) -> pth.Chec
     return found
 
 
-def _download(url: str, scratch: Path, messages: Messages) -> Path:
-    """Download a file into PyTorch's cache if its name contains a hash, and else into the folder ``scratch``."""
+def _download(url: str, scratch: Path, messages: Messages, sha1: str = "") -> Path:
+    """Download a file into PyTorch's cache if a hash of it is known, and else into the folder ``scratch``.
+
+    The hash is ``sha1``, or the one in the name of the file.
+    """
     name = download.name_in_url(url) or "checkpoint"
-    sha256 = download.hash_in_name(name)
+    sha256 = None if sha1 else download.hash_in_name(name)
     # Without a hash, nothing shows whether a cached file is still the one on the server.
-    directory = Path(torch.hub.get_dir()) / "checkpoints" if sha256 else scratch
+    directory = Path(torch.hub.get_dir()) / "checkpoints" if sha1 or sha256 else scratch
     path = directory / name
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -132,15 +147,16 @@ def _download(url: str, scratch: Path, messages: Messages) -> Path:
                 url,
                 path,
                 sha256=sha256,
+                sha1=sha1,
                 max_bytes=MAX_BYTES,
                 on_progress=lambda done, total: bar.update(task, completed=done, total=total),
                 warn=messages.warn,
             )
     except download.DownloadError as error:
         advice = ""
-        if isinstance(error, download.WrongFileError):
+        if isinstance(error, download.WrongFileError) and sha256:
             advice = f"; if {sha256} in its name is not a hash, download the file yourself and give its path"
-        if url == reference.IMAGENET.url:
+        if url in (source.url for source in PRETRAINED.values()):
             advice = f"; without a network, put {name} at {path} and run this again, or try: port_weights.py random"
         raise download.DownloadError(f"{error}{advice}") from error
     except OSError as error:

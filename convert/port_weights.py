@@ -1,4 +1,4 @@
-"""Ports a torchvision GoogLeNet checkpoint to Flax, and proves that both compute the same."""
+"""Ports a GoogLeNet checkpoint of torchvision's or Caffe's to Flax, and proves that the port computes the same."""
 
 import argparse
 import json
@@ -12,16 +12,18 @@ from flax_googlenet.commands.terminal import Messages, make_console, prepare_pro
 from flax_googlenet.errors import printable
 
 DESCRIPTION = """\
-Port a torchvision GoogLeNet checkpoint to Flax, and prove that the port is
-right: torchvision's network and the Flax network run on the same photographs
-and random images, in float64 and in float32, and every stage is compared. The
-port is written only if all stages agree.
+Port a GoogLeNet checkpoint of torchvision's or Caffe's to Flax, and prove that
+the port is right: the same network in PyTorch and the Flax network run on the
+same photographs and random images, in float64 and in float32, and every stage
+is compared. The port is written only if all stages agree.
 """
 
 EPILOG = """\
 CHECKPOINT is one of
   imagenet          torchvision's IMAGENET1K_V1 weights, downloaded into
                     PyTorch's cache; the default
+  bvlc              the paper's network as Berkeley trained it with Caffe,
+                    downloaded into PyTorch's cache
   random            torchvision's GoogLeNet with random weights from a fixed
                     seed; needs no network
   FILE.pth          a state dict, or a training checkpoint that contains one,
@@ -31,12 +33,15 @@ CHECKPOINT is one of
   FILE.safetensors  the same in PyTorch's layout; with --to-torchvision, a file
                     from this command, flax-googlenet train or
                     flax_googlenet.save
+  FILE.caffemodel   weights of Berkeley's network for Caffe, with any number of
+                    classes
   http(s)://...     a file to download; if its name contains a hash, as in
                     googlenet-1378be20.pth, the file is checked against it
 
 examples
   python convert/port_weights.py random
   python convert/port_weights.py imagenet --report report.html
+  python convert/port_weights.py bvlc_googlenet.caffemodel
   python convert/port_weights.py tuned.pth --key model_ema
   python convert/port_weights.py last.ckpt --class-names names.txt
   python convert/port_weights.py imagenet --output mine.safetensors --diagnose
@@ -49,7 +54,7 @@ exit status
        fails or has the wrong hash, a package such as PyTorch that is not
        installed, or a device in JAX_PLATFORMS that this machine does not have
   4    an input is refused: the checkpoint is damaged, unsafe or not a GoogLeNet
-       of torchvision's, or the class names are not one for each class
+       of torchvision's or Berkeley's, or the class names are not one for each class
   5    not proven: a stage differs, and no port is written
   6    an output cannot be written
   70   an unexpected error; its traceback is in the file that the message names
@@ -99,9 +104,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     if args.to_torchvision and any(others):
         parser.error("--to-torchvision can be combined with --report and --json only")
-    if args.to_torchvision and (args.checkpoint in ("imagenet", "random") or "://" in args.checkpoint):
+    if args.to_torchvision and (args.checkpoint in ("imagenet", "bvlc", "random") or "://" in args.checkpoint):
         parser.error("--to-torchvision needs a CHECKPOINT that this command wrote, a FILE.safetensors")
-    if args.key and args.checkpoint in ("imagenet", "random"):
+    is_caffes = args.checkpoint == "bvlc" or args.checkpoint.endswith(".caffemodel")
+    if is_caffes and (args.diagnose or args.transform_input is not None):
+        parser.error("--diagnose and --transform-input are for torchvision's network, not for files of Caffe")
+    if args.key and (is_caffes or args.checkpoint in ("imagenet", "random")):
         parser.error("--key needs a CHECKPOINT with several state dicts, a FILE.pth")
     if args.diagnose and (args.report or args.class_names):
         parser.error("--diagnose writes nothing: leave out --report and --class-names")

@@ -1,4 +1,4 @@
-"""Ports a checkpoint from torchvision to Flax or back, proves the result, and writes it with its report."""
+"""Ports a checkpoint to Flax, or from Flax to PyTorch, proves the result, and writes it with its report."""
 
 import hashlib
 import importlib.metadata
@@ -29,6 +29,7 @@ from flax_googlenet.errors import listing, printable
 from flax_googlenet.files import write_atomically
 from flax_googlenet.images.files import display_name
 from flax_googlenet.model import Variables
+from flax_googlenet.weights import caffe
 from flax_googlenet.weights.checkpoint import Weights
 from flax_googlenet.weights.download import name_in_url
 
@@ -43,7 +44,7 @@ def port(
     screen: Console,
     messages: Messages,
 ) -> Result:
-    """Port a checkpoint of torchvision's to Flax, prove the port, and write it if it is proven.
+    """Port a checkpoint of torchvision's or Berkeley's network to Flax, prove the port, and write it if it is proven.
 
     Args:
         request: Checkpoint to read, and how.
@@ -62,7 +63,8 @@ def port(
     source = read_source(request, messages)
     model = source.model
     names = read_class_names(class_names, model.num_classes) if class_names else source.class_names
-    if request.transform_input is None and checkpoint not in ("imagenet", "random") and not source.class_names:
+    is_open = not request.is_caffes and checkpoint not in ("imagenet", "random") and not source.class_names
+    if is_open and request.transform_input is None:
         advice = "add --transform-input if the network was built with it, as fine-tuned ImageNet weights are"
         messages.note(f"note: transform_input is assumed to be off: {advice}")
     proof = _prove(source.state_dict, model, source.variables, messages)
@@ -113,7 +115,7 @@ def port_back(checkpoint: Path, output: Path, report: Path | None, screen: Conso
 
 def default_output(checkpoint: str) -> Path:
     """Return the file in the working directory that a port is written to by default, named after the checkpoint."""
-    if checkpoint in ("imagenet", "random"):
+    if checkpoint in ("imagenet", "bvlc", "random"):
         return Path(f"googlenet-{checkpoint}.safetensors")
     name = Path((name_in_url(checkpoint) or "checkpoint") if "://" in checkpoint else checkpoint)
     return Path(f"{name.stem}-flax.safetensors" if name.suffix == ".safetensors" else f"{name.stem}.safetensors")
@@ -147,9 +149,11 @@ def _facts(source: str, source_sha256: str | None, model: GoogLeNet, proof: Proo
     return {
         "source": source,
         "source_sha256": source_sha256,
+        "variant": model.variant,
         "num_classes": model.num_classes,
         "aux_logits": model.aux_logits,
         "transform_input": model.transform_input,
+        **({"input": caffe.INPUT} if model.variant == "bvlc" else {}),
         "parity": summary(proof),
         "versions": {"python": platform.python_version()}
         | {package: importlib.metadata.version(package) for package in packages},

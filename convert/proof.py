@@ -1,10 +1,11 @@
-"""Proves a port: compares torchvision's network with Flax's on the same images, stage by stage, in two precisions."""
+"""Proves a port: compares PyTorch's network with Flax's on the same images, stage by stage, in two precisions."""
 
 import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import bvlc
 import jax
 import numpy as np
 import reference
@@ -59,7 +60,7 @@ def float32_limit(pytorch32: float) -> float:
 
 @dataclass(frozen=True)
 class Proof:
-    """Comparison of a port with torchvision's network."""
+    """Comparison of a port with the same network in PyTorch."""
 
     stages: tuple[Stage, ...]
     """Stages in the order of computation, the auxiliary heads last."""
@@ -87,11 +88,13 @@ def prove(
     variables: Variables,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Proof:
-    """Compare a port with torchvision's network. JAX must have 64 bits enabled.
+    """Compare a port with the same network in PyTorch: torchvision's, or ``BVLCGoogLeNet``.
+
+    JAX must have 64 bits enabled.
 
     Args:
         state_dict: State dict of the reference, already checked.
-        model: Port. The reference gets its ``transform_input``; its dtypes do not matter.
+        model: Port. The reference gets its ``variant`` and ``transform_input``; its dtypes do not matter.
         variables: Variables of the port.
         on_progress: Called with the number of finished runs of a network and the total.
     """
@@ -100,9 +103,12 @@ def prove(
     batches = proof_images()
     results: list[dict[str, np.ndarray]] = []
     for dtype in (np.float64, np.float32):
-        pytorch = reference.build(
-            state_dict, transform_input=model.transform_input, dtype=torch.from_numpy(np.empty(0, dtype)).dtype
-        )
+        torch_dtype = torch.from_numpy(np.empty(0, dtype)).dtype
+        pytorch: torch.nn.Module
+        if model.variant == "bvlc":
+            pytorch = bvlc.build(state_dict, torch_dtype)
+        else:
+            pytorch = reference.build(state_dict, transform_input=model.transform_input, dtype=torch_dtype)
         for engine in (lambda x, m=pytorch: reference.stages(m, x), lambda x: flax_stages(model, variables, x)):
             for images in batches:
                 on_progress(len(results), 4 * len(batches))
@@ -181,7 +187,8 @@ def flax_stages(model: GoogLeNet, variables: Variables, images: np.ndarray) -> d
 @functools.partial(jax.jit, static_argnums=0)  # at the top level, so that a model is traced once for each shape
 def _stages(model: GoogLeNet, variables: Variables, images: jax.Array) -> dict[str, jax.Array]:
     outputs = endpoints(model, variables, images)
-    head = InceptionAux(model.num_classes, batch_norm=model.batch_norm, dtype=model.dtype, precision=model.precision)
+    fields = {name: getattr(model, name) for name in ("variant", "batch_norm", "dtype", "precision")}
+    head = InceptionAux(model.num_classes, **fields)
     for aux, stage in reference.AUX_INPUTS.items() if model.aux_logits else ():
         head_variables = {collection: tree[aux] for collection, tree in variables.items()}
         outputs[aux] = jnp.asarray(head.apply(head_variables, outputs[stage], False))

@@ -54,11 +54,11 @@ def build(state_dict: Mapping[str, np.ndarray], *, transform_input: bool, dtype:
     return model.eval()
 
 
-def stages(model: GoogLeNet, images: np.ndarray) -> dict[str, np.ndarray]:
+def stages(model: torch.nn.Module, images: np.ndarray) -> dict[str, np.ndarray]:
     """Return every stage at inference in the order of computation, the auxiliary heads last.
 
     Args:
-        model: Network from ``build``.
+        model: Network from ``build`` or ``bvlc.build``.
         images: [N, H, W, 3] in the model's dtype.
 
     Returns:

@@ -73,7 +73,7 @@ i { grid-column: 1 / -1; height: .3rem;
 @media (max-width: 30rem) { .facts :is(th, td) { display: block } .facts th { border: 0; padding-bottom: 0 } }
 @media (min-width: 65rem) { .columns { grid-template-columns: 2fr 3fr } }
 </style>
-<h1>GoogLeNet in Flax compared with torchvision&rsquo;s</h1>
+<h1>GoogLeNet in Flax compared with PyTorch&rsquo;s</h1>
 """
 
 

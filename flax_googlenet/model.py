@@ -199,8 +199,9 @@ class InceptionAux(nn.Module):
         pool = NETWORKS[self.variant].aux_pool
         # Caffe's pool makes 4x4 of 12 to 14 pixels, that is, for images of 191 to 238 pixels. For others, Caffe's
         # network has no auxiliary heads.
-        has_caffes_size = all(12 <= size <= 14 for size in x.shape[1:3])
-        x = avg_pool(x, *pool) if pool and has_caffes_size else adaptive_avg_pool(x, 4)  # [N, 4, 4, C]
+        x = (  # [N, 4, 4, C]
+            avg_pool(x, *pool) if pool and all(12 <= size <= 14 for size in x.shape[1:3]) else adaptive_avg_pool(x, 4)
+        )
         x = ConvBN(128, **_options(self, self.kernel_init), name="conv")(x, train)  # [N, 4, 4, 128]
         # Flattened with the channels first, because fc1's kernel is in PyTorch's order.
         x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], 128 * 4 * 4)

@@ -19,8 +19,8 @@ from flax_googlenet.training.recipe import Recipe
 
 File = Annotated[Path, arg(metavar="FILE")]
 OptionalFile = Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")]
-Weights = Annotated[Path, arg(metavar="FILE|imagenet")]
-OptionalWeights = Annotated[Path | None, arg(metavar="FILE|imagenet", help_behavior_hint="")]
+Weights = Annotated[Path, arg(metavar="FILE|NAME")]
+OptionalWeights = Annotated[Path | None, arg(metavar="FILE|NAME", help_behavior_hint="")]
 Number = Annotated[int, arg(metavar="N")]
 OptionalNumber = Annotated[int | None, arg(metavar="N", help_behavior_hint="")]
 Flag = Annotated[bool, arg(help_behavior_hint=""), FlagCreatePairsOff]

@@ -46,9 +46,9 @@ def classify(
 
     Args:
         images: Files, folders, and globs such as 'photos/**/*.jpg'.
-        weights: File of weights, or imagenet for torchvision's, which are downloaded once. Files are written by train,
-            flax_googlenet.save and, in the repository, port_weights.py. By default googlenet-imagenet.safetensors or
-            googlenet-random.safetensors in the working folder, or else imagenet.
+        weights: File of weights, or imagenet for torchvision's or bvlc for Berkeley's, which are downloaded once. Files
+            are written by train, flax_googlenet.save and, in the repository, port_weights.py. By default
+            googlenet-imagenet.safetensors or googlenet-random.safetensors in the working folder, or else imagenet.
         json: Print one line of JSON for each image: {"image", "predictions": [{"index", "label", "probability"}]}.
         output: Write to this .csv, .jsonl or .parquet file instead of standard output. Cannot be combined with --json.
         top: Number of classes to name, the likeliest first.

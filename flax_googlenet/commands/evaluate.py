@@ -49,10 +49,10 @@ def evaluate(
       141  nobody reads standard output any more
 
     Args:
-        inputs: Files of weights, or imagenet for torchvision's weights, and then the data. The probabilities of several
-            networks are averaged. Files of weights are written by train, flax_googlenet.save and, in the repository,
-            port_weights.py. The data are a folder with a folder for each class, a folder with such a folder named val,
-            a folder of IDX files, or the word digits for scikit-learn's digits.
+        inputs: Files of weights, or imagenet for torchvision's or bvlc for Berkeley's, and then the data. The
+            probabilities of several networks are averaged. Files of weights are written by train, flax_googlenet.save
+            and, in the repository, port_weights.py. The data are a folder with a folder for each class, a folder with
+            such a folder named val, a folder of IDX files, or the word digits for scikit-learn's digits.
         crops: Number of crops of each image whose probabilities are averaged: 1 is the centre, 10 are the corners and
             the centre, each of them also mirrored, and 144 are the paper's, at four scales.
         json: Print one line of JSON: {"data", "weights", "crops", "image_size", "unreadable", "count", "top1", "top5",

@@ -60,9 +60,9 @@ def train(
         workdir: Folder of the run.
         preset: Recipe to start from. By default finetune with --weights, digits for the data digits, and imagenet
             otherwise.
-        weights: File of weights to start from, or imagenet for torchvision's, which are downloaded once. Files are
-            written by train, flax_googlenet.save and, in the repository, port_weights.py. If the classes are not those
-            of the data, the heads are replaced by new ones.
+        weights: File of weights to start from, or imagenet for torchvision's or bvlc for Berkeley's, which are
+            downloaded once. Files are written by train, flax_googlenet.save and, in the repository, port_weights.py. If
+            the classes are not those of the data, the heads are replaced by new ones.
         distributed: Join other processes in one run. They are found through Slurm, Open MPI, Kubernetes, the host of a
             TPU, or the variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
         override: Continue the run in the folder even if the recipe, the data or the weights have changed.

@@ -55,7 +55,8 @@ def fetch(
     url: str,
     path: Path,
     *,
-    sha256: str | None,
+    sha256: str | None = None,
+    sha1: str = "",
     max_bytes: int,
     timeout: float = 30.0,
     on_progress: Callable[[int, int | None], None] = lambda done, total: None,
@@ -71,6 +72,7 @@ def fetch(
         url: URL with http or https. A user and a password in front of the host are sent to this host only.
         path: File to write, in a directory that exists.
         sha256: First hexadecimal digits of the file's SHA-256 digest, in lower case; None if unknown.
+        sha1: Its SHA-1 digest, for a file that was published with nothing better; empty if unknown.
         max_bytes: Size of the largest file to accept.
         timeout: Seconds without any data after which the download fails.
         on_progress: Called at the start of a transfer and after each block of data with the number of bytes received
@@ -85,34 +87,35 @@ def fetch(
     if not url.lower().startswith(("http://", "https://")):
         raise DownloadError(f"{url_without_secrets(url)}: only http and https URLs can be downloaded")
     note = ""
-    if sha256 and path.exists():
+    algorithm, digest = ("sha1", sha1) if sha1 else ("sha256", sha256 or "")
+    if digest and path.exists():
         with open(path, "rb") as cached:
-            found = _sha256(cached)
-        if found.startswith(sha256):
+            found = _digest(cached, algorithm)
+        if found.startswith(digest):
             return
-        note = f"; the file at {path} is damaged: its sha256 is {found}, and it should start with {sha256}"
+        note = f"; the file at {path} is damaged: its {algorithm} is {found}, and it should start with {digest}"
 
     beside = path.with_name(f"{path.name}.partial")
     try:
         with open(beside, "a+b") as file:
             _lock(file, beside, warn)
             try:
-                _fill(file, sha256 or "", partial(_transfer, file, url, max_bytes, timeout, on_progress))
+                _fill(file, algorithm, digest, partial(_transfer, file, url, max_bytes, timeout, on_progress))
                 file.flush()
                 keep_permissions(file.fileno(), path)
                 os.fsync(file.fileno())
                 replace_synced(beside, path)
             except BaseException:
-                if not sha256 or not file.seek(0, os.SEEK_END):  # nothing to resume
+                if not digest or not file.seek(0, os.SEEK_END):  # nothing to resume
                     beside.unlink(missing_ok=True)
                 raise
     except DownloadError as error:
         raise type(error)(printable(f"{url_without_secrets(url)}: {error}{note}")) from error
 
 
-def _sha256(file: BufferedIOBase) -> str:
+def _digest(file: BufferedIOBase, algorithm: str) -> str:
     file.seek(0)
-    return hashlib.file_digest(file, "sha256").hexdigest()
+    return hashlib.file_digest(file, algorithm).hexdigest()
 
 
 def _lock(file: BufferedRandom, path: Path, warn: Callable[[str], object] = warnings.warn) -> None:
@@ -126,20 +129,20 @@ def _lock(file: BufferedRandom, path: Path, warn: Callable[[str], object] = warn
         raise DownloadError(f"another process is downloading it to {path}")
 
 
-def _fill(file: BufferedIOBase, sha256: str, transfer: Callable[[], bool]) -> None:
-    """Complete and verify the file; ``sha256`` is empty if it is unknown."""
-    if not sha256:
+def _fill(file: BufferedIOBase, algorithm: str, digest: str, transfer: Callable[[], bool]) -> None:
+    """Complete and verify the file; ``digest`` is empty if it is unknown."""
+    if not digest:
         file.truncate(0)
-    elif _sha256(file).startswith(sha256):  # the previous process ended just before the rename
+    elif _digest(file, algorithm).startswith(digest):  # the previous process ended just before the rename
         return
     is_resumed = transfer()
-    if is_resumed and not _sha256(file).startswith(sha256):  # the part that existed belongs to another file
+    if is_resumed and not _digest(file, algorithm).startswith(digest):  # the part that existed belongs to another file
         file.truncate(0)
         transfer()
-    found = _sha256(file)
-    if not found.startswith(sha256):
+    found = _digest(file, algorithm)
+    if not found.startswith(digest):
         file.truncate(0)
-        raise WrongFileError(f"wrong file: its sha256 is {found}, and it should start with {sha256}")
+        raise WrongFileError(f"wrong file: its {algorithm} is {found}, and it should start with {digest}")
 
 
 def _transfer(

@@ -13,6 +13,7 @@ from urllib.request import url2pathname
 from flax_googlenet.errors import printable
 from flax_googlenet.files import cache_folder, lock, read_regular_file
 from flax_googlenet.model import GoogLeNet
+from flax_googlenet.weights import caffe
 from flax_googlenet.weights.checkpoint import CheckpointError, load, load_metadata, save
 from flax_googlenet.weights.download import DownloadError, WrongFileError, fetch, name_in_url
 from flax_googlenet.weights.pth import read
@@ -22,16 +23,27 @@ _MAX_BYTES = 2**28  # the file has 50 MB
 
 
 class Source(NamedTuple):
-    """The PyTorch file that pretrained weights are converted from."""
+    """The file that pretrained weights are converted from: PyTorch's or, with the suffix ``.caffemodel``, Caffe's."""
 
     url: str
-    sha256: str
+    sha256: str = ""
     """First digits of the file's SHA-256 digest."""
+    sha1: str = ""
+    """The file's SHA-1 digest, where only this one was published."""
+
+    @property
+    def digest(self) -> tuple[str, str]:
+        """Algorithm of the digest that is known, and its first digits."""
+        return ("sha1", self.sha1) if self.sha1 else ("sha256", self.sha256)
 
 
 PRETRAINED = {
     # torchvision's GoogLeNet_Weights.IMAGENET1K_V1
-    "imagenet": Source("https://download.pytorch.org/models/googlenet-1378be20.pth", "1378be20"),
+    "imagenet": Source("https://download.pytorch.org/models/googlenet-1378be20.pth", sha256="1378be20"),
+    # https://github.com/BVLC/caffe/tree/master/models/bvlc_googlenet
+    "bvlc": Source(
+        "http://dl.caffe.berkeleyvision.org/bvlc_googlenet.caffemodel", sha1="405fc5acd08a3bb12de8ee5e23a96bec22f08204"
+    ),
 }
 """Name of pretrained weights -> their source."""
 
@@ -41,20 +53,21 @@ def pretrained(
 ) -> tuple[GoogLeNet, dict[str, Any]]:
     """Return a network with pretrained weights, which are downloaded once and then kept in the user's cache folder.
 
-    The weights ``"imagenet"`` are torchvision's ``IMAGENET1K_V1``: 1000 classes, 69.8 % top-1 and 89.5 % top-5. Their
-    auxiliary heads are not trained.
+    The weights ``"imagenet"`` are torchvision's ``IMAGENET1K_V1``: 69.8 % top-1 and 89.5 % top-5. Their auxiliary heads
+    are not trained. The weights ``"bvlc"`` are those of the paper's network as Berkeley trained it with Caffe, with all
+    heads: 68.7 % top-1 and 88.9 % top-5. Both have ImageNet's 1000 classes in the same order, and take the same images.
 
-    The first call downloads 49.7 MB, checks their hash, converts them, and keeps a ``.safetensors`` file with a
+    The first call downloads 49.7 or 53.5 MB, checks their hash, converts them, and keeps a ``.safetensors`` file with a
     checksum and the class names. Later calls need no network connection. A download that was interrupted is resumed. If
     several processes call this at once, one of them downloads, and the others wait for it.
 
     Two environment variables change where the files are. ``FLAX_GOOGLENET_CACHE`` is the cache folder, which by default
     is ``flax-googlenet`` in ``XDG_CACHE_HOME`` or in ``~/.cache``. ``FLAX_GOOGLENET_MIRROR`` is a folder, or the URL of
-    one (``https:``, ``http:`` or ``file:``), that has ``googlenet-1378be20.pth`` for machines which cannot reach
-    PyTorch's server.
+    one (``https:``, ``http:`` or ``file:``), that has ``googlenet-1378be20.pth`` or ``bvlc_googlenet.caffemodel`` for
+    machines which cannot reach PyTorch's or Berkeley's server.
 
     Args:
-        name: The name of the weights: ``"imagenet"``.
+        name: The name of the weights: ``"imagenet"`` or ``"bvlc"``.
         on_progress: Called during the download with the number of bytes received and the total, which is None if the
             server does not send it.
 
@@ -118,8 +131,9 @@ def pretrained_file(
 
 def _is_intact(path: Path, source: Source) -> bool:
     """Return whether a file exists, is undamaged and was converted from the source."""
+    algorithm, digest = source.digest
     try:
-        return str(load_metadata(path).get("source_sha256")).startswith(source.sha256)
+        return str(load_metadata(path).get(f"source_{algorithm}")).startswith(digest)
     except (CheckpointError, OSError):
         return False
 
@@ -128,7 +142,7 @@ def _original(
     source: Source, folder: Path, on_progress: Callable[[int, int | None], None], warn: Callable[[str], object]
 ) -> Path:
     """Return the original file, after checking its hash: that of a local mirror, or one downloaded to the cache."""
-    name = name_in_url(source.url)
+    name, (algorithm, digest) = name_in_url(source.url), source.digest
     mirror = os.environ.get("FLAX_GOOGLENET_MIRROR")
     url = f"{mirror.rstrip('/')}/{name}" if mirror else source.url
     if url.startswith("file:") or "://" not in url:
@@ -140,18 +154,26 @@ def _original(
                 if parts.netloc not in ("", "localhost"):
                     raise ValueError("a file: URL has three slashes before its path, and no host")
                 place = url2pathname(parts.path)
-            sha256 = hashlib.sha256(read_regular_file(place, _MAX_BYTES)).hexdigest()
+            found = hashlib.new(algorithm, read_regular_file(place, _MAX_BYTES)).hexdigest()
         except (OSError, ValueError) as error:  # also for a URL that is not valid, and for a path with a NUL
             reason = error.strerror if isinstance(error, OSError) else error
             raise DownloadError(f"cannot read {printable(place)}: {reason}; {advice}") from error
-        if not sha256.startswith(source.sha256):
+        if not found.startswith(digest):
             raise WrongFileError(
-                f"{place}: wrong file: its sha256 is {sha256}, and it should start with {source.sha256}; {advice}"
+                f"{place}: wrong file: its {algorithm} is {found}, and it should start with {digest}; {advice}"
             )
         return Path(place)
     path = folder / name
     try:
-        fetch(url, path, sha256=source.sha256, max_bytes=_MAX_BYTES, on_progress=on_progress, warn=warn)
+        fetch(
+            url,
+            path,
+            sha256=source.sha256,
+            sha1=source.sha1,
+            max_bytes=_MAX_BYTES,
+            on_progress=on_progress,
+            warn=warn,
+        )
     except DownloadError as error:
         raise DownloadError(
             f"{error}; without a network connection, put {name} at {path} and run this again, "
@@ -161,9 +183,14 @@ def _original(
 
 
 def _convert(original: Path, path: Path, source: Source) -> None:
-    checkpoint = read(original)
-    variables = from_torchvision(checkpoint.state_dict)
+    metadata: dict[str, Any] = {"source": source.url}
+    if original.suffix == ".caffemodel":
+        checkpoint = caffe.read(original)
+        model, variables = caffe.network(str(original), checkpoint.state_dict)
+        metadata |= {"source_sha1": source.sha1, "input": caffe.INPUT}
+    else:
+        checkpoint = read(original)
+        variables = from_torchvision(checkpoint.state_dict)
+        model = GoogLeNet(aux_logits="aux1" in variables["params"], transform_input=True)
     names = resources.files(__package__).joinpath("imagenet_classes.txt").read_text(encoding="utf-8").splitlines()
-    model = GoogLeNet(aux_logits="aux1" in variables["params"], transform_input=True)
-    metadata = {"source": source.url, "source_sha256": checkpoint.sha256, "class_names": names}
-    save(path, model, variables, metadata)
+    save(path, model, variables, metadata | {"source_sha256": checkpoint.sha256, "class_names": names})

@@ -35,6 +35,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "evaluate imagenet digits",
         "export --weights imagenet --output googlenet.stablehlo",
         "summary --weights imagenet",
+        "summary --weights bvlc",
         "train digits --workdir run --weights imagenet",
     ],
 )
@@ -45,7 +46,8 @@ def test_every_command_takes_pretrained_weights_by_their_name(
     (here / "imagenet").mkdir()  # a folder of data, perhaps
     assert main(command.split()) == 3
     error = capsys.readouterr().err
-    assert f"cannot read {tmp_path / 'mirror' / NAME}: No such file or directory; set FLAX_GOOGLENET_MIRROR" in error
+    name = "bvlc_googlenet.caffemodel" if "bvlc" in command else NAME
+    assert f"cannot read {tmp_path / 'mirror' / name}: No such file or directory; set FLAX_GOOGLENET_MIRROR" in error
     assert {path.name for path in here.iterdir()} == {"imagenet", "photo.png"}
 
 

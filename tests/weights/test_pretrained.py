@@ -17,11 +17,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import bvlc
 import jax
 import numpy as np
 import pytest
 import reference
 import torch
+from caffe_files import caffemodel
 from serving import Server, half, rest, serve
 
 import flax_googlenet
@@ -131,6 +133,36 @@ def test_weights_are_downloaded_once_and_need_no_network_afterwards(
 
     jax.tree.map(np.testing.assert_array_equal, flax_googlenet.pretrained("imagenet")[1], expected)
     assert server.ranges == [None]
+
+
+def test_bvlc_is_berkeleys_file_by_its_sha1_whose_download_is_resumed(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = caffemodel({name: x for name, x in bvlc.random_weights().items() if not name.startswith("aux")}, v1=True)
+    sha1 = hashlib.sha1(original).hexdigest()
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with serve(original) as server:
+        url = server.url.replace("model.pth", "bvlc_googlenet.caffemodel")
+        monkeypatch.setitem(PRETRAINED, "bvlc", PRETRAINED["bvlc"]._replace(url=url, sha1=sha1))
+        server.answer = half
+        with pytest.raises(DownloadError, match="cut off after"):
+            flax_googlenet.pretrained("bvlc")
+        server.answer = rest
+        model, variables = flax_googlenet.pretrained("bvlc")
+    assert server.ranges == [None, f"bytes={len(original) // 2}-"]
+    assert model == flax_googlenet.GoogLeNet(variant="bvlc", aux_logits=False, dropout=0.4)
+    (cache / "right.caffemodel").write_bytes(original)
+    jax.tree.map(np.testing.assert_array_equal, variables, flax_googlenet.from_caffe(cache / "right.caffemodel")[1])
+    metadata = flax_googlenet.load_metadata(cache / "googlenet-bvlc.safetensors")
+    assert (metadata["source"], metadata["source_sha1"]) == (url, sha1)
+    assert metadata["class_names"] == reference.IMAGENET.meta["categories"]
+    assert "BGR" in metadata["input"]
+
+    monkeypatch.setitem(PRETRAINED, "bvlc", PRETRAINED["bvlc"]._replace(sha1="0" * 40))
+    monkeypatch.setenv("FLAX_GOOGLENET_MIRROR", str(cache))
+    (cache / "bvlc_googlenet.caffemodel").write_bytes(original)
+    with pytest.raises(DownloadError, match=f"wrong file: its sha1 is {sha1}, and it should start with 0000"):
+        flax_googlenet.pretrained("bvlc")
 
 
 def test_a_file_in_the_cache_that_is_damaged_or_of_another_source_is_made_anew(server: Server, path: Path) -> None:

@@ -1,0 +1,84 @@
+"""The command with files of Caffe: the port is proven in every stage, and wrong files are refused in one line."""
+
+import json
+from pathlib import Path
+
+import bvlc
+import numpy as np
+import port_weights
+import pytest
+from caffe_files import caffemodel
+from flax.traverse_util import flatten_dict
+
+import flax_googlenet
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory, with an empty PyTorch cache."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+@pytest.mark.slow
+def test_a_caffemodel_is_ported_proven_and_written_with_its_heads(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = bvlc.random_weights(num_classes=7)
+    Path("places.caffemodel").write_bytes(caffemodel(weights, v1=True, legacy=True))
+    assert port_weights.main(["places.caffemodel", "--json", "--report", "report.html"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""  # no note about transform_input
+    result = json.loads(out)
+    assert len(result["parity"]) == 22
+    assert {"norm1", "norm2", "aux1", "aux2"} < result["parity"].keys()
+    assert all(errors["float64"] < 1e-12 for errors in result["parity"].values())  # 2e-14 measured
+
+    model, variables = flax_googlenet.load("places.safetensors")
+    assert (model.variant, model.num_classes, model.aux_logits, model.dropout) == ("bvlc", 7, True, 0.4)
+    expected = flatten_dict(flax_googlenet.from_caffe("places.caffemodel")[1])
+    for path, array in flatten_dict(variables).items():
+        np.testing.assert_array_equal(array, expected[path])
+    metadata = flax_googlenet.load_metadata("places.safetensors")
+    assert "BGR" in metadata["input"]
+    assert metadata["class_names"] is None
+    assert "BGR" in Path("report.html").read_text()
+
+
+def test_a_wrong_caffemodel_is_refused_in_one_line(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = bvlc.random_weights(num_classes=2)
+    contents = {
+        "cut.caffemodel": caffemodel(weights)[:10_000],
+        "page.caffemodel": b"<!doctype html>",
+        "heads.caffemodel": caffemodel({**weights, "aux1.fc2.bias": np.zeros(3)}),
+    }
+    for name, content in contents.items():
+        Path(name).write_bytes(content)
+        assert port_weights.main([name]) == 4
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {name}: ")
+        assert error.count("\n") == 1
+    assert "--without-aux leaves them out" in error
+    assert {path.name for path in here.iterdir()} == contents.keys()
+
+
+@pytest.mark.parametrize("option", ["--diagnose", "--transform-input", "--no-transform-input", "--key=model"])
+def test_options_of_torchvisions_network_are_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        port_weights.main(["network.caffemodel", option])
+    assert option.split("=")[0].replace("no-", "") in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_without_a_network_the_message_says_where_berkeleys_file_belongs(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for variable in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.setenv(variable, "http://127.0.0.1:9")
+    place = here.parent / "torch" / "hub" / "checkpoints" / "bvlc_googlenet.caffemodel"
+    assert port_weights.main(["bvlc"]) == 3
+    assert f"without a network, put bvlc_googlenet.caffemodel at {place}" in capsys.readouterr().err
+    place.write_bytes(b"another file")
+    assert port_weights.main(["bvlc"]) == 3
+    assert f"the file at {place} is damaged: its sha1 is " in capsys.readouterr().err
