@@ -42,12 +42,13 @@ def test_every_stage_is_torchvisions_in_float64(
 ) -> None:
     images = random_images(2, h, w)
     expected = reference.stages(torch64, images)
-    actual = jax.jit(lambda v, x: endpoints(MODEL64, v, x))(variables64, images)
+    # One program: XLA compiles once what both compute.
+    actual, output = jax.jit(lambda v, x: (endpoints(MODEL64, v, x), MODEL64.apply(v, x)))(variables64, images)
 
     assert actual.keys() == expected.keys() - {"aux1", "aux2"}
     for name, stage in actual.items():
         assert relative_error(stage, expected[name]) < 1e-12, name  # 2e-14 measured, at inception5b
-    np.testing.assert_array_equal(jax.jit(MODEL64.apply)(variables64, images).logits, actual["fc"])
+    np.testing.assert_array_equal(output.logits, actual["fc"])
 
 
 @pytest.mark.slow
@@ -132,25 +133,51 @@ def test_training_on_one_value_a_channel_raises_as_torch_does(
         )
 
 
-@pytest.mark.slow
-def test_dropout_has_the_stated_rates(variables64: dict[str, Any], random_images: Images) -> None:
-    """The last layers are identities, so the logits show the share of zeros in their inputs."""
+@pytest.fixture(scope="module")
+def heads_in_training(random_images: Images) -> Callable[[Any], tuple[Any, Any]]:
+    """(variables) -> all heads in training for 8 images of 32x32 pixels, without dropout and with it."""
     images = random_images(8, 32, 32)
-    params = flatten_dict(variables64["params"])
-    for path in (("fc",), ("aux1", "fc2"), ("aux2", "fc2")):
-        params[(*path, "kernel")] = np.eye(1024, 1000)
-        params[(*path, "bias")] = np.full(1000, 0.0)
-    params = unflatten_dict(params)
 
     def heads(model: GoogLeNet, variables: Any, **kwargs: Any) -> Any:
         return model.apply(variables, images, train=True, mutable=["batch_stats"], **kwargs)[0]
 
-    kept, dropped = jax.jit(  # one program, so that the layers below the dropout are compiled once
+    return jax.jit(  # one program, so that the layers below the dropout are compiled once
         lambda variables: (
             heads(NO_DROPOUT64, variables),
             heads(MODEL64, variables, rngs={"dropout": jax.random.key(0)}),
         )
-    )({**variables64, "params": params})
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parity
+@pytest.mark.skipif(jax.default_backend() == "tpu", reason="a TPU has no float64")
+def test_all_heads_in_training_are_torchvisions_in_float64(
+    heads_in_training: Callable[[Any], tuple[Any, Any]],
+    state_dict: dict[str, np.ndarray],
+    variables64: dict[str, Any],
+    random_images: Images,
+) -> None:
+    ours, _ = heads_in_training(variables64)
+    with torch.no_grad():
+        images = torch.from_numpy(random_images(8, 32, 32)).permute(0, 3, 1, 2)
+        theirs = reference.build_for_training(state_dict)(images)
+    for name in ("logits", "aux_logits1", "aux_logits2"):
+        error = relative_error(getattr(ours, name), getattr(theirs, name))
+        print(f"{name:12} float64 {error:.1e}")
+        assert error < 1e-12, name
+
+
+@pytest.mark.slow
+def test_dropout_has_the_stated_rates(
+    heads_in_training: Callable[[Any], tuple[Any, Any]], variables64: dict[str, Any]
+) -> None:
+    """The last layers are identities, so the logits show the share of zeros in their inputs."""
+    params = flatten_dict(variables64["params"])
+    for path in (("fc",), ("aux1", "fc2"), ("aux2", "fc2")):
+        params[(*path, "kernel")] = np.eye(1024, 1000)
+        params[(*path, "bias")] = np.full(1000, 0.0)
+    kept, dropped = heads_in_training({**variables64, "params": unflatten_dict(params)})
     for name, rate in (("logits", 0.2), ("aux_logits1", 0.7), ("aux_logits2", 0.7)):
         alive = np.asarray(getattr(kept, name)) != 0
         share = (np.asarray(getattr(dropped, name))[alive] == 0).mean()
@@ -297,9 +324,11 @@ def test_bfloat16_computes_with_float32_parameters_and_statistics(
     model = GoogLeNet(dtype=jnp.bfloat16)
     shapes = flax_googlenet.model.variable_shapes(model)
     assert {x.dtype for x in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
-    output, updates = jax.jit(
-        lambda v, x: model.apply(v, x, train=True, rngs={"dropout": jax.random.key(0)}, mutable=["batch_stats"])
-    )(variables, images)
+    output, updates = jax.eval_shape(
+        lambda v, x: model.apply(v, x, train=True, rngs={"dropout": jax.random.key(0)}, mutable=["batch_stats"]),
+        variables,
+        images,
+    )
     assert {x.dtype for x in output} == {jnp.dtype("bfloat16")}
     assert {x.dtype for x in jax.tree.leaves(updates)} == {jnp.dtype("float32")}
 
@@ -366,9 +395,9 @@ def test_without_batch_norm_the_convolutions_have_a_bias(variables64: dict[str, 
 @pytest.mark.slow
 def test_nnx_bridge_gives_the_same_logits(variables: dict[str, Any], random_images: Images) -> None:
     images = random_images(2, 32, 32).astype(np.float32)
-    expected = GoogLeNet().apply(variables, images).logits
+    expected = jax.jit(GoogLeNet().apply)(variables, images).logits
 
     module = nnx.bridge.ToNNX(GoogLeNet(), rngs=nnx.Rngs(0))
     for name, value in nnx.bridge.variables.linen_vars_to_nnx_attrs(variables).items():
         setattr(module, name, value)
-    np.testing.assert_array_equal(module(images).logits, expected)
+    np.testing.assert_array_equal(nnx.jit(lambda module, x: module(x).logits)(module, images), expected)

@@ -1,4 +1,4 @@
-"""Fine-tuning: a new head, frozen blocks, a learning rate for the heads, and new BatchNorm statistics."""
+"""Fine-tuning: a new head, frozen blocks, and new BatchNorm statistics. ``test_step.py`` has its steps."""
 
 import operator
 from typing import Any
@@ -24,13 +24,11 @@ from flax_googlenet.training import (
     freeze,
     new_head,
     reestimate_batch_norm,
-    scale_heads,
     train_step,
 )
 
 MODEL64 = GoogLeNet(dtype=jnp.float64, param_dtype=jnp.float64, dropout=0.0, dropout_aux=0.0)
 KEY = jax.random.key(0)
-FROZEN = tuple(name for name in BLOCKS if name not in ("inception5a", "inception5b", "aux2", "fc"))
 
 
 def random_images(batch_size: int, size: int, seed: int = 0) -> np.ndarray:
@@ -65,41 +63,6 @@ def test_a_new_head_adds_no_auxiliary_heads(variables: dict[str, Any]) -> None:
     assert model == GoogLeNet(num_classes=7, aux_logits=False)
     assert new["params"].keys() == headless["params"].keys()
     assert new["params"]["fc"]["kernel"].shape == (1024, 7)
-
-
-@pytest.mark.slow
-def test_frozen_blocks_and_a_learning_rate_for_the_heads_are_torchs(
-    state_dict: dict[str, np.ndarray], variables64: dict[str, Any]
-) -> None:
-    """PyTorch freezes blocks with requires_grad False and eval(), and has two parameter groups."""
-    torch_model = reference.build_for_training(state_dict)
-    for name in FROZEN:
-        torch_model.get_submodule(name).eval().requires_grad_(False)
-    groups: dict[bool, list[torch.nn.Parameter]] = {True: [], False: []}
-    for name, parameter in torch_model.named_parameters():
-        if parameter.requires_grad:
-            groups[name.startswith(("fc.", "aux"))].append(parameter)
-    torch_optimizer = torch.optim.SGD(
-        [{"params": groups[True], "lr": 0.01}, {"params": groups[False]}], lr=0.001, momentum=0.9, weight_decay=0.1
-    )
-
-    sgd = optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.001, momentum=0.9))
-    state = create_train_state(MODEL64, variables64, scale_heads(sgd, 10.0), frozen=FROZEN)
-    for step in range(3):
-        images, labels = random_images(8, 64, step), np.random.default_rng(step).integers(0, 1000, 8)
-        expected = reference.train_step(torch_model, torch_optimizer, images, labels)
-        state, metrics = train_step(state, {"image": images, "label": labels}, KEY)
-        assert float(metrics["loss"]) == pytest.approx(expected, rel=1e-13), step  # 1e-15 measured
-
-    actual = flax_googlenet.to_torchvision({"params": state.params, "batch_stats": state.batch_stats})
-    for name, tensor in torch_model.state_dict().items():
-        if name.endswith("num_batches_tracked"):
-            continue
-        block, original = name.partition(".")[0], state_dict[name].astype(np.float64)
-        atol = 1e-13 * np.abs(original).max()  # 4e-15 measured
-        np.testing.assert_allclose(actual[name], tensor.numpy(), rtol=0, atol=atol)
-        assert np.array_equal(actual[name], original) == (block in FROZEN), name
-    assert not any(x.shape[:1] == (7,) for x in jax.tree.leaves(state.opt_state)), "conv1 has no momentum"
 
 
 @pytest.mark.slow
