@@ -1,4 +1,4 @@
-"""The predictor against the model and against PyTorch."""
+"""The predictor against torchvision's network in PyTorch."""
 
 import copy
 import json
@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import reference
 import torch
 from jax import numpy as jnp
 from PIL import Image
@@ -33,19 +34,19 @@ def predict(variables: dict[str, Any]) -> flax_googlenet.Predictor:
     return make_predictor(MODEL, variables)
 
 
-def _logits(model: flax_googlenet.GoogLeNet, variables: dict[str, Any], images: np.ndarray) -> jax.Array:
-    return jax.jit(model.apply)(variables, images).logits
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("transform_input", [False, True])
-def test_predictor_computes_the_models_logits_in_float64(
-    variables64: dict[str, Any], random_images: Images, transform_input: bool
+@pytest.mark.parametrize(("n", "transform_input"), [(5, False), (1, True)])
+def test_predictor_computes_torchvisions_logits_in_float64(
+    n: int,
+    transform_input: bool,
+    state_dict: dict[str, np.ndarray],
+    variables64: dict[str, Any],
+    random_images: Images,
 ) -> None:
-    images = random_images(5, 40, 47)
-    model = MODEL64.clone(transform_input=transform_input)
-    error = relative_error(make_predictor(model, variables64)(images), _logits(model, variables64, images))
-    assert error < 1e-13  # measured: 1.2e-14
+    images = random_images(n, 40, 47)
+    network = reference.build(state_dict, transform_input=transform_input, dtype=torch.float64)
+    logits = make_predictor(MODEL64.clone(transform_input=transform_input), variables64)(images)
+    assert relative_error(logits, reference.stages(network, images)["fc"]) < 1e-13  # measured: 1.2e-14
 
 
 @pytest.mark.parametrize(
@@ -113,12 +114,13 @@ def test_predictor_can_be_traced(variables64: dict[str, Any], random_images: Ima
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_parameters_in_half_precision_are_not_rounded_again(
-    variables: dict[str, Any], random_images: Images, dtype: Any
+    state_dict: dict[str, np.ndarray], random_images: Images, dtype: Any
 ) -> None:
-    images = random_images(2, 32, 32).astype(np.float32)
-    half = jax.tree.map(lambda x: np.asarray(x).astype(dtype), variables)
-    error = relative_error(make_predictor(MODEL, half)(images), _logits(MODEL, half, images))
-    assert error < 3e-5  # measured: 7e-6
+    images = random_images(2, 32, 32)
+    half = {key: x.astype(dtype) for key, x in state_dict.items()}
+    logits = make_predictor(MODEL, flax_googlenet.from_torchvision(half))(images.astype(np.float32))
+    network = reference.build(half, transform_input=False, dtype=torch.float64)
+    assert relative_error(logits, reference.stages(network, images)["fc"]) < 3e-5  # measured: 4e-6
 
 
 @pytest.mark.slow
@@ -128,7 +130,7 @@ def test_predictor_in_bfloat16_is_the_folded_model(variables: dict[str, Any], ra
     folded, folded_variables = fold_batch_norm(model, variables)
     logits = make_predictor(model, variables)(images)
     assert logits.dtype == jnp.bfloat16
-    expected = _logits(folded, folded_variables, images).astype(jnp.float32)
+    expected = jax.jit(folded.apply)(folded_variables, images).logits.astype(jnp.float32)
     assert relative_error(logits.astype(jnp.float32), expected) < 0.01  # measured: 0; bfloat16 rounds to 0.004
 
 
@@ -183,10 +185,11 @@ import jax, numpy as np
 jax.config.update("jax_num_cpu_devices", 3)
 import flax_googlenet
 model, variables = flax_googlenet.load(sys.argv[1])
-images = np.load(sys.argv[2])
+images, expected = np.load(sys.argv[2]), np.load(sys.argv[3])
 on_three = flax_googlenet.make_predictor(model, variables)
 on_one = flax_googlenet.make_predictor(model, variables, devices=jax.devices()[1:2])
-errors = [float(abs(np.asarray(on_three(images[:n])) - np.asarray(on_one(images[:n]))).max()) for n in (1, 3, 13)]
+errors = [float(abs(np.asarray(on_three(images[:n])) - expected[:n]).max()) for n in (1, 3, 13)]
+errors.append(float(abs(np.asarray(on_one(images[:2])) - expected[:2]).max()))
 with ThreadPoolExecutor(4) as pool:
     together = list(pool.map(lambda i: np.asarray(on_three(images[: 1 + i % 4])), range(100)))
 alone = [np.asarray(on_three(images[: 1 + i])) for i in range(4)]
@@ -196,10 +199,10 @@ for size, axis_type in ((3, jax.sharding.AxisType.Auto), (2, jax.sharding.AxisTy
     with jax.set_mesh(mesh):
         of_one, of_three = on_one(images[:3]), on_three(images[:3])
     errors += [float(abs(np.asarray(logits) - alone[2]).max()) for logits in (of_one, of_three)]
-    whole = images[: 2 * size]
+    whole = images[:size]  # so few that on_one compiles one size alone
     split = jax.device_put(whole, jax.NamedSharding(mesh, jax.P("theirs")))
     errors += [float(abs(np.asarray(f(split)) - np.asarray(f(whole))).max()) for f in (on_one, on_three)]
-pickled = pickle.loads(open(sys.argv[3], "rb").read())  # made where there is one device
+pickled = pickle.loads(open(sys.argv[4], "rb").read())  # made where there is one device
 assert pickled.devices == tuple(jax.devices()) and pickle.loads(pickle.dumps(on_one)).devices == on_one.devices
 errors.append(float(abs(np.asarray(pickled(images[:3])) - alone[2]).max()))
 print(json.dumps([len(errors), *errors]))
@@ -211,10 +214,12 @@ def test_several_devices_give_the_logits_of_one_even_in_another_process(
     variables: dict[str, Any], predict: flax_googlenet.Predictor, random_images: Images, tmp_path: Path
 ) -> None:
     flax_googlenet.save(tmp_path / "weights.safetensors", MODEL, variables)
-    np.save(tmp_path / "images.npy", random_images(13, 32, 32).astype(np.float32))
+    images = random_images(13, 32, 32).astype(np.float32)
+    np.save(tmp_path / "images.npy", images)
+    np.save(tmp_path / "logits.npy", predict(images))
     (tmp_path / "predict.pickle").write_bytes(pickle.dumps(predict))
-    arguments = [tmp_path / "weights.safetensors", tmp_path / "images.npy", tmp_path / "predict.pickle"]
+    arguments = [tmp_path / name for name in ("weights.safetensors", "images.npy", "logits.npy", "predict.pickle")]
     done = subprocess.run([sys.executable, "-c", _ON_DEVICES, *arguments], capture_output=True, text=True, check=True)
     count, *errors = json.loads(done.stdout)
-    assert count == len(errors) == 112
+    assert count == len(errors) == 113
     assert max(errors) < 2e-5  # of logits up to 2: matrix products of other sizes round in another order
