@@ -99,7 +99,8 @@ def train(data: Path, variables: dict[str, Any], tmp_path_factory: pytest.TempPa
         kind: {name: block for name, block in blocks.items() if not name.startswith("aux")}
         for kind, blocks in variables.items()
     }
-    flax_googlenet.save(weights, flax_googlenet.GoogLeNet(aux_logits=False), without, {"source": "random"})
+    model = flax_googlenet.GoogLeNet(aux_logits=False, transform_input=True)  # as the weights of ImageNet have it
+    flax_googlenet.save(weights, model, without, {"source": "random"})
     return Training(data, weights)
 
 
@@ -203,7 +204,7 @@ def test_the_result_goes_back_to_torchvision_which_gives_the_same_accuracy(
     complete: Path, data: Path, tmp_path: Path
 ) -> None:
     assert port_weights.main([str(complete / "model.safetensors"), "--to-torchvision", str(tmp_path / "back.pth")]) == 0
-    network = TorchGoogLeNet(num_classes=CLASSES, aux_logits=False, init_weights=False).eval()
+    network = TorchGoogLeNet(CLASSES, aux_logits=False, transform_input=True, init_weights=False).eval()
     network.load_state_dict(torch.load(tmp_path / "back.pth"))
     _, held_out = open_data(str(data), held_out=0.25, seed=0)
     (batch,) = eval_batches(held_out, Recipe(batch_size=len(held_out), image_size=32), fail=pytest.fail)
@@ -372,7 +373,8 @@ def test_losses_that_are_not_finite_are_skipped_and_5_in_a_row_stop_the_run_with
     model, variables = flax_googlenet.load(complete / "model.safetensors")
     variables["params"]["fc"]["bias"] = variables["params"]["fc"]["bias"] + np.float32(np.inf)
     flax_googlenet.save(tmp_path / "infinite.safetensors", model, variables)
-    recipe = dataclasses.replace(SHORT, frozen=BLOCKS[: BLOCKS.index("fc")], checkpoint_every=2)
+    # The learning rate is that of the test above, so that both have one program.
+    recipe = dataclasses.replace(SHORT, frozen=BLOCKS[: BLOCKS.index("fc")], learning_rate=0.0, checkpoint_every=2)
     messages: list[str] = []
     with pytest.raises(flax_googlenet.training.TrainingStopped, match="not finite in 5 steps in a row") as caught:
         flax_googlenet.training.train(
