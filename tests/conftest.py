@@ -25,13 +25,19 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")  # the library must not
 StateDict = Mapping[str, np.ndarray]
 
 
+# Those that take more than a minute, the longest first.
 LONGEST_FILES = (
     "test_step.py",
     "test_loop.py",
     "test_port_weights.py",
+    "test_docs.py",
     "test_predictor.py",
+    "test_classify.py",
     "test_model.py",
     "test_evaluate.py",
+    "test_export.py",
+    "test_torchvision.py",
+    "test_checkpoint.py",
 )
 
 
