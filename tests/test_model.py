@@ -351,22 +351,17 @@ def test_precision_reaches_every_convolution_and_matrix_product() -> None:
     shapes = flax_googlenet.model.variable_shapes(model)
     images = jax.ShapeDtypeStruct((2, 64, 64, 3), jnp.float32)
 
-    def products(jaxpr: Any) -> list[Any]:
-        found = [eqn for eqn in jaxpr.eqns if eqn.primitive.name in ("conv_general_dilated", "dot_general")]
-        for eqn in jaxpr.eqns:
-            for value in eqn.params.values():
-                inner = getattr(value, "jaxpr", value)
-                found += products(inner) if hasattr(inner, "eqns") else []
-        return found
-
     def train(variables: Any, images: Any) -> Any:
         return model.apply(variables, images, train=True, rngs={"dropout": jax.random.key(0)}, mutable=["batch_stats"])
 
-    found = products(jax.make_jaxpr(train)(shapes, images).jaxpr)
-    # On a CPU there is one more, the transform of conv3's kernel for Winograd's algorithm.
-    assert len(found) == 59 + 5 + (jax.default_backend() == "cpu")
-    highest = jax.lax.Precision.HIGHEST
-    assert {eqn.params["precision"] for eqn in found} == {(highest, highest)}
+    traced = jax.jit(train).trace(shapes, images)
+    # For a CPU, Winograd's algorithm makes two products of conv3, and the five layers that are matrix products call one
+    # function for each of their two shapes.
+    for platform, count in {"tpu": 59 + 5, "cuda": 59 + 5, "cpu": 59 + 1 + 2}.items():
+        program = traced.lower(lowering_platforms=(platform,)).as_text()
+        products = [line for line in program.splitlines() if "stablehlo.convolution" in line or "dot_general" in line]
+        assert len(products) == count
+        assert all(line.count("HIGHEST") == 2 for line in products)
 
 
 @pytest.mark.slow

@@ -8,7 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import numpy as jnp
 
+from flax_googlenet.ops import platforms
 from flax_googlenet.ops.pooling import adaptive_avg_pool, avg_pool, max_pool
+
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+WAYS = ("by masks", "by XLA")
 
 
 def nhwc(tensor: torch.Tensor) -> np.ndarray:
@@ -48,9 +52,17 @@ def test_max_pool_is_torchs(h: int, w: int, pool: tuple[int, int, int]) -> None:
     np.testing.assert_array_equal(actual, nhwc(expected))
 
 
+def force(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make this machine compute the gradient of a max pool in the way of a TPU, or of all other platforms."""
+    monkeypatch.setattr(platforms, "XLA_POOL_GRADIENT", PLATFORMS if way == "by XLA" else ())
+
+
+@pytest.mark.parametrize("way", WAYS)
 @settings(max_examples=20, deadline=None)
 @given(st.integers(3, 12), st.integers(3, 12), pools(largest=3))
-def test_max_pool_gives_the_gradient_of_a_tie_to_the_same_pixel(h: int, w: int, pool: tuple[int, int, int]) -> None:
+def test_max_pool_gives_the_gradient_of_a_tie_to_the_same_pixel(
+    way: str, h: int, w: int, pool: tuple[int, int, int]
+) -> None:
     window, stride, padding = pool
     x = images(h, w)
     tensor = nchw(x).requires_grad_()
@@ -58,13 +70,17 @@ def test_max_pool_gives_the_gradient_of_a_tie_to_the_same_pixel(h: int, w: int, 
     weights = np.random.default_rng(0).standard_normal(nhwc(expected).shape)
     (expected * nchw(weights)).sum().backward()
 
-    gradient = jax.jit(jax.grad(lambda x: (max_pool(x, window, stride, padding) * weights).sum()))(x)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        force(way, monkeypatch)
+        gradient = jax.jit(jax.grad(lambda x: (max_pool(x, window, stride, padding) * weights).sum()))(x)
     assert tensor.grad is not None
     np.testing.assert_allclose(gradient, nhwc(tensor.grad), rtol=0, atol=1e-14)  # sums of at most 9 in another order
 
 
 @pytest.mark.slow
-def test_max_pool_has_derivatives_of_every_mode() -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_max_pool_has_derivatives_of_every_mode(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    force(way, monkeypatch)
     x, v = images(6, 7), np.random.default_rng(1).standard_normal((2, 6, 7, 3))
 
     @jax.jit
@@ -78,9 +94,13 @@ def test_max_pool_has_derivatives_of_every_mode() -> None:
     np.testing.assert_allclose(second, transposed, rtol=0, atol=1e-14 * np.abs(second).max())  # 1e-16 measured
 
 
-def test_max_pool_carries_nan_as_torch_does() -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_max_pool_carries_nan_and_infinity_as_torch_does(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    force(way, monkeypatch)
     x = images(7, 7)
     x[:, 3, 3:5] = np.nan
+    x[:, 2:4, 2] = np.inf  # above, and beside NaN
+    x[:, 6, 6], x[:, 5, 6] = np.inf, np.finfo(np.float64).max
     tensor = nchw(x).requires_grad_()
     expected = torch.nn.functional.max_pool2d(tensor, 3, 2, 1, ceil_mode=True)
     expected.sum().backward()
