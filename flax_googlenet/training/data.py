@@ -110,8 +110,7 @@ def eval_batches(
             minutes.
     """
     rows = _rows(recipe.batch_size, process_index, process_count)
-    indices = np.full(-(-len(dataset) // recipe.batch_size) * recipe.batch_size, -1)
-    indices[: len(dataset)] = np.arange(len(dataset))
+    indices = np.pad(np.arange(len(dataset)), (0, -len(dataset) % recipe.batch_size), constant_values=-1)
     batches = grain.MapDataset.source(indices.reshape(-1, recipe.batch_size)[:, rows]).map(
         partial(_eval_batch, dataset, recipe.image_size)
     )

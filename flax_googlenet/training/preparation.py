@@ -172,12 +172,10 @@ def initial_state(
         if weights is None or head is None or variables is None:
             model = GoogLeNet(num_classes=num_classes)
             variables = model.init(key, jnp.zeros((1, MIN_SIZE, MIN_SIZE, 3), jnp.float32))
+        elif head.order is None:
+            model, variables = new_head(weights.model, variables, num_classes, key)
         else:
-            model = weights.model
-            if head.order is None:
-                model, variables = new_head(model, variables, num_classes, key)
-            else:
-                variables = reorder_head(variables, head.order)
+            model, variables = weights.model, reorder_head(variables, head.order)
         return create_train_state(
             model.clone(dropout=recipe.dropout, dropout_aux=recipe.dropout_aux, dtype=jnp.dtype(recipe.dtype).type),
             variables,
