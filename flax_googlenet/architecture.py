@@ -1,5 +1,6 @@
 """The facts about the networks that need no JAX: what sets them apart, their blocks, and what their images are."""
 
+import difflib
 from typing import NamedTuple
 
 
@@ -77,3 +78,67 @@ HEADS = ("fc", "aux1", "aux2")
 
 BLOCKS = ("conv1", "conv2", "conv3", *WIDTHS, *HEADS)
 """Names of all blocks that have variables, as in torchvision: the first level of the variables."""
+
+STAGES = (
+    *("conv1", "maxpool1", "conv2", "conv3", "maxpool2"),
+    *("inception3a", "inception3b", "maxpool3"),
+    *("inception4a", "inception4b", "inception4c", "inception4d", "inception4e", "maxpool4"),
+    *("inception5a", "inception5b", "avgpool", "fc"),
+)
+"""Names of the stages of inference in the order of computation, as in torchvision."""
+
+_NORMS = ("norm1", "norm2")  # stages of the networks with local response normalisation alone
+
+_BRANCHES = {
+    # The convolutions of an Inception block, with Caffe's names and Lucid's.
+    "branch1": ("1x1", "1x1"),
+    "branch2_0": ("3x3_reduce", "3x3_bottleneck"),
+    "branch2_1": ("3x3", "3x3"),
+    "branch3_0": ("5x5_reduce", "5x5_bottleneck"),
+    "branch3_1": ("5x5", "5x5"),
+    "branch4_1": ("pool_proj", "pool_reduce"),
+}
+
+
+def _stage_names() -> dict[str, str]:
+    """Return the names of all stages and branches by themselves, by Caffe's and Lucid's, and by torchvision's paths."""
+    convolutions = ["conv1", "conv2", "conv3", *(f"{block}/{branch}" for block in WIDTHS for branch in _BRANCHES)]
+    names = {name: name for name in (*STAGES, *_NORMS, *convolutions)}
+    names |= {"conv1/7x7_s2": "conv1", "conv2/3x3_reduce": "conv2", "conv2/3x3": "conv3"}  # Caffe
+    names |= {f"pool{i}/3x3_s2": f"maxpool{i}" for i in (1, 2, 3, 4)}
+    names |= {"pool1/norm1": "norm1", "conv2/norm2": "norm2", "pool5/7x7_s1": "avgpool", "loss3/classifier": "fc"}
+    # Lucid. Its maxpool1 to maxpool3 are missing, because torchvision gives these names to other stages.
+    names |= {"conv2d0": "conv1", "maxpool0": "maxpool1", "conv2d1": "conv2", "conv2d2": "conv3"}
+    names |= {"localresponsenorm0": "norm1", "localresponsenorm1": "norm2"}
+    names |= {"avgpool0": "avgpool", "softmax2_pre_activation": "fc"}
+    for block in WIDTHS:
+        number = block.removeprefix("inception")
+        names |= {f"inception_{number}/output": block, f"mixed{number}": block}
+        for branch, (caffe, lucid) in _BRANCHES.items():
+            others = f"inception_{number}/{caffe}", f"mixed{number}_{lucid}", f"{block}.{branch.replace('_', '.')}"
+            names |= dict.fromkeys(others, f"{block}/{branch}")
+    before_relu = {name: f"{stage}/pre_relu" for name, stage in names.items() if stage in convolutions}
+    return names | {f"{name}{end}": stage for name, stage in before_relu.items() for end in ("/pre_relu", "_pre_relu")}
+
+
+_STAGE_NAMES = _stage_names()
+
+
+def stage_name(name: str, variant: str | None = None) -> str:
+    """Return the name of a stage as ``endpoints`` has it, from that name or from one that other libraries use.
+
+    Caffe's ``inception_4c/3x3``, Lucid's ``mixed4c_3x3`` and torchvision's ``inception4c.branch2.1`` are
+    ``inception4c/branch2_1``. With ``_pre_relu`` or ``/pre_relu`` at its end, each is the value before the ReLU.
+
+    Args:
+        name: The name.
+        variant: The network that must have the stage. None is any network.
+
+    Raises:
+        ValueError: If no stage has this name; the message has similar names.
+    """
+    stage = _STAGE_NAMES.get(name)
+    if stage is None or (stage in _NORMS and variant and not NETWORKS[variant].response_norm):
+        similar = difflib.get_close_matches(name, set(_STAGE_NAMES) - {name}, cutoff=0.4) or STAGES
+        raise ValueError(f"no stage is named {name}: did you mean {', '.join(similar)}?")
+    return stage

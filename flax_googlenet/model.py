@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
 from flax.typing import Dtype, Initializer
 from jax import numpy as jnp
 from jax.sharding import AxisType, reshard
 from jaxtyping import Array, Float
 
-from flax_googlenet.architecture import BLOCKS, IMAGENET_MEAN, IMAGENET_STD, NETWORKS, WIDTHS
+from flax_googlenet.architecture import BLOCKS, IMAGENET_MEAN, IMAGENET_STD, NETWORKS, WIDTHS, stage_name
 from flax_googlenet.ops import platforms, winograd
 from flax_googlenet.ops.normalization import local_response_norm
 from flax_googlenet.ops.pooling import adaptive_avg_pool, avg_pool, max_pool, per_channel
@@ -37,7 +38,7 @@ MISSING_HEAD = (
     "train model.clone(aux_logits=False), or add the {0} of model.init"
 )
 
-_OUTPUT = "_output"  # suffix of sown values, which share a namespace with the submodules: "conv1" is taken
+_OUTPUT = "_output"  # suffix of recorded values, which share a namespace with the submodules: "conv1" is taken
 
 
 class GoogLeNetOutput(NamedTuple):
@@ -150,6 +151,10 @@ class ConvBN(nn.Module):
         )(x)
         if self.batch_norm:
             x = BatchNorm(dtype=self.dtype, param_dtype=self.param_dtype, name="bn")(x, train)
+        return self.relu(_stage(self, "pre_relu", x))
+
+    def relu(self, x: jax.Array) -> jax.Array:
+        """Return max(x, 0). This is a method so that ``flax.linen.intercept_methods`` can change its gradient."""
         return nn.relu(x)
 
 
@@ -167,17 +172,20 @@ class Inception(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "n h w c"], train: bool) -> Float[Array, "n h w c2"]:
         """Map ``x`` [N, H, W, C] to [N, H, W, widths[0] + widths[2] + widths[4] + widths[5]]."""
-        conv: Callable[..., ConvBN] = functools.partial(ConvBN, **_options(self, self.kernel_init))
+        convolution: Callable[..., ConvBN] = functools.partial(ConvBN, **_options(self, self.kernel_init))
         width1, reduce2, width2, reduce3, width3, width4 = self.widths
         kernel3 = NETWORKS[self.variant].branch3_kernel
 
-        branch1 = conv(width1, name="branch1")(x, train)
-        branch2 = conv(reduce2, name="branch2_0")(x, train)
-        branch2 = conv(width2, kernel_size=3, padding=1, name="branch2_1")(branch2, train)
-        branch3 = conv(reduce3, name="branch3_0")(x, train)
-        branch3 = conv(width3, kernel_size=kernel3, padding=kernel3 // 2, name="branch3_1")(branch3, train)
+        def conv(name: str, x: jax.Array, features: int, **geometry: int) -> jax.Array:
+            return _stage(self, name, convolution(features, **geometry, name=name)(x, train))
+
+        branch1 = conv("branch1", x, width1)
+        branch2 = conv("branch2_0", x, reduce2)
+        branch2 = conv("branch2_1", branch2, width2, kernel_size=3, padding=1)
+        branch3 = conv("branch3_0", x, reduce3)
+        branch3 = conv("branch3_1", branch3, width3, kernel_size=kernel3, padding=kernel3 // 2)
         # Named branch4_1, because the pool is branch4.0 in torchvision.
-        branch4 = conv(width4, name="branch4_1")(max_pool(x, window=3, stride=1, padding=1), train)
+        branch4 = conv("branch4_1", max_pool(x, window=3, stride=1, padding=1), width4)
         return jnp.concatenate([branch1, branch2, branch3, branch4], axis=-1)
 
 
@@ -301,9 +309,7 @@ class GoogLeNet(nn.Module):
         options = _options(self, kernel_init)
         conv_bn: Callable[..., ConvBN] = functools.partial(ConvBN, **options)
 
-        def stage(name: str, x: jax.Array) -> jax.Array:
-            self.sow("intermediates", name + _OUTPUT, x)  # for `endpoints`; no other caller collects intermediates
-            return x
+        stage = functools.partial(_stage, self)
 
         def trains(name: str) -> bool:
             return train and name not in frozen
@@ -360,24 +366,58 @@ class GoogLeNet(nn.Module):
 
 
 def endpoints(
-    model: GoogLeNet, variables: Variables, images: Float[Array | np.ndarray, "n h w 3"]
+    model: GoogLeNet,
+    variables: Variables,
+    images: Float[Array | np.ndarray, "n h w 3"],
+    *,
+    branches: bool = False,
+    replace: Mapping[str, jax.Array | np.ndarray] | None = None,
 ) -> dict[str, jax.Array]:
-    """Compute all stages at inference, to use them as features or to compare them with torchvision's.
+    """Compute all stages at inference, to use them as features, to change them, or to compare them with torchvision's.
+
+    Example::
+
+        clean, other = (endpoints(model, variables, x) for x in (images, other_images))
+        patched = endpoints(model, variables, images, replace={"mixed4c": other["inception4c"]})
+        effect = patched["fc"] - clean["fc"]
 
     Args:
         model: The network.
         variables: Its variables.
         images: Floating point [N, H, W, 3], as for the model.
+        branches: Whether to return the convolutions inside the stages, too: ``inception4c/branch2_1`` is the output of
+            a convolution after its ReLU, and ``inception4c/branch2_1/pre_relu`` is the value before it.
+        replace: Values of stages by name, with which the network goes on in place of its own. A name is one of the
+            result with ``branches=True``, the path of torchvision's module (``inception4c.branch2.1``), Caffe's
+            (``inception_4c/3x3``) or Lucid's (``mixed4c_3x3``). The last three can end in ``_pre_relu``.
 
     Returns:
         ``{"conv1": ..., "maxpool1": ..., ..., "inception5b": ..., "avgpool": ..., "fc": ...}``, by torchvision's module
         names and in the order of computation (``jax.jit`` sorts them by name). Stages are NHWC. ``avgpool`` is
         [N, 1, 1, 1024] and ``fc``, the logits, [N, num_classes]. The variant ``"bvlc"`` also has the results of local
         response normalisation, ``norm1`` after ``maxpool1`` and ``norm2`` after ``conv3``.
+
+    Raises:
+        ValueError: If ``replace`` names no stage, or has a value of another shape than the stage.
     """
-    _, collections = model.apply(variables, images, mutable=["intermediates"])
+    given = {f"{stage_name(name, model.variant)}{_OUTPUT}": value for name, value in (replace or {}).items()}
+    replacements = unflatten_dict(given, sep="/")
+    _, collections = model.apply({**variables, "replacements": replacements}, images, mutable=["intermediates"])
     # `sow` collects a tuple with one entry per call, and each stage is computed once.
-    return {name.removesuffix(_OUTPUT): stage for name, (stage,) in collections["intermediates"].items()}
+    recorded = flatten_dict(collections["intermediates"], sep="/")
+    stages = {name.removesuffix(_OUTPUT): stage for name, (stage,) in recorded.items()}
+    return stages if branches else {name: stage for name, stage in stages.items() if "/" not in name}
+
+
+def _stage(module: nn.Module, name: str, x: jax.Array) -> jax.Array:
+    """Return the value of a stage, which `endpoints` can read and replace; no other caller passes these collections."""
+    if module.has_variable("replacements", name + _OUTPUT):
+        replacement = jnp.asarray(module.get_variable("replacements", name + _OUTPUT))
+        if replacement.shape != x.shape:
+            raise ValueError(f"replace: {name} has the shape {x.shape}, got {replacement.shape}")
+        x = replacement.astype(x.dtype)
+    module.sow("intermediates", name + _OUTPUT, x)
+    return x
 
 
 def variable_shapes(model: GoogLeNet) -> dict[str, Any]:

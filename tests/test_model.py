@@ -16,10 +16,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import numpy as jnp
 from proof import relative_error
 from torchvision.models import GoogLeNet as TorchGoogLeNet
+from torchvision.models.googlenet import BasicConv2d
 
 import flax_googlenet
 from flax_googlenet import GoogLeNet, endpoints
-from flax_googlenet.architecture import NETWORKS
+from flax_googlenet.architecture import NETWORKS, stage_name
 from flax_googlenet.model import BatchNorm
 
 MODEL64 = GoogLeNet(dtype=jnp.float64, param_dtype=jnp.float64)
@@ -41,14 +42,81 @@ def test_every_stage_is_torchvisions_in_float64(
     h: int, w: int, variables64: dict[str, Any], torch64: TorchGoogLeNet, random_images: Images
 ) -> None:
     images = random_images(2, h, w)
-    expected = reference.stages(torch64, images)
-    # One program: XLA compiles once what both compute.
-    actual, output = jax.jit(lambda v, x: (endpoints(MODEL64, v, x), MODEL64.apply(v, x)))(variables64, images)
+    branches: dict[str, np.ndarray] = {}  # by the paths of torchvision's modules
 
-    assert actual.keys() == expected.keys() - {"aux1", "aux2"}
+    def remember(path: str) -> Callable[..., None]:
+        return lambda module, inputs, output: branches.update({path: output.permute(0, 2, 3, 1).numpy().copy()})
+
+    hooks = [
+        module.register_forward_hook(remember(path.removesuffix(".bn") + "_pre_relu" * path.endswith(".bn")))
+        for path, module in torch64.named_modules()
+        if isinstance(module, BasicConv2d | torch.nn.BatchNorm2d) and not path.startswith("aux")
+    ]
+    stages = reference.stages(torch64, images)
+    for hook in hooks:
+        hook.remove()
+    expected = {name: stages[name] for name in stages if name not in ("aux1", "aux2")}
+    expected |= {stage_name(path): branch for path, branch in branches.items()}
+
+    # One program: XLA compiles once what both compute.
+    actual, output = jax.jit(lambda v, x: (endpoints(MODEL64, v, x, branches=True), MODEL64.apply(v, x)))(
+        variables64, images
+    )
+    assert actual.keys() == expected.keys()
     for name, stage in actual.items():
         assert relative_error(stage, expected[name]) < 1e-12, name  # 2e-14 measured, at inception5b
     np.testing.assert_array_equal(output.logits, actual["fc"])
+
+
+@pytest.mark.slow
+def test_a_stage_can_be_replaced_and_its_gradient_is_torchvisions(
+    variables64: dict[str, Any], torch64: TorchGoogLeNet, random_images: Images
+) -> None:
+    images = random_images(2, 32, 32)
+    value = np.abs(np.random.default_rng(0).standard_normal((2, 2, 2, 832)))
+
+    def logit(value: jax.Array) -> jax.Array:
+        return endpoints(MODEL64, variables64, images, replace={"mixed4e": value})["fc"][1, 3]
+
+    actual, gradient = jax.jit(jax.value_and_grad(logit))(value)
+
+    inner = torch.from_numpy(value).permute(0, 3, 1, 2).requires_grad_()
+    hook = torch64.inception4e.register_forward_hook(lambda *_: inner)
+    expected = torch64(torch.from_numpy(images).permute(0, 3, 1, 2))[1, 3]
+    hook.remove()
+    expected.backward()
+    assert relative_error(actual, expected.detach().numpy()) < 1e-12
+    assert relative_error(gradient, inner.grad.permute(0, 2, 3, 1).numpy()) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("replace", "named"),
+    [
+        ({"mixed4f": np.zeros((1, 1, 1, 512))}, "mixed4e"),
+        ({"mixed4e": np.zeros(3)}, r"1, 1, 1, 832"),
+        ({"norm1": np.zeros((1, 4, 4, 64))}, "norm1"),  # only the network without BatchNorm has it
+    ],
+)
+def test_a_replacement_that_does_not_fit_is_refused(
+    replace: dict[str, np.ndarray], named: str, variables64: dict[str, Any], random_images: Images
+) -> None:
+    with pytest.raises(ValueError, match=named):
+        jax.eval_shape(lambda: endpoints(MODEL64, variables64, random_images(1, 15, 15), replace=replace))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("inception4c/branch2_0", "inception4c.branch2.0", "inception_4c/3x3_reduce", "mixed4c_3x3_bottleneck"),
+        ("inception5b/branch4_1/pre_relu", "mixed5b_pool_reduce_pre_relu", "inception_5b/pool_proj_pre_relu"),
+        ("conv3/pre_relu", "conv2/3x3_pre_relu", "conv2d2_pre_relu"),
+        ("maxpool3", "pool3/3x3_s2"),
+        ("avgpool", "pool5/7x7_s1", "avgpool0"),
+        ("fc", "loss3/classifier", "softmax2_pre_activation"),
+    ],
+)
+def test_a_stage_has_the_names_of_torchvision_caffe_and_lucid(names: tuple[str, ...]) -> None:
+    assert {stage_name(name) for name in names} == {names[0]}
 
 
 @pytest.mark.slow
