@@ -7,6 +7,7 @@ optax.
 TYPE_CHECKING = False  # the import of typing would take longer than everything else here
 if TYPE_CHECKING:  # "as" the same name tells type checkers that the name is public
     from flax_googlenet import training as training
+    from flax_googlenet import visualization as visualization
     from flax_googlenet.errors import GoogLeNetError as GoogLeNetError
     from flax_googlenet.images.preprocessing import ImageError as ImageError
     from flax_googlenet.images.preprocessing import preprocess as preprocess
@@ -48,6 +49,7 @@ else:  # hidden from type checkers, which would accept any name because of __get
         "weights.pth": ("StateDictError", "read_state_dict"),
         "weights.torchvision": ("PortingError", "from_torchvision", "to_torchvision"),
         "training": (),
+        "visualization": (),
     }
     __all__ = sorted(name for names in _MODULES.values() for name in names)
 
@@ -72,4 +74,4 @@ else:  # hidden from type checkers, which would accept any name because of __get
         return _get_lazily(__name__, _MODULES, name)
 
     def __dir__() -> list[str]:
-        return sorted({*globals(), *__all__, "training"})
+        return sorted({*globals(), *__all__, "training", "visualization"})

@@ -133,6 +133,11 @@ def normalise(image: Image.Image) -> Float32[np.ndarray, "h w 3"]:
     return (pixels - np.array(IMAGENET_MEAN, np.float32)) / np.array(IMAGENET_STD, np.float32)
 
 
+def denormalise(pixels: Float32[np.ndarray, "h w 3"]) -> Float32[np.ndarray, "h w 3"]:
+    """Return ImageNet-normalised RGB as RGB in [0, 1]: the inverse of ``normalise``."""
+    return np.clip(pixels * np.array(IMAGENET_STD, np.float32) + np.array(IMAGENET_MEAN, np.float32), 0, 1)
+
+
 def rgb(source: ImageSource) -> Image.Image:
     """Return an image decoded, upright and in RGB, in its own size; raise the same errors as ``preprocess``."""
     if isinstance(source, np.ndarray):
