@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 import flax_googlenet
+from flax_googlenet.commands import cli
 
 ROOT = Path(__file__).parents[1]
-SUBCOMMANDS = ("classify", "evaluate", "export", "summary", "train")
+SUBCOMMANDS = tuple(cli.SUBCOMMANDS)
+MODULES = (flax_googlenet, flax_googlenet.training, flax_googlenet.visualization)
 PORT_WEIGHTS = "python convert/port_weights.py"
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 NOTEBOOKS = [page for page in PAGES if "```{code-cell}" in page.read_text(encoding="utf-8")]
@@ -73,4 +75,4 @@ def test_ci_runs_the_test_command_of_the_readme() -> None:
 def test_the_reference_has_every_public_name() -> None:
     reference = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
     documented = set(re.findall(r"^\.\. auto\w+:: (\w+)$", reference, re.M))
-    assert documented == {*flax_googlenet.__all__, *flax_googlenet.training.__all__}
+    assert documented == {name for module in MODULES for name in module.__all__}

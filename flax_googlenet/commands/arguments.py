@@ -14,16 +14,27 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import FlagCreatePairsOff, arg
 
+from flax_googlenet.architecture import stage_name
 from flax_googlenet.commands.status import UsageError
 from flax_googlenet.training.recipe import Recipe
 
 File = Annotated[Path, arg(metavar="FILE")]
+Picture = Annotated[Path, arg(metavar="PICTURE.png")]
 OptionalFile = Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")]
 Weights = Annotated[Path, arg(metavar="FILE|NAME")]
 OptionalWeights = Annotated[Path | None, arg(metavar="FILE|NAME", help_behavior_hint="")]
 Number = Annotated[int, arg(metavar="N")]
 OptionalNumber = Annotated[int | None, arg(metavar="N", help_behavior_hint="")]
+Stage = Annotated[str, arg(metavar="STAGE")]
 Flag = Annotated[bool, arg(help_behavior_hint=""), FlagCreatePairsOff]
+
+
+def known_stage(name: str) -> str:
+    """Return the name of a stage as ``stage_name`` does, but raise UsageError if there is no such stage."""
+    try:
+        return stage_name(name)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def parse(

@@ -10,7 +10,7 @@ from flax_googlenet.commands.arguments import Flag, Number, OptionalFile, Option
 from flax_googlenet.commands.results import SUFFIXES, Row, open_results, rank
 from flax_googlenet.commands.status import Status, UsageError
 from flax_googlenet.commands.terminal import Messages, require_folder_of, write_output
-from flax_googlenet.commands.weights import default_weights, weights_file
+from flax_googlenet.commands.weights import open_weights
 from flax_googlenet.errors import printable
 
 if TYPE_CHECKING:
@@ -71,7 +71,6 @@ def classify(
     from contextlib import nullcontext
 
     import numpy as np
-    from jax import numpy as jnp
     from rich.console import Console
     from rich.progress import SpinnerColumn, TextColumn
 
@@ -79,7 +78,6 @@ def classify(
     from flax_googlenet.images.preprocessing import preprocess
     from flax_googlenet.inference.compiling import require_backend, use_compilation_cache
     from flax_googlenet.inference.predictor import make_predictor, probabilities
-    from flax_googlenet.weights.checkpoint import load_weights
 
     use_compilation_cache()
     require_backend()
@@ -89,12 +87,8 @@ def classify(
     if first_path is None:
         return Status.NOT_DONE
     paths = itertools.chain([first_path], paths)
-    weights = weights_file(weights or default_weights(messages), messages)
-    loaded = load_weights(weights, dtype=jnp.float32)
+    weights, loaded = open_weights(weights, messages)
     top = min(top, loaded.model.num_classes)
-    if loaded.metadata.get("source") == "random":
-        messages.warn("these weights are random: the answers mean nothing")
-
     predict = make_predictor(loaded.model, loaded.variables)
     screen, done = Console(highlight=False), 0
     with nullcontext() if output is None else open_results(output, loaded.digest, top, messages.warn) as results:

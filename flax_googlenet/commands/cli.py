@@ -3,31 +3,36 @@
 JAX is not imported until a subcommand runs: ``--help`` and a wrong option need not wait for it.
 """
 
-import functools
+import inspect
+import shutil
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
-
-import tyro
 
 import flax_googlenet
 from flax_googlenet.commands.arguments import parse
 from flax_googlenet.commands.classify import classify
+from flax_googlenet.commands.dream import dream
 from flax_googlenet.commands.evaluate import evaluate
+from flax_googlenet.commands.explain import explain
 from flax_googlenet.commands.export import export
 from flax_googlenet.commands.status import Status, UsageError, describe_crash, exit_status
 from flax_googlenet.commands.summary import summary
 from flax_googlenet.commands.terminal import Messages, prepare_process, write_output
 from flax_googlenet.commands.train import STARTING, default_recipe, train
+from flax_googlenet.commands.visualize import visualize
 from flax_googlenet.errors import GoogLeNetError
 
 SUBCOMMANDS: dict[str, Callable[..., int]] = {
     "classify": classify,
+    "dream": dream,
     "evaluate": evaluate,
+    "explain": explain,
     "export": export,
     "summary": summary,
     "train": train,
+    "visualize": visualize,
 }
 
 
@@ -57,25 +62,27 @@ def _run(arguments: list[str]) -> int:
                 Messages().note(STARTING)
             recipe = default_recipe(arguments[1:])
         return parse(name, SUBCOMMANDS[name], arguments[1:], recipe)()
-    if name and not name.startswith("-"):
-        raise UsageError(f"{name} is no command: the commands are {', '.join(SUBCOMMANDS)}")
-    return tyro.extras.subcommand_cli_from_dict(
-        {name: _with_one_line(command) for name, command in SUBCOMMANDS.items()},
-        prog="flax-googlenet",
-        description="GoogLeNet in JAX and Flax. --version prints the version.",
-        args=arguments,
+    if name in ("-h", "--help"):
+        write_output(_overview())
+        return Status.DONE
+    raise UsageError(f"{name or 'nothing'} is no command: the commands are {', '.join(SUBCOMMANDS)}")
+
+
+def _overview() -> str:
+    """Return the help on all subcommands: the first line of each one's docstring."""
+    columns = shutil.get_terminal_size().columns
+    lines = [
+        f"  {name:9}  {inspect.cleandoc(command.__doc__ or '').splitlines()[0]}"
+        for name, command in SUBCOMMANDS.items()
+    ]
+    return "\n".join(
+        [
+            "usage: flax-googlenet COMMAND ...\n",
+            "GoogLeNet in JAX and Flax. --version prints the version.\n",
+            *(textwrap.fill(line, columns, subsequent_indent=" " * 13) for line in lines),
+            "\nflax-googlenet COMMAND --help explains a command and its arguments.\n",
+        ]
     )
-
-
-def _with_one_line(command: Callable[..., int]) -> Callable[..., int]:
-    """Return the command with the first line of its docstring alone, for the overview of all commands."""
-
-    @functools.wraps(command)
-    def same(*arguments: Any, **options: Any) -> int:
-        return command(*arguments, **options)
-
-    same.__doc__ = (command.__doc__ or "").partition("\n")[0]
-    return same
 
 
 def _describe(error: Exception) -> str:

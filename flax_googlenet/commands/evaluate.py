@@ -8,7 +8,7 @@ from tyro.conf import arg
 
 from flax_googlenet.commands.arguments import Flag, Number, OptionalFile
 from flax_googlenet.commands.status import CommandError, Status, UsageError
-from flax_googlenet.commands.terminal import Messages, require_folder_of, write_output, writing
+from flax_googlenet.commands.terminal import Messages, require_picture, write_output, writing
 from flax_googlenet.commands.train import require_training_packages
 from flax_googlenet.commands.weights import is_pretrained, weights_file
 from flax_googlenet.errors import listing
@@ -73,9 +73,7 @@ def evaluate(
     if batch_size < 1:
         raise UsageError("--batch-size must be at least 1")
     if confusion:
-        if confusion.suffix.lower() != ".png":
-            raise UsageError(f"{confusion}: --confusion must end in .png")
-        require_folder_of(confusion)
+        require_picture(confusion)
 
     import time
 
@@ -131,11 +129,7 @@ def evaluate(
     if confusion:
         with writing(confusion):
             numbered = draw_confusion(confusion, score.matrix, dataset.class_names)
-        if numbered:
-            messages.warn(
-                f"{confusion} shows numbers for {len(numbered)} class names, which no installed font can draw "
-                f"({listing(map(repr, numbered))}): install a font that can, such as Noto Sans CJK"
-            )
+        messages.warn_of_numbers(confusion, numbered)
     return messages.conclude(score.count, seconds)
 
 

@@ -3,13 +3,13 @@
 import io
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flax_googlenet.commands.status import CommandError, Status
-from flax_googlenet.errors import printable
+from flax_googlenet.commands.status import CommandError, Status, UsageError
+from flax_googlenet.errors import listing, printable
 
 if TYPE_CHECKING:  # rich takes time to import
     from rich.console import Console
@@ -53,6 +53,13 @@ def require_folder_of(output: Path) -> None:
     """Raise a CommandError if the folder of an output does not exist, before the work rather than after it."""
     if not output.parent.is_dir():
         raise CommandError(f"cannot write {output}: there is no folder {output.parent}")
+
+
+def require_picture(output: Path) -> None:
+    """Raise an error if the name of a picture does not end in .png, or if its folder does not exist."""
+    if output.suffix.lower() != ".png":
+        raise UsageError(f"{output}: the name of the picture must end in .png")
+    require_folder_of(output)
 
 
 @contextmanager
@@ -104,6 +111,14 @@ class Messages:
     def warn(self, message: str) -> None:
         """Print a warning."""
         self._print("[bold yellow]warning:[/] ", message)
+
+    def warn_of_numbers(self, picture: Path, class_names: Sequence[str]) -> None:
+        """Warn that a picture shows numbers in place of class names, if there are any that no font can draw."""
+        if class_names:
+            self.warn(
+                f"{picture} shows numbers for {len(class_names)} class names, which no installed font can draw "
+                f"({listing(map(repr, class_names))}): install a font that can, such as Noto Sans CJK"
+            )
 
     def fail(self, message: str, failed: int = 1) -> None:
         """Print an error, and count the images that it is about."""

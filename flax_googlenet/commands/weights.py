@@ -1,8 +1,12 @@
 """The weights that a command line names: a file, or pretrained weights, which are downloaded with a bar."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flax_googlenet.commands.terminal import Messages
+
+if TYPE_CHECKING:
+    from flax_googlenet.weights.checkpoint import Weights
 
 DEFAULTS = (Path("googlenet-imagenet.safetensors"), Path("googlenet-random.safetensors"))
 """The files that ``port_weights.py`` of the repository writes by default, into the working folder."""
@@ -35,6 +39,27 @@ def weights_file(named: str | Path, messages: Messages) -> Path:
             bar.update(task, completed=done, total=total, visible=True)
 
         return pretrained_file(str(named), show, messages.warn)
+
+
+def open_weights(named: Path | None, messages: Messages) -> tuple[Path, "Weights"]:
+    """Read the weights that a command line names, or the default, in float32; warn if they are random.
+
+    Returns:
+        The file, and its contents.
+
+    Raises:
+        CheckpointError: If the file cannot be read.
+        DownloadError: If the pretrained weights cannot be downloaded or kept.
+    """
+    import numpy as np
+
+    from flax_googlenet.weights.checkpoint import load_weights
+
+    path = weights_file(named or default_weights(messages), messages)
+    weights = load_weights(path, dtype=np.float32)
+    if weights.metadata.get("source") == "random":
+        messages.warn("these weights are random: the answers mean nothing")
+    return path, weights
 
 
 def default_weights(messages: Messages) -> Path:

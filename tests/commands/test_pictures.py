@@ -1,0 +1,103 @@
+"""``flax-googlenet explain``, ``visualize`` and ``dream``: the pictures that they write, and wrong arguments."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import reference
+from PIL import Image
+
+import flax_googlenet
+from flax_googlenet import GoogLeNet
+from flax_googlenet.commands import cli
+
+NAMES = ["cat", "dog", "\U00013080"]  # few fonts have Egyptian hieroglyphs
+WEIGHTS = ("--weights", "weights.safetensors")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The weights of a network for small images, and a photograph."""
+    folder = tmp_path_factory.mktemp("pictures")
+    state_dict = reference.random_checkpoint(num_classes=3)
+    variables = flax_googlenet.from_torchvision(
+        {name: tensor.numpy() for name, tensor in state_dict.items() if not name.startswith("aux")}
+    )
+    metadata = {"class_names": NAMES, "recipe": {"image_size": 32}}
+    flax_googlenet.save(folder / "weights.safetensors", GoogLeNet(num_classes=3, aux_logits=False), variables, metadata)
+    Image.fromarray(reference.photographs()[1][:50, :70]).save(folder / "flower.png")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _here(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for file in folder.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    monkeypatch.chdir(tmp_path)
+
+
+def pixels(file: str) -> np.ndarray:
+    with Image.open(file) as picture:
+        assert picture.format == "PNG"
+        return np.asarray(picture.convert("RGB"), np.int64)
+
+
+@pytest.mark.slow
+def test_explain_shows_the_photograph_and_a_heat_for_each_class(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["explain", "flower.png", *WEIGHTS, "--stage", "mixed3a", "--top", "9"]) == 0
+    captured = capsys.readouterr()
+    assert all(f"{name} " in captured.out for name in NAMES)
+    picture = pixels("explanation.png")
+    assert picture.shape[1] > 3 * picture.shape[0]  # four panels
+    is_grey = np.ptp(picture, axis=2) < 16
+    assert 0.05 < is_grey.mean() < 0.95
+
+
+@pytest.mark.slow
+def test_visualize_draws_a_grid_of_the_channels_and_repeats_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["visualize", "mixed3a", "--channels", "3", "17", "40", *WEIGHTS, "--steps", "5", "--size", "32"]
+    assert cli.main([*command, "--output", "first.png"]) == 0
+    assert "3, 17, 40" in capsys.readouterr().out
+    picture = pixels("first.png")
+    assert picture.shape == (70, 70, 3)  # two by two images with a gap of 6 pixels
+    assert (picture[38:, 38:] == 255).all()
+    assert (picture[:32, :32] != picture[:32, 38:]).any()
+    assert cli.main([*command, "--output", "second.png"]) == 0
+    np.testing.assert_array_equal(pixels("second.png"), picture)
+
+
+@pytest.mark.slow
+def test_dream_keeps_the_size_and_changes_the_pixels() -> None:
+    command = ["dream", "flower.png", *WEIGHTS, "--stage", "mixed3a", "--octaves", "2", "--steps", "2"]
+    assert cli.main(command) == 0
+    change = np.abs(pixels("dream.png") - pixels("flower.png"))
+    assert change.shape == (50, 70, 3)
+    assert 1 < change.mean() < 30
+
+
+@pytest.mark.parametrize(
+    ("command", "status", "named"),
+    [
+        ("explain flower.png --output heat.jpg", 2, "heat.jpg"),
+        ("explain flower.png --stage mixed6a", 2, "mixed5a"),
+        ("explain flower.png --top 0", 2, "--top"),
+        ("explain flower.png --stage fc --weights weights.safetensors", 2, "fc"),
+        ("explain flower.png --stage norm1 --weights weights.safetensors", 2, "norm1"),
+        ("explain nothing.png --weights weights.safetensors", 3, "nothing.png"),
+        ("visualize mixed6a --channels 1", 2, "mixed5a"),
+        ("visualize mixed3a --channels 256 --weights weights.safetensors --size 32", 2, "0 to 255"),
+        ("visualize mixed3a --channels 1 --size 14 --weights weights.safetensors", 2, "size"),
+        ("dream flower.png --output no/folder.png", 3, "no/folder.png"),
+        ("dream flower.png --steps 0", 2, "--steps"),
+        ("dream weights.safetensors --weights weights.safetensors", 3, "weights.safetensors"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_by_name(
+    command: str, status: int, named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(command.split()) == status
+    captured = capsys.readouterr()
+    assert named in captured.err
+    assert captured.err.count("\n") == 1
+    assert not captured.out
+    assert {path.name for path in Path().iterdir()} == {"weights.safetensors", "flower.png"}
