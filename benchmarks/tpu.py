@@ -1,10 +1,10 @@
 """Compile the network for TPUs on a machine without one, and print what the compiler says about it.
 
 Google's compiler for TPUs, libtpu, needs no TPU. It estimates the cycles of each operation; a v5e makes 1.5e9 a second.
-The first table has the sum of these estimates, the memory on each chip, how many convolutions and matrix products
-compute at which precision, and what the chips exchange. The second has the cycles by stage, on the fewest chips. An
-operation that is fused from two stages counts for one of them, and what the compiler moves ahead of time costs none.
-Nothing is run: benchmarks/accelerator.py measures on a TPU.
+The first table has the sum of these estimates, the number of operations without one (loops, and XLA's gradient of a max
+pool), the memory on each chip, how many convolutions and matrix products compute at which precision, and what the chips
+exchange. The second has the cycles by stage, on the fewest chips. An operation that is fused from two stages counts for
+one of them. Nothing is run: benchmarks/accelerator.py measures on a TPU.
 
 A network takes from half a minute to several minutes to compile, and three times as long at the highest precision.
 
@@ -36,6 +36,9 @@ from side_by_side import machine, print_header, print_row
 
 CHIPS = ("v4", "v5e", "v6e")
 MESHES = (1, 4, 16)
+
+NO_ESTIMATE = ("select-and-scatter", "while")
+"""HLO's names of the operations that take time and for which the compiler gives no estimate."""
 
 
 def main() -> None:
@@ -82,7 +85,8 @@ def compile_for(chip: str, number: int, name: str, batch: int, size: int = 224, 
 
 def report(compiled: dict[tuple[str, str, int], Compiled]) -> None:
     """Print the table of all programs."""
-    print_header("program", "chips", "million cycles", "MB a chip", "products by precision", "all-reduces (MB)")
+    columns = ("million cycles", "no estimate", "MB a chip", "products by precision", "all-reduces (MB)")
+    print_header("program", "chips", *columns)
     for (name, chip, number), program in compiled.items():
         rows = list(operations(program.text))
         reduced = [row for row in rows if row.kind.startswith("all-reduce") and not row.kind.endswith("done")]
@@ -90,6 +94,7 @@ def report(compiled: dict[tuple[str, str, int], Compiled]) -> None:
             name,
             f"{number} {chip}",
             f"{sum(row.cycles for row in rows) / 1e6:.2f}",
+            str(sum(row.kind in NO_ESTIMATE for row in rows)),
             f"{program.memory / 1e6:.0f}",
             ", ".join(f"{count} {precision}" for precision, count in product_precisions(program.text).items()),
             f"{len(reduced)} ({sum(row.size for row in reduced) / 2e6:.1f})",  # size: operands and results

@@ -13,7 +13,7 @@ from jaxtyping import Array, ArrayLike, Float, Float64
 from scipy.special import softmax
 
 from flax_googlenet.architecture import NETWORKS
-from flax_googlenet.inference import compiling, cpu, gpu
+from flax_googlenet.inference import compiling, cpu, gpu, tpu
 from flax_googlenet.inference.folding import fold_batch_norm
 from flax_googlenet.model import GoogLeNet, Variables, check_images, transform_input
 from flax_googlenet.ops import winograd
@@ -52,8 +52,8 @@ class Predictor:
 
     It takes any number of images, splits them into batches of a few sizes, and compiles each size when it first occurs.
     On a CPU it computes the graph of ``flax_googlenet.inference.cpu``, one batch after the other, and
-    ``model.precision`` has no effect; on a GPU it computes the graph of ``flax_googlenet.inference.gpu``. Any number of
-    threads may call it at once.
+    ``model.precision`` has no effect; on a GPU and a TPU it computes the graphs of ``flax_googlenet.inference.gpu`` and
+    ``tpu``. Any number of threads may call it at once.
 
     Images that lie on the only device, a GPU or TPU, are not copied to the host, and the call returns before their
     logits are computed. There each number of images that is not a power of two up to 256 compiles a small program once.
@@ -178,7 +178,7 @@ def _tuned_graph(model: GoogLeNet, platform: str) -> ModuleType | None:
         return None
     if platform == "cpu" and winograd.is_precise(model.dtype):
         return cpu
-    return gpu if platform == "gpu" else None
+    return {"gpu": gpu, "tpu": tpu}.get(platform)
 
 
 def _inference_graph(model: GoogLeNet, platform: str) -> Callable[[Any, jax.Array], jax.Array]:
@@ -192,7 +192,7 @@ def _inference_graph(model: GoogLeNet, platform: str) -> Callable[[Any, jax.Arra
 
     if tuned is None:
         return plain_graph
-    options = {"precision": model.precision} if tuned is gpu else {}
+    options = {} if tuned is cpu else {"precision": model.precision}
 
     def tuned_graph(weights: Mapping[str, Any], images: jax.Array) -> jax.Array:
         return tuned.logits(weights, transform_input(model, images).astype(model.dtype), **options)

@@ -19,9 +19,9 @@ WINOGRAD = ("cpu",)
 a step would move 33.6 GB instead of 21.4 (float32, 64 images)."""
 
 XLA_POOL_GRADIENT = ("tpu",)
-"""XLA's gradient of the max pool. A step takes 20.9 million cycles on a TPU instead of 41.0 (bfloat16, 32 images). On a
-CPU it is a loop over single values, 5 to 30 times as slow as ours, and on an H100 it moves 16.9 GB instead of 11.6
-(bfloat16, 64 images)."""
+"""XLA's gradient of the max pool. A step takes 20.9 million cycles on a TPU instead of 41.0 (bfloat16, 32 images), and
+the 13 operations that scatter the gradients, for which the compiler has no estimate. On a CPU it is a loop over single
+values, 5 to 30 times as slow as ours, and on an H100 it moves 16.9 GB instead of 11.6 (bfloat16, 64 images)."""
 
 BLOCKED_DOT = ("cpu",)
 """Matrix products summed in blocks, for less rounding error on a CPU. On a TPU each would take 2 to 4 times as long."""
