@@ -52,7 +52,8 @@ exit status
   2    the command line is wrong
   3    an input is not available: a file that does not exist, a download that
        fails or has the wrong hash, a package such as PyTorch that is not
-       installed, or a device in JAX_PLATFORMS that this machine does not have
+       installed, or a device in --device or JAX_PLATFORMS that this machine does
+       not have
   4    an input is refused: the checkpoint is damaged, unsafe or not a GoogLeNet
        of torchvision's or Berkeley's, or the class names are not one for each class
   5    not proven: a stage differs, and no port is written
@@ -86,6 +87,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     names_help = "the class names in the order of the logits, one a line or as a JSON list; classify prints them"
     parser.add_argument("--class-names", metavar="FILE", type=Path, help=names_help)
     parser.add_argument("--report", metavar="FILE.html", type=Path, help="also write the proof as an HTML page")
+    device_help = "also compute in float32 on this device, with the same limit as for float32 on the CPU"
+    parser.add_argument("--device", choices=("cpu", "gpu", "tpu"), help=device_help)
     parser.add_argument(
         "--diagnose",
         action="store_true",
@@ -103,7 +106,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         args.transform_input is not None,
     )
     if args.to_torchvision and any(others):
-        parser.error("--to-torchvision can be combined with --report and --json only")
+        parser.error("--to-torchvision can be combined with --report, --device and --json only")
     if args.to_torchvision and (args.checkpoint in ("imagenet", "bvlc", "random") or "://" in args.checkpoint):
         parser.error("--to-torchvision needs a CHECKPOINT that this command wrote, a FILE.safetensors")
     is_caffes = args.checkpoint == "bvlc" or args.checkpoint.endswith(".caffemodel")
@@ -111,8 +114,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--diagnose and --transform-input are for torchvision's network, not for files of Caffe")
     if args.key and (is_caffes or args.checkpoint in ("imagenet", "random")):
         parser.error("--key needs a CHECKPOINT with several state dicts, a FILE.pth")
-    if args.diagnose and (args.report or args.class_names):
-        parser.error("--diagnose writes nothing: leave out --report and --class-names")
+    if args.diagnose and (args.report or args.class_names or args.device):
+        parser.error("--diagnose writes no proof: leave out --report, --class-names and --device")
     return args
 
 
@@ -168,15 +171,16 @@ def _import_engines() -> None:
 def _run(args: argparse.Namespace, messages: Messages) -> Result:
     from diagnose import diagnose_port
     from inputs import Request
-    from porting import port, port_back
+    from porting import find_device, port, port_back
 
     screen = make_console(quiet=args.json)
+    device = find_device(args.device) if args.device else None
     if args.to_torchvision:
-        return port_back(Path(args.checkpoint), args.to_torchvision, args.report, screen, messages)
+        return port_back(Path(args.checkpoint), args.to_torchvision, args.report, device, screen, messages)
     request = Request(args.checkpoint, args.key, args.without_aux, args.transform_input)
     if args.diagnose:
         return diagnose_port(request, args.output, screen, messages)
-    return port(request, args.output, args.report, args.class_names, screen, messages)
+    return port(request, args.output, args.report, args.class_names, device, screen, messages)
 
 
 if __name__ == "__main__":

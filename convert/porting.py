@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import torch
 from inputs import Request, in_one_line, read_class_names, read_port, read_source
-from process import Result, Status, cleans_up
+from process import InputError, Result, Status, cleans_up
 from proof import Proof, prove, summary
 from report import render
 from rich.console import Console
@@ -41,6 +41,7 @@ def port(
     output: Path | None,
     report: Path | None,
     class_names: Path | None,
+    device: jax.Device | None,
     screen: Console,
     messages: Messages,
 ) -> Result:
@@ -51,6 +52,7 @@ def port(
         output: File to write. None names it after the checkpoint.
         report: File to write the proof to, as an HTML page.
         class_names: File with the class names.
+        device: Device on which Flax also computes in float32, besides the proof on the CPU.
         screen: Console for the result.
         messages: Receiver of notes and progress.
 
@@ -67,7 +69,7 @@ def port(
     if is_open and request.transform_input is None:
         advice = "add --transform-input if the network was built with it, as fine-tuned ImageNet weights are"
         messages.note(f"note: transform_input is assumed to be off: {advice}")
-    proof = _prove(source.state_dict, model, source.variables, messages)
+    proof = _prove(source.state_dict, model, source.variables, device, messages)
     facts = _facts(source.name, source.sha256, model, proof)
     if proof.ok:
         with writing(output), cleans_up():
@@ -77,7 +79,14 @@ def port(
     return _conclude(proof, facts, output, report, names, next_step, screen)
 
 
-def port_back(checkpoint: Path, output: Path, report: Path | None, screen: Console, messages: Messages) -> Result:
+def port_back(
+    checkpoint: Path,
+    output: Path,
+    report: Path | None,
+    device: jax.Device | None,
+    screen: Console,
+    messages: Messages,
+) -> Result:
     """Port a file of this library to a state dict that torchvision loads; otherwise like ``port``."""
     _check_outputs(checkpoint, output, report)
     weights = read_port(checkpoint)
@@ -86,7 +95,7 @@ def port_back(checkpoint: Path, output: Path, report: Path | None, screen: Conso
         state_dict = flax_googlenet.to_torchvision(weights.variables)
     except flax_googlenet.PortingError as error:
         raise flax_googlenet.PortingError(f"{checkpoint}: {in_one_line(error)}") from error
-    proof = _prove(state_dict, model, weights.variables, messages)
+    proof = _prove(state_dict, model, weights.variables, device, messages)
     lacking = what_a_state_dict_lacks(weights)
     facts = _facts(display_name(str(checkpoint)), weights.sha256, model, proof) | {
         "not_in_state_dict": {name: value for name, (value, _) in lacking.items()}
@@ -133,7 +142,22 @@ def _check_outputs(checkpoint: str | Path, output: Path, report: Path | None) ->
             raise CommandError(f"cannot write {path}: it exists and is not a regular file")
 
 
-def _prove(state_dict: dict[str, np.ndarray], model: GoogLeNet, variables: Variables, messages: Messages) -> Proof:
+def find_device(platform: str) -> jax.Device:
+    """Return this machine's first device of a platform; raise an InputError if there is none."""
+    try:
+        return jax.local_devices(backend=platform)[0]
+    except RuntimeError as error:
+        advice = "install JAX for such a device on a machine that has one, or leave out --device"
+        raise InputError(f"--device {platform}: JAX has no such device here; {advice}") from error
+
+
+def _prove(
+    state_dict: dict[str, np.ndarray],
+    model: GoogLeNet,
+    variables: Variables,
+    device: jax.Device | None,
+    messages: Messages,
+) -> Proof:
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed} of {task.total} runs"))
     with messages.progress(*columns) as bar:
         task = bar.add_task("proving the port", visible=False)  # shown from the first run on, when the total is known
@@ -141,7 +165,7 @@ def _prove(state_dict: dict[str, np.ndarray], model: GoogLeNet, variables: Varia
         def show(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total, visible=True)
 
-        return prove(state_dict, model, variables, show)
+        return prove(state_dict, model, variables, show, device)
 
 
 def _facts(source: str, source_sha256: str | None, model: GoogLeNet, proof: Proof) -> dict[str, Any]:
@@ -155,6 +179,7 @@ def _facts(source: str, source_sha256: str | None, model: GoogLeNet, proof: Proo
         "transform_input": model.transform_input,
         **({"input": caffe.INPUT} if model.variant == "bvlc" else {}),
         "parity": summary(proof),
+        **({"device": proof.device} if proof.device else {}),
         "versions": {"python": platform.python_version()}
         | {package: importlib.metadata.version(package) for package in packages},
     }
@@ -201,14 +226,21 @@ def shown(text: str | Path) -> str:
 
 
 def _table(proof: Proof) -> Table:
-    table = Table(caption="Largest difference from PyTorch in float64, relative to the stage's largest value")
+    caption = "Largest difference from PyTorch in float64, relative to the stage's largest value"
+    headers = ["shape", "Flax\nfloat64", "PyTorch\nfloat32", "Flax\nfloat32"]
+    if proof.device:
+        headers.append("on the\ndevice")
+        caption += f"\nThe device, in float32: {shown(proof.device)}"
+    table = Table(caption=caption)
     table.add_column("stage")
-    for header in ("shape", "Flax\nfloat64", "PyTorch\nfloat32", "Flax\nfloat32"):
+    for header in headers:
         table.add_column(header, justify="right")
     table.add_column("")
     for stage in proof.stages:
         shape = "x".join(str(size) for size in stage.shape[1:])
-        errors = (f"{error:.1e}" for error in (stage.float64, stage.pytorch32, stage.flax32))
+        errors = [f"{error:.1e}" for error in (stage.float64, stage.pytorch32, stage.flax32)]
+        if stage.device32 is not None:
+            errors.append(f"{stage.device32:.1e}")
         table.add_row(stage.name, shape, *errors, "[green]ok[/]" if stage.ok else "[bold red]differs[/]")
     return table
 

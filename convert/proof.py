@@ -1,5 +1,6 @@
 """Proves a port: compares PyTorch's network with Flax's on the same images, stage by stage, in two precisions."""
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Mapping
@@ -47,10 +48,14 @@ class Stage:
     """Error of PyTorch in float32."""
     flax32: float
     """Error of Flax in float32."""
+    device32: float | None = None
+    """Error of Flax in float32 on the device that was asked for, if any."""
 
     @property
     def ok(self) -> bool:
-        return self.float64 <= FLOAT64_LIMIT and self.flax32 <= float32_limit(self.pytorch32)  # False for NaN
+        in_float32 = [self.flax32] if self.device32 is None else [self.flax32, self.device32]
+        limit = float32_limit(self.pytorch32)
+        return self.float64 <= FLOAT64_LIMIT and all(error <= limit for error in in_float32)  # False for NaN
 
 
 def float32_limit(pytorch32: float) -> float:
@@ -68,6 +73,8 @@ class Proof:
     """float32 [2, num_classes], for the two photographs."""
     flax_logits: np.ndarray
     """float32 [2, num_classes], for the two photographs."""
+    device: str | None = None
+    """Name of the device of ``Stage.device32``."""
 
     @property
     def ok(self) -> bool:
@@ -87,16 +94,18 @@ def prove(
     model: GoogLeNet,
     variables: Variables,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    device: jax.Device | None = None,
 ) -> Proof:
     """Compare a port with the same network in PyTorch: torchvision's, or ``BVLCGoogLeNet``.
 
-    JAX must have 64 bits enabled.
+    Both compute on the CPU. JAX must have 64 bits enabled.
 
     Args:
         state_dict: State dict of the reference, already checked.
         model: Port. The reference gets its ``variant`` and ``transform_input``; its dtypes do not matter.
         variables: Variables of the port.
         on_progress: Called with the number of finished runs of a network and the total.
+        device: Device on which Flax also computes in float32.
     """
     num_classes = model.num_classes
     state_dict, model, variables = widen_heads(state_dict, model, variables)
@@ -109,13 +118,18 @@ def prove(
             pytorch = bvlc.build(state_dict, torch_dtype)
         else:
             pytorch = reference.build(state_dict, transform_input=model.transform_input, dtype=torch_dtype)
-        for engine in (lambda x, m=pytorch: reference.stages(m, x), lambda x: flax_stages(model, variables, x)):
+        engines = [functools.partial(reference.stages, pytorch), functools.partial(flax_stages, model, variables)]
+        if device is not None and dtype is np.float32:
+            engines.append(functools.partial(flax_stages, model, variables, device=device))
+        for engine in engines:
             for images in batches:
-                on_progress(len(results), 4 * len(batches))
+                on_progress(len(results), (4 if device is None else 5) * len(batches))
                 results.append(engine(images.astype(dtype)))
     on_progress(len(results), len(results))
 
-    truth, flax64, pytorch32, flax32 = (results[i : i + len(batches)] for i in range(0, len(results), len(batches)))
+    truth, flax64, pytorch32, flax32, *on_device = (
+        results[i : i + len(batches)] for i in range(0, len(results), len(batches))
+    )
 
     def worst(actual: list[dict[str, np.ndarray]], name: str) -> float:
         errors = [relative_error(a[name], t[name]) for a, t in zip(actual, truth, strict=True)]
@@ -129,12 +143,20 @@ def prove(
                 worst(flax64, name),
                 worst(pytorch32, name),
                 worst(flax32, name),
+                *(worst(stages, name) for stages in on_device),
             )
             for name, x in truth[0].items()
         ),
         pytorch32[0]["fc"][:2, :num_classes],
         flax32[0]["fc"][:2, :num_classes],
+        None if device is None else describe(device),
     )
+
+
+def describe(device: jax.Device) -> str:
+    """Return the kind of a device, its platform and the platform's version, each different word once, on one line."""
+    version = " ".join(device.client.platform_version.split())
+    return ", ".join(dict.fromkeys((device.device_kind, device.platform, version)))
 
 
 def widen_heads(
@@ -176,11 +198,19 @@ def widen_heads(
     return widened_state, model.clone(num_classes=HEAD_CLASSES), unflatten_dict(widened_variables)
 
 
-def flax_stages(model: GoogLeNet, variables: Variables, images: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the same stages as ``reference.stages``, computed by Flax in the dtype of the images."""
+def flax_stages(
+    model: GoogLeNet, variables: Variables, images: np.ndarray, device: jax.Device | None = None
+) -> dict[str, np.ndarray]:
+    """Return the same stages as ``reference.stages``, computed by Flax in the dtype of the images.
+
+    They are computed on the CPU, unless ``device`` is another device or ``JAX_PLATFORMS`` leaves out the CPU.
+    """
     dtype = images.dtype.type
+    if device is None:
+        with contextlib.suppress(RuntimeError):  # the CPU is left out
+            device = jax.local_devices(backend="cpu")[0]
     model = model.clone(dtype=dtype, param_dtype=dtype, precision="highest")
-    variables = jax.tree.map(lambda x: jnp.asarray(x, dtype), variables)
+    variables = jax.tree.map(lambda x: jax.device_put(np.asarray(x, dtype), device), variables)
     return {name: np.asarray(x) for name, x in _stages(model, variables, images).items()}
 
 
@@ -213,7 +243,7 @@ def summary(proof: Proof) -> dict[str, dict[str, float | None]]:
     return {
         stage.name: {
             name: error if math.isfinite(error := getattr(stage, name)) else None
-            for name in ("float64", "pytorch32", "flax32")
+            for name in ("float64", "pytorch32", "flax32", *(["device32"] if proof.device else []))
         }
         for stage in proof.stages
     }

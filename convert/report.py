@@ -21,7 +21,7 @@ PAGE_COLORS = {"#000000": "currentColor", "#c5221f": "var(--red)", "#0072b2": "v
 BLACK, RED, BLUE = PAGE_COLORS
 PLOT_RANGE = (1e-17, 1.0)  # the left edge also shows 0, and the right edge larger errors, other shapes and NaN
 TABLE_HEADER = """<th>stage<th>shape<th>Flax<br>float64<br>error<th>PyTorch<br>float32<br>error
-<th>Flax<br>float32<br>error<th>ratio of<br>float32<br>errors<th>verdict"""
+<th>Flax<br>float32<br>error<th>ratio of<br>float32<br>errors"""
 HOW_TO_READ = f"""An error is the largest difference from PyTorch in float64, divided by the largest value of the stage.
 In float64, the error of Flax may be at most {FLOAT64_LIMIT:.0e}: {-math.log10(FLOAT64_LIMIT):.0f} digits agree.
 In float32, it may be at most {FLOAT32_LIMIT:g} times the error of PyTorch in float32, or {float32_limit(0):.0e} if that
@@ -91,14 +91,18 @@ def render(proof: Proof, facts: Mapping[str, str], class_names: Sequence[str] | 
         if different
         else "Proven: all stages agree"
     )
+    header, device_note = TABLE_HEADER, ""
+    if proof.device:
+        header += "<th>on the<br>device"
+        device_note = f" On the device, {_html(proof.device)}, Flax computes in float32, with the same limit."
     return f"""{PAGE}<p class="verdict {"differs" if different else "ok"}">{verdict}</p>
 <p>Both networks ran on the same two photographs and three random images:
 {len(proof.stages) - len(different)} of {len(proof.stages)} stages agree.</p>
 <h2>Errors by stage</h2>
-<p>{HOW_TO_READ}</p>
+<p>{HOW_TO_READ}{device_note}</p>
 <div class="columns">{_plot(proof.stages)}
 <div class="scroll" tabindex="0" role="region" aria-label="Errors by stage"><table class="stages">
-<thead><tr>{TABLE_HEADER}<tbody>{"".join(map(_stage_row, proof.stages))}</table></div></div>
+<thead><tr>{header}<th>verdict<tbody>{"".join(map(_stage_row, proof.stages))}</table></div></div>
 <h2>The five most likely classes</h2>
 <div class="photographs">{"".join(_photographs(proof, class_names))}</div>
 <h2>Details</h2>
@@ -113,11 +117,14 @@ def _html(text: str) -> str:
 
 def _plot(stages: Sequence[Stage]) -> str:
     """Return the plot as inline SVG; stages run from top to bottom, so that their names fit a narrow screen."""
-    series = (  # Okabe and Ito's colours, which colour-blind people can distinguish, and different markers
+    series = [  # Okabe and Ito's colours, which colour-blind people can distinguish, and different markers
         ("Flax float64", BLUE, "o", 5, "full", [stage.float64 for stage in stages]),
         ("PyTorch float32", "#d55e00", "s", 8, "none", [stage.pytorch32 for stage in stages]),
         ("Flax float32", "#009e73", "D", 4, "full", [stage.flax32 for stage in stages]),
-    )
+    ]
+    if stages[0].device32 is not None:
+        on_device = [stage.device32 or 0.0 for stage in stages]
+        series.append(("Flax on the device", "#cc79a7", "^", 5, "full", on_device))
     rows = range(len(stages))
     with mpl.rc_context({"font.size": 9, "svg.hashsalt": "GoogLeNet"}):
         figure = Figure(figsize=(4.3, 6.6), layout="constrained")
@@ -149,6 +156,7 @@ def _stage_row(stage: Stage) -> str:
         "&times;".join(map(str, stage.shape[1:])),
         *map(_error, (stage.float64, stage.pytorch32, stage.flax32)),
         (f"{ratio:.2f}" if ratio < 1000 else f"{ratio:.0e}") if math.isfinite(ratio) else "&ndash;",
+        *([] if stage.device32 is None else [_error(stage.device32)]),
     )
     verdict = "ok" if stage.ok else "differs"
     return f'<tr><th>{_html(stage.name)}<td>{"<td>".join(cells)}<td class="{verdict}">{verdict}'

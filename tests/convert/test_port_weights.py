@@ -74,6 +74,7 @@ def test_random_is_ported_proven_and_written(ported: tuple[Path, subprocess.Comp
     assert metadata["versions"]["torch"] == torch.__version__.split("+")[0]
     assert next(iter(metadata["parity"])) == "conv1"
     assert all(errors["float64"] < 1e-12 for errors in metadata["parity"].values())
+    assert "device" not in metadata
 
 
 @pytest.mark.slow
@@ -122,7 +123,7 @@ def test_a_training_checkpoint_is_ported_with_its_key_and_the_result_printed_as_
         "checkpoint.pth: not the weights of a GoogLeNet: 1 wrong shape (aux1.fc2.bias (1000,), expected (4,)); "
         "only the auxiliary heads are wrong: --without-aux leaves them out",
     )
-    options += ["--without-aux", "--class-names", "names.txt"]
+    options += ["--without-aux", "--class-names", "names.txt", "--device", "cpu"]
     assert port_weights.main(options) == 0
     out, err = capsys.readouterr()
     assert err == ""
@@ -133,6 +134,8 @@ def test_a_training_checkpoint_is_ported_with_its_key_and_the_result_printed_as_
     metadata = flax_googlenet.load_metadata("ema.safetensors")
     assert result["parity"].keys() == metadata["parity"].keys()
     assert not {"aux1", "aux2"} & result["parity"].keys()
+    assert result["device"] == metadata["device"] == "cpu"
+    assert all(errors["device32"] == errors["flax32"] for errors in result["parity"].values())  # the same device
     assert metadata["class_names"] == ["daisy", "rose", "tulip", "caf\N{LATIN SMALL LETTER E WITH ACUTE}"]
     model, variables = flax_googlenet.load("ema.safetensors")
     assert model == GoogLeNet(num_classes=4, aux_logits=False, transform_input=True, param_dtype=jnp.float64)
@@ -294,6 +297,13 @@ def test_the_checkpoint_itself_is_never_written_over(here: Path, capsys: pytest.
     Path("model.safetensors").write_bytes(b"precious")
     status, error = refused(["model.safetensors", "--output", "../here/model.safetensors"], capsys)
     assert (status, error) == (2, "../here/model.safetensors is the checkpoint itself: name another file to write")
+
+
+def test_a_device_that_is_not_there_is_refused_by_name(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    platform = "gpu" if jax.default_backend() != "gpu" else "tpu"
+    status, error = refused(["random", "--device", platform], capsys)
+    assert status == 3
+    assert error.startswith(f"--device {platform}: JAX has no such device here; ")
 
 
 def test_a_report_never_lands_on_the_port(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -242,3 +242,13 @@ def test_characters_that_reverse_text_are_escaped() -> None:
     page = render(PROVEN, {"\u2066<source>": "gpj\u202e.pth\x1b"}, ["\u200fcat"] * 1000)
     assert r"<tr><th>\u2066&lt;source&gt;<td>gpj\u202e.pth\x1b" in page
     assert r"<span>\u200fcat</span>" in page
+
+
+def test_the_errors_on_a_device_have_a_column_and_count_for_the_verdict() -> None:
+    stages = [dataclasses.replace(stage, device32=9e-6 if stage.name == "fc" else 7e-6) for stage in PROVEN.stages]
+    page = render(Proof(tuple(stages), LOGITS, LOGITS, "TPU v5e"), FACTS, None)
+    assert "TPU v5e" in page
+    assert page.count("<td>7.0e-06<td") == len(NAMES) - 1
+    assert '<td>9.0e-06<td class="differs">' in page  # the limit is 4 times PyTorch's error, 2e-6
+    assert "Not proven: fc is the first stage that differs" in page
+    assert "<br>device" not in render(PROVEN, FACTS, None)
