@@ -11,7 +11,7 @@ import numpy as np
 from jax import numpy as jnp
 from jaxtyping import Int
 
-from flax_googlenet.architecture import BLOCKS, MIN_SIZE, NETWORKS
+from flax_googlenet.architecture import BLOCKS, NETWORKS
 from flax_googlenet.model import GoogLeNet, Variables
 from flax_googlenet.training.classes import find_classes
 from flax_googlenet.training.datasets import DataError, Dataset
@@ -80,8 +80,9 @@ def make_plan(
         reason = f"a batch of {recipe.batch_size} cannot be shared evenly by {devices}"
         raise RecipeError(f"{reason}: choose a batch_size of {fitting}, or another multiple")
     weights = load_weights(weights_path, dtype=jnp.float32) if weights_path else None
-    if weights and recipe.image_size < (min_size := NETWORKS[weights.model.variant].min_size):
-        raise RecipeError(f"image_size must be at least {min_size} for the network {weights.model.variant!r}")
+    variant = weights.model.variant if weights else recipe.variant
+    if recipe.image_size < (min_size := NETWORKS[variant].min_size):
+        raise RecipeError(f"image_size must be at least {min_size} for the network {variant!r}")
     blocks = set(weights.variables["params"] if weights else BLOCKS)
     if unknown := set(recipe.frozen) - blocks:
         raise RecipeError(f"frozen: the weights have no {', '.join(sorted(unknown))}")
@@ -170,8 +171,9 @@ def initial_state(
     def make(variables: Variables | None) -> TrainState:
         key = jax.random.key(recipe.seed)
         if weights is None or head is None or variables is None:
-            model = GoogLeNet(num_classes=num_classes)
-            variables = model.init(key, jnp.zeros((1, MIN_SIZE, MIN_SIZE, 3), jnp.float32))
+            model = GoogLeNet(variant=recipe.variant, num_classes=num_classes)
+            min_size = NETWORKS[recipe.variant].min_size
+            variables = model.init(key, jnp.zeros((1, min_size, min_size, 3), jnp.float32))
         elif head.order is None:
             model, variables = new_head(weights.model, variables, num_classes, key)
         else:

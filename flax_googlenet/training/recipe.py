@@ -33,6 +33,8 @@ class Recipe:
 
     seed: int = 0
     """Seed of the initial weights, image order, augmentation, dropout and the choice of held-out images."""
+    variant: Literal["torchvision", "bvlc"] = "torchvision"
+    """Network to train: torchvision's or the paper's. A run that starts from weights keeps the network of these."""
     epochs: int = 90
     """Number of passes over the training images."""
     batch_size: int = 256
@@ -47,8 +49,9 @@ class Recipe:
     """Nesterov momentum instead of classical momentum."""
     weight_decay: float = 5e-5
     """Weight decay of the kernels, added to their gradients. Biases and BatchNorm parameters have none."""
-    schedule: Literal["constant", "step", "cosine"] = "cosine"
-    """Learning rate after the warm-up: constant, 4 percent less every 8 epochs (step), or a cosine down to 0."""
+    schedule: Literal["constant", "step", "cosine", "poly"] = "cosine"
+    """Learning rate after the warm-up: constant, 4 percent less every 8 epochs (step), a cosine down to 0, or as the
+    square root of the steps that are left (poly)."""
     warmup_epochs: float = 5.0
     """Number of epochs over which the learning rate rises linearly at the start; at most half of all epochs."""
     label_smoothing: float = 0.1
@@ -204,6 +207,20 @@ PRESETS = {
         interpolation="random",
         distortion=True,
     ),
+    # https://github.com/BVLC/caffe/tree/master/models/bvlc_googlenet, quick_solver.prototxt: 2.4 million steps. There,
+    # biases have twice the learning rate, and crops are 224x224 of images of 256x256.
+    "bvlc": Recipe(
+        variant="bvlc",
+        epochs=60,
+        batch_size=32,
+        learning_rate=0.01,
+        nesterov=False,
+        weight_decay=2e-4,
+        schedule="poly",
+        warmup_epochs=0.0,
+        label_smoothing=0.0,
+        dropout=0.4,
+    ),
     "imagenet": Recipe(),
     "finetune": Recipe(
         epochs=20,
@@ -250,6 +267,8 @@ def schedule(recipe: Recipe, steps_per_epoch: int) -> "optax.Schedule":
         main = optax.cosine_decay_schedule(recipe.learning_rate, rest)
     elif recipe.schedule == "step":
         main = optax.exponential_decay(recipe.learning_rate, max(1, round(8 * per_epoch)), 0.96, staircase=True)
+    elif recipe.schedule == "poly":
+        main = optax.polynomial_schedule(recipe.learning_rate, 0.0, 0.5, rest)
     else:
         main = optax.constant_schedule(recipe.learning_rate)
     if not warmup:

@@ -40,7 +40,7 @@ def test_text_that_is_not_a_recipe_is_refused(text: str | bytes) -> None:
     ("change", "message"),
     [
         ({"epochs": 0}, "epochs must be at least 1"),
-        ({"schedule": "linear"}, "schedule must be one of constant, step, cosine"),
+        ({"schedule": "linear"}, "schedule must be one of constant, step, cosine, poly"),
         ({"crop_area": (1.0, 0.5)}, "crop_area must be ascending"),
         ({"frozen": ("conv9",)}, "frozen must name blocks among conv1"),
         ({"image_size": 14}, "image_size must be at least 15"),
@@ -73,6 +73,11 @@ def rates(recipe: Recipe, steps_per_epoch: int, epochs: list[float]) -> list[flo
 def test_the_papers_learning_rate_falls_by_4_percent_every_8_epochs() -> None:
     expected = [0.01, 0.01, 0.01 * 0.96, 0.01 * 0.96**2, 0.01 * 0.96**31]
     np.testing.assert_allclose(rates(PRESETS["paper"], 100, [0, 7.99, 8, 23.99, 249]), expected, rtol=1e-6)
+
+
+def test_caffes_learning_rate_falls_with_the_square_root_of_the_steps_that_are_left() -> None:
+    expected = [0.01 * (1 - epoch / 60) ** 0.5 for epoch in (0, 15, 45, 59)]
+    np.testing.assert_allclose(rates(PRESETS["bvlc"], 100, [0, 15, 45, 59]), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
