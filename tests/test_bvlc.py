@@ -1,5 +1,6 @@
 """The paper's network, the variant "bvlc", against a plain network in PyTorch."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,18 +8,22 @@ from typing import Any
 import bvlc
 import jax
 import numpy as np
-import optax
 import pytest
 import reference
 import torch
 from flax.traverse_util import flatten_dict
 from jax import numpy as jnp
+from PIL import Image
 from proof import relative_error
 
 import flax_googlenet
 from flax_googlenet import GoogLeNet, endpoints
+from flax_googlenet.architecture import BLOCKS
+from flax_googlenet.inference import gpu
+from flax_googlenet.inference.predictor import _inference_graph
 from flax_googlenet.model import InceptionAux, variable_shapes
-from flax_googlenet.training import create_train_state, new_head, train_step
+from flax_googlenet.training import RecipeError, train
+from flax_googlenet.training.recipe import PRESETS
 from flax_googlenet.weights import caffe
 
 MODEL = GoogLeNet(variant="bvlc", dropout=0.0, dropout_aux=0.0)
@@ -170,20 +175,37 @@ def test_predictor_and_exported_file_compute_its_logits(
     images = random_images(2, 64, 75)
     expected = reference.stages(torch64, images)["fc"]
     assert relative_error(flax_googlenet.make_predictor(MODEL64, variables64)(images), expected) < 1e-12
+    on_gpus = jax.jit(_inference_graph(MODEL64, "gpu"))(gpu.prepare(variables64["params"]), images)
+    assert relative_error(on_gpus, expected) < 1e-12
     flax_googlenet.export(tmp_path / "bvlc.stablehlo", MODEL64, variables64, ["cpu"])  # for images of any size
     program = jax.export.deserialize(bytearray((tmp_path / "bvlc.stablehlo").read_bytes()))
     assert relative_error(program.call(images), expected) < 1e-12
 
 
 @pytest.mark.slow
-def test_it_trains_with_a_new_head_and_frozen_blocks(variables: dict[str, Any], random_images: Images) -> None:
-    model, start = new_head(MODEL, variables, 3, jax.random.key(0))
-    frozen = ("conv1", "conv2", "conv3", "inception3a")
-    state = create_train_state(model, start, optax.sgd(1e-4), frozen=frozen)
-    batch = {"image": random_images(2, 32, 32).astype(np.float32), "label": np.array([0, 2])}
-    state, metrics = train_step(state, batch, jax.random.key(0))
-    assert metrics["finite"]
-    assert state.batch_stats == {}
-    for name, block in state.params.items():
-        same = jax.tree.map(lambda x, y: bool((x == y).all()), block, start["params"][name])
-        assert all(jax.tree.leaves(same)) == (name in frozen), name
+def test_a_run_keeps_the_network_of_its_weights_and_the_frozen_blocks(
+    variables: dict[str, Any], tmp_path: Path
+) -> None:
+    frozen = BLOCKS[: BLOCKS.index("inception5b")]
+    for label in ("a", "b"):
+        (tmp_path / "data" / label).mkdir(parents=True)
+        for i in range(6):
+            pixels = np.random.default_rng([i, ord(label)]).integers(0, 255, (40, 40, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "data" / label / f"{i}.png")
+    flax_googlenet.save(tmp_path / "start.safetensors", MODEL, variables)
+    recipe = dataclasses.replace(
+        PRESETS["finetune"], epochs=1, batch_size=4, image_size=32, learning_rate=1e-5, held_out=0.34, frozen=frozen
+    )
+    result = train(tmp_path / "data", tmp_path / "run", recipe, weights=tmp_path / "start.safetensors")
+    model, trained = flax_googlenet.load(result.best_weights)
+    assert (model.variant, model.num_classes, model.batch_norm) == ("bvlc", 2, False)
+    assert trained.keys() == {"params"}
+    for name, block in trained["params"].items():
+        inner = {path: leaf for path, leaf in flatten_dict(block).items() if path[:1] != ("fc2",) and name != "fc"}
+        before = flatten_dict(variables["params"][name])
+        is_kept = [np.array_equal(leaf, before[path]) for path, leaf in inner.items()]
+        assert all(is_kept) if name in frozen else not any(is_kept), name
+
+    small = dataclasses.replace(recipe, image_size=30)
+    with pytest.raises(RecipeError, match="image_size must be at least 31"):
+        train(tmp_path / "data", tmp_path / "small", small, weights=tmp_path / "start.safetensors")

@@ -14,8 +14,9 @@ from jax import lax
 from jax import numpy as jnp
 from jaxtyping import Array, Float
 
-from flax_googlenet.architecture import WIDTHS
+from flax_googlenet.architecture import NETWORKS, WIDTHS
 from flax_googlenet.ops import winograd
+from flax_googlenet.ops.normalization import local_response_norm
 from flax_googlenet.ops.pooling import ceil_mode_padding, per_channel, strided_slices
 
 Weights = Mapping[str, Any]
@@ -79,43 +80,52 @@ def _pair_columns(kernel: Float[Array | np.ndarray, "7 7 3 out"]) -> Float[np.nd
     return eight_wide.reshape(7, 4, 6, kernel.shape[-1])
 
 
-def logits(weights: Weights, images: Float[Array, "n h w 3"]) -> Float[Array, "n num_classes"]:
+def logits(
+    weights: Weights, images: Float[Array, "n h w 3"], variant: str = "torchvision"
+) -> Float[Array, "n num_classes"]:
     """Compute the logits.
 
     Args:
         weights: The weights from ``prepare``.
-        images: The input of the first convolution: ImageNet-normalised, or in [-1, 1] for a network with
-            ``transform_input``.
+        images: The input of the first convolution, as ``transform_input`` of the model's module returns it.
+        variant: The network, as for ``GoogLeNet``.
     """
     # One image at a time up to maxpool3, so that the large activations stay in the cache: 1.3x.
-    x = lax.map(lambda image: front(weights, image[None])["maxpool3"][0], images)  # [n, 14, 14, 480] at 224x224
-    return back(weights, x)["fc"]
+    x = lax.map(lambda image: front(weights, image[None], variant)["maxpool3"][0], images)  # [n, 14, 14, 480]
+    return back(weights, x, variant)["fc"]
 
 
-def front(weights: Weights, images: Float[Array, "n h w 3"]) -> dict[str, jax.Array]:
+def front(weights: Weights, images: Float[Array, "n h w 3"], variant: str = "torchvision") -> dict[str, jax.Array]:
     """Compute the stages up to ``maxpool3``, by torchvision's names, without ``conv1`` and ``conv3``.
 
     The bias and ReLU of these two commute with a maximum. They come after the pool, where they have a quarter of the
-    values to compute. Shapes in the comments are for images of 224x224.
+    values to compute, unless ``conv3`` is normalised before it. Shapes in the comments are for images of 224x224.
     """
     stages = {}
+    has_response_norm = NETWORKS[variant].response_norm
     x = _stem(images, weights["conv1"]["kernel"])  # [n, 112, 112, 64]
     x = stages["maxpool1"] = _relu_after_bias(_max_pool(x, 3, 2), weights["conv1"]["bias"])  # [n, 56, 56, 64]
+    if has_response_norm:
+        x = stages["norm1"] = local_response_norm(x)
     x = stages["conv2"] = _dense_relu(x, weights["conv2"])
     x = winograd.conv3x3(x, weights["conv3"]["kernel"])  # [n, 56, 56, 192]
-    x = stages["maxpool2"] = _relu_after_bias(_max_pool(x, 3, 2), weights["conv3"]["bias"])  # [n, 28, 28, 192]
+    if has_response_norm:
+        x = stages["norm2"] = local_response_norm(_relu_after_bias(x, weights["conv3"]["bias"]))
+        x = stages["maxpool2"] = _max_pool(x, 3, 2)  # [n, 28, 28, 192]
+    else:
+        x = stages["maxpool2"] = _relu_after_bias(_max_pool(x, 3, 2), weights["conv3"]["bias"])  # [n, 28, 28, 192]
     for name in ("inception3a", "inception3b"):
         x = stages[name] = _inception(x, weights[name], name)
     stages["maxpool3"] = _max_pool(x, 3, 2)  # [n, 14, 14, 480]
     return stages
 
 
-def back(weights: Weights, x: Float[Array, "n h w 480"]) -> dict[str, jax.Array]:
+def back(weights: Weights, x: Float[Array, "n h w 480"], variant: str = "torchvision") -> dict[str, jax.Array]:
     """Compute the stages after ``maxpool3``, by torchvision's names, from its output ``x``."""
     stages = {}
     for name in ("inception4a", "inception4b", "inception4c", "inception4d", "inception4e"):
         x = stages[name] = _inception(x, weights[name], name)
-    x = stages["maxpool4"] = _max_pool(x, 2, 2)  # [n, 7, 7, 832]
+    x = stages["maxpool4"] = _max_pool(x, NETWORKS[variant].maxpool4_window, 2)  # [n, 7, 7, 832]
     for name in ("inception5a", "inception5b"):
         x = stages[name] = _inception(x, weights[name], name)
     x = stages["avgpool"] = x.mean((1, 2), keepdims=True)  # [n, 1, 1, 1024]
@@ -131,7 +141,8 @@ def _inception(x: jax.Array, weights: Weights, name: str) -> jax.Array:
     branch3 = first[..., width1 + reduce2 :]
     branch1 = first[..., :width1]
     branch2 = _relu_after_bias(winograd.conv3x3(branch2, weights["branch2"]["kernel"]), weights["branch2"]["bias"])
-    branch3 = _convolution(branch3, weights["branch3"]["kernel"], (1, 1), padding=((1, 1), (1, 1)))
+    pad = weights["branch3"]["kernel"].shape[0] // 2  # 1, or 2 for 5x5
+    branch3 = _convolution(branch3, weights["branch3"]["kernel"], (1, 1), padding=((pad, pad), (pad, pad)))
     branch3 = _relu_after_bias(branch3, weights["branch3"]["bias"])
     branch4 = _dense_relu(_max_pool(x, 3, 1, padding=1), weights["branch4"])
     return jnp.concatenate([branch1, branch2, branch3, branch4], axis=-1)

@@ -14,7 +14,8 @@ from jax import lax
 from jax import numpy as jnp
 from jaxtyping import Array, Float
 
-from flax_googlenet.architecture import WIDTHS
+from flax_googlenet.architecture import NETWORKS, WIDTHS
+from flax_googlenet.ops.normalization import local_response_norm
 from flax_googlenet.ops.pooling import ceil_mode_padding, per_channel, strided_slices
 
 Weights = Mapping[str, Any]
@@ -77,30 +78,34 @@ def _cells(images: Float[Array, "n h w 3"]) -> Float[Array, "n rows columns 16"]
 
 
 def logits(
-    weights: Weights, images: Float[Array, "n h w 3"], precision: lax.PrecisionLike = None
+    weights: Weights,
+    images: Float[Array, "n h w 3"],
+    variant: str = "torchvision",
+    precision: lax.PrecisionLike = None,
 ) -> Float[Array, "n num_classes"]:
     """Compute the logits.
 
     Args:
         weights: The weights from ``prepare``.
-        images: The input of the first convolution: ImageNet-normalised, or in [-1, 1] for a network with
-            ``transform_input``.
+        images: The input of the first convolution, as ``transform_input`` of the model's module returns it.
+        variant: The network, as for ``GoogLeNet``.
         precision: As for ``jax.lax.conv_general_dilated``.
     """
-    conv = functools.partial(_convolution, precision=precision)
+    conv, network = functools.partial(_convolution, precision=precision), NETWORKS[variant]
+    response_norm = local_response_norm if network.response_norm else lambda x: x
     x = conv(_cells(images), weights["conv1"])  # [n, 112, 112, 64] at 224x224
-    x = conv(_max_pool(x, 3, 2), weights["conv2"])  # [n, 56, 56, 64]
-    x = _max_pool(conv(x, weights["conv3"], padding=1), 3, 2)  # [n, 28, 28, 192]
+    x = conv(response_norm(_max_pool(x, 3, 2)), weights["conv2"])  # [n, 56, 56, 64]
+    x = _max_pool(response_norm(conv(x, weights["conv3"], padding=1)), 3, 2)  # [n, 28, 28, 192]
     for name, (width1, reduce2, *_) in WIDTHS.items():
         if name == "inception4a":
             x = _max_pool(x, 3, 2)  # [n, 14, 14, 480]
         elif name == "inception5a":
-            x = _max_pool(x, 2, 2)  # [n, 7, 7, 832]
+            x = _max_pool(x, network.maxpool4_window, 2)  # [n, 7, 7, 832]
         block = weights[name]
         # The three 1x1 convolutions that read x are one: 1.02x, and 1.3x for one image.
         first = conv(x, block["first"])  # [n, h, w, width1 + reduce2 + reduce3]
         branch2 = conv(first[..., width1 : width1 + reduce2], block["branch2_1"], padding=1)
-        branch3 = conv(first[..., width1 + reduce2 :], block["branch3_1"], padding=1)
+        branch3 = conv(first[..., width1 + reduce2 :], block["branch3_1"], padding=network.branch3_kernel // 2)
         branch4 = conv(_max_pool(x, 3, 1, padding=1), block["branch4_1"])
         x = jnp.concatenate([first[..., :width1], branch2, branch3, branch4], axis=-1)
     # [n, 7, 7, 1024] at 224x224

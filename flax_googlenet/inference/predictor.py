@@ -170,12 +170,7 @@ def _restore(model: GoogLeNet, weights: Any, platform: str, ids: Sequence[int] |
 
 
 def _tuned_graph(model: GoogLeNet, platform: str) -> ModuleType | None:
-    """Return the module with the fastest graph for a platform, or None where that is the model's own.
-
-    The graphs in these modules are of torchvision's network.
-    """
-    if model.variant != "torchvision":
-        return None
+    """Return the module with the fastest graph for a platform, or None where that is the model's own."""
     if platform == "cpu" and winograd.is_precise(model.dtype):
         return cpu
     return {"gpu": gpu, "tpu": tpu}.get(platform)
@@ -195,7 +190,7 @@ def _inference_graph(model: GoogLeNet, platform: str) -> Callable[[Any, jax.Arra
     options = {} if tuned is cpu else {"precision": model.precision}
 
     def tuned_graph(weights: Mapping[str, Any], images: jax.Array) -> jax.Array:
-        return tuned.logits(weights, transform_input(model, images).astype(model.dtype), **options)
+        return tuned.logits(weights, transform_input(model, images).astype(model.dtype), model.variant, **options)
 
     return tuned_graph
 
