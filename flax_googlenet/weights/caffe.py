@@ -219,7 +219,7 @@ class _Reader:
                 case 7:
                     shape = self._shape(_bytes(value))
         shape = old_shape if shape is None else shape
-        if len(values) != 1 or math.prod(shape) != values[0].size:
+        if len(values) != 1 or not 0 < math.prod(shape) == values[0].size:  # NumPy has no empty arrays of any shape
             sizes = " and ".join(f"{array.size:,}" for array in values[:2]) or "no"
             raise StateDictError(f"the file is damaged or cut off (a blob of shape {shape[:8]} has {sizes} values)")
         return values[0].reshape(shape)
@@ -288,8 +288,8 @@ def _bytes(value: int | memoryview) -> memoryview:
 
 
 def _numbers(data: memoryview, dtype: str) -> np.ndarray:
-    if len(data) % np.dtype(dtype).itemsize:
-        raise StateDictError("the file is damaged (a part of a number)")
+    if not data or len(data) % np.dtype(dtype).itemsize:
+        raise StateDictError("the file is damaged (no numbers, or a part of one)")
     return np.frombuffer(data, dtype).astype(np.dtype(dtype).newbyteorder("="))
 
 

@@ -106,6 +106,8 @@ def read_structure(file: io.BufferedReader, suffix: str) -> Contents:
             "this is a pickle, not a file from torch.save; if it is the data.pkl of an unpacked .pth, "
             "give the .pth itself, or pack its folder again: zip -0 -r FILE.pth FOLDER"
         )
+    if suffix == ".caffemodel":
+        raise StateDictError("this is a file of Caffe: flax_googlenet.from_caffe reads it")
     raise StateDictError("this is neither a file from torch.save nor a .safetensors, or its first bytes are damaged")
 
 

@@ -209,6 +209,11 @@ def _advice(problems: Mapping[str, list[str]]) -> str:
     unexpected = problems["unexpected"]
     if all(re.match(r"aux\d\.", name) for names in problems.values() for name in names):
         return "only the auxiliary heads are wrong: leave out the names that begin with aux1. or aux2."
+    if any(re.search(r"conv[./]bias\Z", name) for name in unexpected):
+        return (
+            "torchvision's network has BatchNorm where this one has biases of convolutions: "
+            "a folded network and the variant bvlc cannot be converted"
+        )
     if any(name.endswith(("_orig", "_mask")) for name in unexpected):
         return "it was pruned: call torch.nn.utils.prune.remove(module, 'weight') for each module and save it again"
     if head := next(filter(None, (re.match(r"(fc|aux\d\.fc2)\.\d+\.", name) for name in unexpected)), None):

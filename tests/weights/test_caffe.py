@@ -214,6 +214,9 @@ BOMBS = {
     "a name of a megabyte": layer("x" * 10**6, [blob(np.ones(1), legacy=True)], convolution=True, v1=False),
     "groups": b"\x0b" * 1000,
     "values without a shape": layer("x", [field(5, b"\0" * 8)], convolution=True, v1=True),
+    "no values of a huge shape": layer(
+        "x", [field(5, b"") + field(1, 0) + field(2, 2**62) + field(3, 2**62)], convolution=True, v1=True
+    ),
     "half a number": layer("x", [field(5, b"\0" * 3)], convolution=True, v1=True),
     "an integer for a layer": field(2, 1),
     "bytes for an integer": layer("x", [field(1, b"1")], convolution=True, v1=True),
@@ -282,6 +285,11 @@ def test_a_layer_that_is_there_twice_is_refused(
     again = layer("loss3/classifier", [blob(deployed["fc.weight"], legacy=False)], convolution=False, v1=False)
     with pytest.raises(StateDictError, match="two layers with the name loss3/classifier"):
         from_caffe(write(valid + again))
+
+
+def test_the_reader_of_pytorchs_files_names_the_one_of_caffes(valid: bytes, write: Callable[[bytes], Path]) -> None:
+    with pytest.raises(StateDictError, match=r"network\.caffemodel: .*from_caffe"):
+        flax_googlenet.read_state_dict(write(valid))
 
 
 def test_a_missing_file_is_an_oserror(tmp_path: Path) -> None:

@@ -214,8 +214,9 @@ def test_to_torchvision_lists_everything_that_is_wrong(variables: dict[str, Any]
 
 def test_a_folded_network_is_refused() -> None:
     folded = jax.tree.map(lambda x: np.zeros(x.shape), variable_shapes(GoogLeNet(batch_norm=False)))
-    with pytest.raises(PortingError, match=r"unexpected:.*params/conv1/conv/bias"):
+    with pytest.raises(PortingError, match=r"unexpected:.*params/conv1/conv/bias") as error:
         to_torchvision(folded)
+    assert "folded" in error.value.advice
 
 
 # Without any of the rules, either the state dict no longer fits, or a stage differs.
