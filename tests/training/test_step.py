@@ -631,7 +631,7 @@ rng = np.random.default_rng(0)
 variables = jax.tree.map(lambda x: rng.uniform(0, 0.05, x.shape), variable_shapes(model))
 images, labels, key = rng.standard_normal((8, 32, 32, 3)), np.arange(8) % 5, jax.random.key(0)
 results = {}
-# In one program, which compiles the network once. On several devices, they are called as in a loop of one's own.
+# In one program, which compiles the network once. On explicit axes, they are called as in a loop of one's own.
 evaluate_and_train = jax.jit(lambda *args: (eval_step(*args[:2]), train_step(*args)))
 for name, axis_types in {"one": None, "explicit": (AxisType.Explicit,), "auto": (AxisType.Auto,)}.items():
     sgd, class_weights = optax.sgd(0.1, momentum=0.9), np.arange(1.0, 6)
@@ -643,7 +643,7 @@ for name, axis_types in {"one": None, "explicit": (AxisType.Explicit,), "auto": 
         state, batch = jax.device_put((state, batch), (whole, split))
     results[name] = []
     for _ in range(3):
-        if axis_types:
+        if name == "explicit":
             evaluation, (state, metrics) = eval_step(state, batch), train_step(state, batch, key)
         else:
             evaluation, (state, metrics) = evaluate_and_train(state, batch, key)
