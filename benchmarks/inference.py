@@ -177,8 +177,7 @@ def report(
     errors: dict[str, float],
 ) -> None:
     """Print the tables."""
-    packages = ("jax", "jaxlib", "flax", "torch", "torchvision", "onnxruntime", "openvino")
-    print(machine(*packages) + "\n")
+    print(machine("jax", "jaxlib", "flax", "torch", "torchvision", "onnxruntime", "openvino") + "\n")
     baseline = BASELINE if BASELINE in starts else next(iter(starts))
     print_header("milliseconds an image", *(f"batch {batch}" for batch in results))
     for name in starts:

@@ -20,6 +20,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -145,8 +146,9 @@ def open_results(
     """
     is_parquet = path.suffix == ".parquet"
     growing = path.with_name(f"{path.name}.part") if is_parquet else path
-    if is_parquet:
-        _require_pyarrow()
+    if is_parquet and find_spec("pyarrow") is None:
+        message = f"a .parquet file needs PyArrow: {install_advice('parquet')}; or name a .csv or .jsonl file"
+        raise CommandError(message)
     for file_to_write in (path, growing):
         with writing(file_to_write):
             require_replaceable(file_to_write)
@@ -247,14 +249,6 @@ def _csv_rows(file: BinaryIO, top: int) -> Iterator[Row | None]:
                 yield {"image": _text(fields[0]), "predictions": fields[1:-1:3], "weights": fields[-1]}
             elif next(reader, None) is not None:  # only the last row can be cut off
                 raise ValueError(f"line {reader.line_num} has other columns")
-
-
-def _require_pyarrow() -> None:
-    try:
-        import pyarrow  # type: ignore[import-untyped]  # noqa: F401
-    except ImportError as error:
-        message = f"a .parquet file needs PyArrow: {install_advice('parquet')}; or name a .csv or .jsonl file"
-        raise CommandError(message) from error
 
 
 def _parquet_schema() -> Any:

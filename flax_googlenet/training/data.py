@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from functools import partial
 from multiprocessing.connection import wait
 from multiprocessing.resource_tracker import ensure_running
@@ -177,24 +177,17 @@ def _iterate(batches: grain.MapDataset, workers: int, stopped: Callable[[], bool
     if _NO_WARNING not in sys.warnoptions:
         sys.warnoptions.append(_NO_WARNING)
     ensure_running()  # the resource tracker: starting it later would unblock the signals
+    # Processes that are started with blocked signals ignore Ctrl-C and SIGTERM from their first moment on.
+    signals_before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
-        with _signals_blocked():
-            iterator = iter(dataset)
-            iterator.get_state()  # creates the iterators of the workers, which the next line starts
-            iterator.start_prefetch()
-            return Reader(iterator, workers, stopped)
+        iterator = iter(dataset)
+        iterator.get_state()  # creates the iterators of the workers, which the next line starts
+        iterator.start_prefetch()
+        return Reader(iterator, workers, stopped)
     except OSError as error:  # the semaphores of the workers are files in /dev/shm, which may be full
         raise explained(error) from error
-
-
-@contextmanager
-def _signals_blocked() -> Iterator[None]:
-    """Make processes that are started inside ignore Ctrl-C and SIGTERM, from their first moment on."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
-        yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, signals_before)
 
 
 def _start_worker(worker: int, count: int) -> None:

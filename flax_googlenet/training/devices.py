@@ -38,7 +38,6 @@ class Devices:
         self._replicated = NamedSharding(mesh, PartitionSpec())
         self._split = NamedSharding(mesh, PartitionSpec("batch"))
         self.share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-        self._compiler_options = compiler_options(jax.default_backend())
 
     def __str__(self) -> str:
         processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
@@ -65,7 +64,7 @@ class Devices:
             function,
             donate_argnums=donate,
             out_shardings=self._replicated,
-            compiler_options=self._compiler_options or None,
+            compiler_options=compiler_options(jax.default_backend()) or None,
         )
 
 
