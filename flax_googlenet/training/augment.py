@@ -9,9 +9,6 @@ from PIL import Image, ImageEnhance, ImageOps
 from flax_googlenet.images.preprocessing import normalise
 from flax_googlenet.training.recipe import Recipe
 
-Box = tuple[int, int, int, int]
-"""Left, top, right and bottom, in pixels."""
-
 # The paper, section 6, chooses with equal probability among bilinear, area, nearest neighbour and cubic.
 _INTERPOLATIONS = (Image.Resampling.BILINEAR, Image.Resampling.BOX, Image.Resampling.NEAREST, Image.Resampling.BICUBIC)
 _DISTORTIONS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
@@ -40,7 +37,7 @@ def augment(image: Image.Image, recipe: Recipe, rng: np.random.Generator) -> Flo
 
 def random_crop(
     width: int, height: int, area: tuple[float, float], aspect: tuple[float, float], rng: np.random.Generator
-) -> Box:
+) -> tuple[int, int, int, int]:
     """Return a box with a random area and a random aspect ratio at a random place in an image.
 
     The distribution is that of torchvision's RandomResizedCrop.
@@ -53,8 +50,8 @@ def random_crop(
         rng: Source of randomness.
 
     Returns:
-        The box. If ten attempts give no box that fits, it is the largest box in the middle of the image whose aspect
-        ratio lies in the range.
+        The left, top, right and bottom of the box, in pixels. If ten attempts give no box that fits, it is the largest
+        box in the middle of the image whose aspect ratio lies in the range.
 
     Reference: Going Deeper with Convolutions, section 6.
     """
