@@ -3,9 +3,10 @@
 import os
 import re
 import signal
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
+from multiprocessing.pool import ThreadPool
 from typing import Any
 
 import jax
@@ -84,25 +85,18 @@ def joined() -> Iterator[None]:
         raise _cannot_join(f"JAX_COORDINATOR_ADDRESS={address} is not a host and a port, such as 10.0.0.1:1234.")
     num_processes, process_id = _number("JAX_NUM_PROCESSES"), _number("JAX_PROCESS_ID")
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    errors: list[Exception] = []
-
-    def initialize() -> None:
-        try:
-            jax.distributed.initialize(
-                num_processes=num_processes, process_id=process_id, heartbeat_timeout_seconds=_HEARTBEAT_SECONDS
-            )
-        except Exception as error:
-            errors.append(error)
-
+    initialize = partial(
+        jax.distributed.initialize,
+        num_processes=num_processes,
+        process_id=process_id,
+        heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
+    )
     # JAX waits up to 5 minutes for the others. In a thread: Python handles signals in the main thread alone.
-    thread = threading.Thread(target=initialize, daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(0.2)
-    if errors and not isinstance(errors[0], (ValueError, RuntimeError)):
-        raise errors[0]
-    if errors:
-        raise _cannot_join(str(errors[0]).splitlines()[0]) from errors[0]
+    with ThreadPool(1) as pool:
+        try:
+            pool.apply(initialize)
+        except (ValueError, RuntimeError) as error:
+            raise _cannot_join(str(error).splitlines()[0]) from error
     # JAX has just replaced the handler of SIGTERM in C++, for a service that is not used here. Python's is put back.
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
     yield
