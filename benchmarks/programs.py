@@ -220,7 +220,7 @@ def parse_arguments(description: str | None, batch: int, **options: dict[str, An
         default=list(PROGRAMS),
         help=f"what to compile, in quotes: {', '.join(map(repr, PROGRAMS))} (all)",
     )
-    parser.add_argument("--hlo", type=Path, metavar="FOLDER", help="an existing folder, for the compiled programs' HLO")
+    parser.add_argument("--hlo", type=Path, metavar="FOLDER", help="also write the compiled programs here, as HLO")
     parser.add_argument(
         "--quick",
         action="store_true",
@@ -228,6 +228,8 @@ def parse_arguments(description: str | None, batch: int, **options: dict[str, An
         f"{QUICK_SIZE}, in bfloat16; the figures mean nothing",
     )
     arguments = parser.parse_args()
+    if arguments.hlo is not None:
+        arguments.hlo.mkdir(parents=True, exist_ok=True)
     arguments.size = 224
     if arguments.quick:
         arguments.size, arguments.batch = QUICK_SIZE, 2
