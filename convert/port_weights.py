@@ -30,9 +30,9 @@ CHECKPOINT is one of
                     such as those of torchvision's training script and of
                     Lightning; a prefix of all names, such as "model.", is
                     removed
-  FILE.safetensors  the same in PyTorch's layout; with --to-torchvision, a file
-                    from this command, flax-googlenet train or
-                    flax_googlenet.save
+  FILE.safetensors  the same in PyTorch's layout; with --to-torchvision or
+                    --to-caffe, a file from this command, flax-googlenet train
+                    or flax_googlenet.save
   FILE.caffemodel   weights of Berkeley's network for Caffe, with any number of
                     classes
   http(s)://...     a file to download; if its name contains a hash, as in
@@ -46,16 +46,18 @@ examples
   python convert/port_weights.py last.ckpt --class-names names.txt
   python convert/port_weights.py imagenet --output mine.safetensors --diagnose
   python convert/port_weights.py tuned.safetensors --to-torchvision tuned.pth
+  python convert/port_weights.py places.safetensors --to-caffe places.caffemodel
 
 exit status
   0    proven and written; with --diagnose, the port agrees
   2    the command line is wrong
   3    an input is not available: a file that does not exist, a download that
        fails or has the wrong hash, a package such as PyTorch that is not
-       installed, or a device in --device or JAX_PLATFORMS that this machine does
-       not have
+       installed, or a device in --device or JAX_PLATFORMS that this machine
+       does not have
   4    an input is refused: the checkpoint is damaged, unsafe or not a GoogLeNet
-       of torchvision's or Berkeley's, or the class names are not one for each class
+       of torchvision's or Berkeley's, or the class names are not one for each
+       class
   5    not proven: a stage differs, and no port is written
   6    an output cannot be written
   70   an unexpected error; its traceback is in the file that the message names
@@ -76,6 +78,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--to-torchvision", metavar="FILE.pth", type=Path, help="port back: write a state dict that torchvision loads"
     )
+    caffe_help = "port back: write the weights of Berkeley's network for Caffe"
+    parser.add_argument("--to-caffe", metavar="FILE.caffemodel", type=Path, help=caffe_help)
     transform_help = (
         "whether the network first maps ImageNet-normalised images to [-1, 1]; by default only imagenet does"
     )
@@ -105,10 +109,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         args.class_names,
         args.transform_input is not None,
     )
-    if args.to_torchvision and any(others):
-        parser.error("--to-torchvision can be combined with --report, --device and --json only")
-    if args.to_torchvision and (args.checkpoint in ("imagenet", "bvlc", "random") or "://" in args.checkpoint):
-        parser.error("--to-torchvision needs a CHECKPOINT that this command wrote, a FILE.safetensors")
+    if args.to_torchvision and args.to_caffe:
+        parser.error("--to-torchvision and --to-caffe are for different networks: leave out one of them")
+    if back := "--to-torchvision" if args.to_torchvision else "--to-caffe" if args.to_caffe else None:
+        if any(others):
+            parser.error(f"{back} can be combined with --report, --device and --json only")
+        if args.checkpoint in ("imagenet", "bvlc", "random") or "://" in args.checkpoint:
+            parser.error(f"{back} needs a CHECKPOINT that this command wrote, a FILE.safetensors")
     is_caffes = args.checkpoint == "bvlc" or args.checkpoint.endswith(".caffemodel")
     if is_caffes and (args.diagnose or args.transform_input is not None):
         parser.error("--diagnose and --transform-input are for torchvision's network, not for files of Caffe")
@@ -171,12 +178,14 @@ def _import_engines() -> None:
 def _run(args: argparse.Namespace, messages: Messages) -> Result:
     from diagnose import diagnose_port
     from inputs import Request
-    from porting import find_device, port, port_back
+    from porting import find_device, port, port_back, port_to_caffe
 
     screen = make_console(quiet=args.json)
     device = find_device(args.device) if args.device else None
     if args.to_torchvision:
         return port_back(Path(args.checkpoint), args.to_torchvision, args.report, device, screen, messages)
+    if args.to_caffe:
+        return port_to_caffe(Path(args.checkpoint), args.to_caffe, args.report, device, screen, messages)
     request = Request(args.checkpoint, args.key, args.without_aux, args.transform_input)
     if args.diagnose:
         return diagnose_port(request, args.output, screen, messages)

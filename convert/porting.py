@@ -32,6 +32,7 @@ from flax_googlenet.model import Variables
 from flax_googlenet.weights import caffe
 from flax_googlenet.weights.checkpoint import Weights
 from flax_googlenet.weights.download import name_in_url
+from flax_googlenet.weights.torchvision import shapes_by_path, to_arrays
 
 jax.config.update("jax_enable_x64", True)  # the proof needs float64
 
@@ -120,6 +121,34 @@ def port_back(
             table.add_row(name, shown(value), advice)
         screen.print(table)
     return status, facts
+
+
+def port_to_caffe(
+    checkpoint: Path,
+    output: Path,
+    report: Path | None,
+    device: jax.Device | None,
+    screen: Console,
+    messages: Messages,
+) -> Result:
+    """Port a file of this library to a ``.caffemodel`` of Berkeley's network; otherwise like ``port``."""
+    _check_outputs(checkpoint, output, report)
+    weights = read_port(checkpoint)
+    model = weights.model
+    if model.variant != "bvlc":
+        message = f"{checkpoint} is torchvision's network, which files of Caffe do not have: use --to-torchvision"
+        raise flax_googlenet.PortingError(message)
+    try:
+        state_dict = to_arrays(weights.variables, shapes_by_path(model))
+    except flax_googlenet.PortingError as error:
+        raise flax_googlenet.PortingError(f"{checkpoint}: {in_one_line(error)}") from error
+    proof = _prove(state_dict, model, weights.variables, device, messages)
+    if proof.ok:
+        with writing(output), cleans_up():
+            write_atomically(output, caffe.encode(state_dict))
+    facts = _facts(display_name(str(checkpoint)), weights.sha256, model, proof)
+    next_step = f"net = cv2.dnn.readNetFromCaffe('deploy.prototxt', {str(output)!r})  # in OpenCV 4"
+    return _conclude(proof, facts, output, report, weights.class_names, next_step, screen)
 
 
 def default_output(checkpoint: str) -> Path:

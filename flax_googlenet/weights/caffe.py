@@ -12,7 +12,7 @@ References:
 import hashlib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -51,7 +51,7 @@ _BVLC_CLASSIFIER = "ef057001349ecb54"
 
 
 class _Format(NamedTuple):
-    """The numbers of the fields of a layer, and of the types whose weights are read."""
+    """The numbers of the fields of a layer, and the types whose weights are read."""
 
     name: int
     type: int
@@ -60,7 +60,8 @@ class _Format(NamedTuple):
     inner_product: int | bytes
 
 
-_FORMATS = {2: _Format(4, 5, 6, 4, 14), 100: _Format(1, 2, 7, b"Convolution", b"InnerProduct")}
+_CONVOLUTION, _INNER_PRODUCT = b"Convolution", b"InnerProduct"
+_FORMATS = {2: _Format(4, 5, 6, 4, 14), 100: _Format(1, 2, 7, _CONVOLUTION, _INNER_PRODUCT)}
 """Field of the network -> format of its layers: V1LayerParameter and LayerParameter."""
 
 
@@ -136,6 +137,36 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
     except StateDictError as error:
         raise StateDictError(f"{os.fspath(path)}: {printable(str(error))}") from error
     return Checkpoint(state_dict, hashlib.sha256(data).hexdigest(), [])
+
+
+def encode(state_dict: Mapping[str, np.ndarray]) -> bytes:
+    """Return a ``.caffemodel``, as Caffe has written them since 2014, with weights under the names of ``read``.
+
+    Numbers of fewer than 32 bits are written as float32.
+    """
+    parts = [_field(1, b"GoogleNet")]
+    for name, module in _modules(has_aux="aux1.fc1.bias" in state_dict).items():
+        arrays = [state_dict[f"{module}.{kind}"] for kind in ("weight", "bias")]
+        kind = _CONVOLUTION if arrays[0].ndim == 4 else _INNER_PRODUCT
+        blobs = b"".join(_field(7, _encode_blob(array)) for array in arrays)
+        parts.append(_field(100, _field(1, name.encode()) + _field(2, kind) + blobs))
+    return b"".join(parts)
+
+
+def _encode_blob(array: np.ndarray) -> bytes:
+    shape = _field(7, _field(1, b"".join(map(_encode_varint, array.shape))))
+    if array.dtype == np.float64:
+        return shape + _field(8, array.astype("<f8").tobytes())
+    return shape + _field(5, array.astype("<f4").tobytes())
+
+
+def _field(number: int, value: bytes) -> bytes:
+    return _encode_varint(number << 3 | _LENGTH) + _encode_varint(len(value)) + value
+
+
+def _encode_varint(value: int) -> bytes:
+    low, rest = value & 0x7F, value >> 7
+    return bytes([low | 0x80]) + _encode_varint(rest) if rest else bytes([low])
 
 
 def has_bvlc_classes(state_dict: dict[str, np.ndarray]) -> bool:

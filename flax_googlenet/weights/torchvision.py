@@ -129,23 +129,33 @@ def to_torchvision(variables: Variables) -> dict[str, np.ndarray]:
         PortingError: If a tensor is wrong, as for ``from_torchvision``. A folded network is also refused, because
             torchvision's has no biases to hold it.
     """
-    arrays = {path: np.asarray(value) for path, value in flatten_dict(dict(variables)).items()}
-    bias = arrays.get(("params", "fc", "bias"), np.empty(1000))
-    has_aux = any(path[1:2] in (("aux1",), ("aux2",)) for path in arrays)
+    leaves = flatten_dict(dict(variables))
+    bias = np.asarray(leaves.get(("params", "fc", "bias"), np.empty(1000)))
+    has_aux = any(path[1:2] in (("aux1",), ("aux2",)) for path in leaves)
     shapes = shapes_by_path(GoogLeNet(num_classes=bias.size or 1000, aux_logits=has_aux))
+    state_dict = {}
+    for key, array in to_arrays(variables, shapes).items():
+        state_dict[key] = array
+        if key.endswith(".running_var"):
+            state_dict[key.replace("running_var", _COUNTER)] = np.array(0, np.int64)
+    return state_dict
+
+
+def to_arrays(variables: Variables, shapes: Mapping[VariablePath, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """Convert the variables of a network to arrays under PyTorch's names, and with its axes, as ``to_variables`` takes.
+
+    Raises:
+        PortingError: If the variables do not have ``shapes``, or have wrong values.
+    """
+    arrays = {path: np.asarray(value) for path, value in flatten_dict(dict(variables)).items()}
     _check(
         "the tree of variables",
         {"/".join(path): array for path, array in arrays.items()},
         {"/".join(path): shape for path, shape in shapes.items()},
     )
-
-    state_dict = {}
-    for path in shapes:
-        key = torch_key(path)
-        state_dict[key] = np.array(arrays[path].transpose(TORCH_AXES[arrays[path].ndim]), order="C")
-        if key.endswith(".running_var"):
-            state_dict[key.replace("running_var", _COUNTER)] = np.array(0, np.int64)
-    return state_dict
+    return {
+        torch_key(path): np.array(arrays[path].transpose(TORCH_AXES[len(shapes[path])]), order="C") for path in shapes
+    }
 
 
 def torch_key(path: VariablePath) -> str:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import bvlc
+import jax
 import numpy as np
 import port_weights
 import pytest
@@ -11,6 +12,8 @@ from caffe_files import caffemodel
 from flax.traverse_util import flatten_dict
 
 import flax_googlenet
+import flax_googlenet.model
+from flax_googlenet.weights import caffe
 
 
 @pytest.fixture
@@ -45,6 +48,24 @@ def test_a_caffemodel_is_ported_proven_and_written_with_its_heads(
     assert "BGR" in metadata["input"]
     assert metadata["class_names"] is None
     assert "BGR" in Path("report.html").read_text()
+
+    assert port_weights.main(["places.safetensors", "--to-caffe", "back.caffemodel"]) == 0
+    assert "readNetFromCaffe('deploy.prototxt', 'back.caffemodel')" in capsys.readouterr().out
+    back = caffe.read("back.caffemodel").state_dict
+    assert back.keys() == weights.keys()
+    for name, array in weights.items():
+        np.testing.assert_array_equal(back[name], array)
+
+
+def test_torchvisions_network_does_not_go_to_caffe(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = flax_googlenet.GoogLeNet(num_classes=1, aux_logits=False)
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), flax_googlenet.model.variable_shapes(model))
+    flax_googlenet.save("torchvisions.safetensors", model, zeros)
+    assert port_weights.main(["torchvisions.safetensors", "--to-caffe", "no.caffemodel"]) == 4
+    assert "use --to-torchvision" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        port_weights.main(["torchvisions.safetensors", "--to-caffe", "no.caffemodel", "--to-torchvision", "no.pth"])
+    assert not Path("no.caffemodel").exists()
 
 
 def test_a_wrong_caffemodel_is_refused_in_one_line(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

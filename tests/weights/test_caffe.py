@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 import reference
+import torch
 from caffe_files import STAGES, blob, caffemodel, field, layer, layer_names, prototxt
 from flax.traverse_util import flatten_dict
 from proof import relative_error
@@ -131,6 +132,23 @@ def assert_opencv_agrees(path: Path, images: np.ndarray) -> None:
 def test_every_stage_is_opencvs(state_dict: dict[str, np.ndarray], write: Callable[[bytes], Path]) -> None:
     images = np.random.default_rng(0).standard_normal((1, 97, 131, 3)).astype(np.float32)
     assert_opencv_agrees(write(caffemodel(state_dict, v1=True, legacy=True)), images)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_what_is_encoded_is_read_again_and_by_opencv_too(
+    dtype: Any, state_dict: dict[str, np.ndarray], write: Callable[[bytes], Path]
+) -> None:
+    weights = {name: array.astype(dtype) for name, array in state_dict.items()}
+    path = write(caffe.encode(weights))
+    read = caffe.read(path).state_dict
+    assert read.keys() == weights.keys()
+    for name, array in weights.items():
+        assert read[name].dtype == dtype
+        np.testing.assert_array_equal(read[name], array)
+    image = np.random.default_rng(0).standard_normal((1, 64, 75, 3)).astype(np.float32)
+    logits = bvlc.build(state_dict, torch.float32)(torch.from_numpy(image).permute(0, 3, 1, 2)).detach().numpy()
+    if dtype is np.float32:  # OpenCV reads no float64
+        assert relative_error(opencv_stages(path, image, 7)["fc"], logits) < 1e-5
 
 
 @needs_real
