@@ -122,7 +122,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.key and (is_caffes or args.checkpoint in ("imagenet", "random")):
         parser.error("--key needs a CHECKPOINT with several state dicts, a FILE.pth")
     if args.diagnose and (args.report or args.class_names or args.device):
-        parser.error("--diagnose writes no proof: leave out --report, --class-names and --device")
+        parser.error("--diagnose writes nothing: leave out --report, --class-names and --device")
     return args
 
 
