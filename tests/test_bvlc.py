@@ -19,7 +19,7 @@ from proof import relative_error
 import flax_googlenet
 from flax_googlenet import GoogLeNet, endpoints
 from flax_googlenet.architecture import BLOCKS
-from flax_googlenet.inference import gpu
+from flax_googlenet.inference import gpu, tpu
 from flax_googlenet.inference.predictor import _inference_graph
 from flax_googlenet.model import InceptionAux, variable_shapes
 from flax_googlenet.training import RecipeError, train
@@ -175,8 +175,9 @@ def test_predictor_and_exported_file_compute_its_logits(
     images = random_images(2, 64, 75)
     expected = reference.stages(torch64, images)["fc"]
     assert relative_error(flax_googlenet.make_predictor(MODEL64, variables64)(images), expected) < 1e-12
-    on_gpus = jax.jit(_inference_graph(MODEL64, "gpu"))(gpu.prepare(variables64["params"]), images)
-    assert relative_error(on_gpus, expected) < 1e-12
+    for platform, tuned in (("gpu", gpu), ("tpu", tpu)):  # their arithmetic is that of any device
+        logits = jax.jit(_inference_graph(MODEL64, platform))(tuned.prepare(variables64["params"]), images)
+        assert relative_error(logits, expected) < 1e-12, platform
     flax_googlenet.export(tmp_path / "bvlc.stablehlo", MODEL64, variables64, ["cpu"])  # for images of any size
     program = jax.export.deserialize(bytearray((tmp_path / "bvlc.stablehlo").read_bytes()))
     assert relative_error(program.call(images), expected) < 1e-12

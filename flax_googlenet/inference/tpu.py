@@ -13,8 +13,9 @@ from jax import lax
 from jax import numpy as jnp
 from jaxtyping import Array, Float
 
-from flax_googlenet.architecture import WIDTHS
+from flax_googlenet.architecture import NETWORKS, WIDTHS
 from flax_googlenet.model import ConvBN, Inception
+from flax_googlenet.ops.normalization import local_response_norm
 from flax_googlenet.ops.pooling import ceil_mode_padding, max_pool, per_channel
 
 Weights = Mapping[str, Any]
@@ -41,30 +42,35 @@ def _pair_kernel(kernel: Float[Array | np.ndarray, "7 7 3 out"]) -> Float[np.nda
 
 
 def logits(
-    weights: Weights, images: Float[Array, "n h w 3"], precision: lax.PrecisionLike = None
+    weights: Weights,
+    images: Float[Array, "n h w 3"],
+    variant: str = "torchvision",
+    precision: lax.PrecisionLike = None,
 ) -> Float[Array, "n num_classes"]:
     """Compute the logits.
 
     Args:
         weights: The weights from ``prepare``.
-        images: The input of the first convolution: ImageNet-normalised, or in [-1, 1] for a network with
-            ``transform_input``.
+        images: The input of the first convolution, as ``transform_input`` of the model's module returns it.
+        variant: The network, as for ``GoogLeNet``.
         precision: As for ``jax.lax.conv_general_dilated``.
     """
-    options: Any = {"batch_norm": False, "dtype": images.dtype, "precision": precision}
+    options: Any = {"variant": variant, "batch_norm": False, "dtype": images.dtype, "precision": precision}
+    network = NETWORKS[variant]
+    response_norm = local_response_norm if network.response_norm else lambda x: x
 
     def apply(block: Any, x: jax.Array) -> jax.Array:
         return block.apply({"params": weights[block.name]}, x, False)
 
     x = _conv1_and_maxpool1(weights["conv1"], images, precision)  # [n, 56, 56, 64] at 224x224
-    x = apply(ConvBN(64, **options, name="conv2"), x)
+    x = apply(ConvBN(64, **options, name="conv2"), response_norm(x))
     x = apply(ConvBN(192, kernel_size=3, padding=1, **options, name="conv3"), x)
-    x = max_pool(x, window=3, stride=2)  # [n, 28, 28, 192]
+    x = max_pool(response_norm(x), window=3, stride=2)  # [n, 28, 28, 192]
     for name, widths in WIDTHS.items():
         if name == "inception4a":
             x = max_pool(x, window=3, stride=2)  # [n, 14, 14, 480]
         elif name == "inception5a":
-            x = max_pool(x, window=2, stride=2)  # [n, 7, 7, 832]
+            x = max_pool(x, window=network.maxpool4_window, stride=2)  # [n, 7, 7, 832]
         x = apply(Inception(widths, **options, name=name), x)
     # [n, 7, 7, 1024] at 224x224
     return jnp.matmul(x.mean((1, 2)), weights["fc"]["kernel"], precision=precision) + weights["fc"]["bias"][None]
