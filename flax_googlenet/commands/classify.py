@@ -70,6 +70,7 @@ def classify(
     import time
     from contextlib import nullcontext
 
+    import jax
     import numpy as np
     from rich.console import Console
     from rich.progress import SpinnerColumn, TextColumn
@@ -77,7 +78,7 @@ def classify(
     from flax_googlenet.images.files import describe_unreadable, display_name, find_images, read_ahead
     from flax_googlenet.images.preprocessing import preprocess
     from flax_googlenet.inference.compiling import require_backend, use_compilation_cache
-    from flax_googlenet.inference.predictor import make_predictor, probabilities
+    from flax_googlenet.inference.predictor import make_predictor, probabilities, sent_ahead
 
     use_compilation_cache()
     require_backend()
@@ -101,11 +102,15 @@ def classify(
             task = progress.add_task("", total=None, rate=0.0)
             read = functools.partial(preprocess, size=loaded.image_size)
             pixels_by_path = read_ahead(paths, read, 2 * batch_size, messages.fail)
-            while batch := list(itertools.islice(pixels_by_path, batch_size)):
-                pixels = np.stack([pixels for _, pixels in batch])  # [N, H, W, 3]
+            batches = iter(lambda: list(itertools.islice(pixels_by_path, batch_size)), [])
+
+            def send(batch: list[tuple[str, np.ndarray]]) -> jax.Array:
+                return predict(np.stack([pixels for _, pixels in batch]))  # [N, H, W, 3] -> [N, num_classes]
+
+            for batch, logits in sent_ahead(send, batches):
                 rows = [
                     {"image": display_name(path), "predictions": rank(row, top, loaded.class_names)}
-                    for (path, _), row in zip(batch, probabilities(predict, pixels, str(weights)), strict=True)
+                    for (path, _), row in zip(batch, probabilities(logits, str(weights)), strict=True)
                 ]
                 if results:
                     results.append(rows)

@@ -68,7 +68,7 @@ def explain(
     pixels = preprocess(image, loaded.image_size)[None]  # [1, h, w, 3]
     model, variables = loaded.model, loaded.variables
     with messages.spinner("computing"):
-        (row,) = probabilities(make_predictor(model, variables), pixels, str(path))
+        (row,) = probabilities(make_predictor(model, variables)(pixels), str(path))
         predictions = rank(row, min(top, model.num_classes), loaded.class_names)
         classes = np.array([prediction["index"] for prediction in predictions])
         try:

@@ -5,12 +5,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float64, Int
+from jaxtyping import ArrayLike, Float64, Int
 
 from flax_googlenet.errors import GoogLeNetError
 from flax_googlenet.evaluation.crops import crops
 from flax_googlenet.images.files import Fail, read_ahead
-from flax_googlenet.inference.predictor import Predictor, make_predictor, probabilities
+from flax_googlenet.inference.predictor import Predictor, make_predictor, probabilities, sent_ahead
 from flax_googlenet.training.classes import ClassMatch, find_classes
 from flax_googlenet.training.datasets import DataError, Dataset
 from flax_googlenet.weights.checkpoint import Weights
@@ -58,10 +58,15 @@ def answers(
         return crops(dataset.read(index), num_crops, size)
 
     images = read_ahead(iter(range(len(dataset))), read, 2 * in_batch, fail)
-    while batch := list(itertools.islice(images, in_batch)):
+    batches = iter(lambda: list(itertools.islice(images, in_batch)), [])
+
+    def send(batch: list[tuple[int, np.ndarray]]) -> list[ArrayLike]:
         views = np.concatenate([views for _, views in batch])  # [n * num_crops, size, size, 3]
+        return [network.predict(views) for network in networks]
+
+    for batch, logits in sent_ahead(send, batches):
         total = sum(
-            probabilities(network.predict, views, network.name)[:, network.order] for network in networks
+            probabilities(one, network.name)[:, network.order] for one, network in zip(logits, networks, strict=True)
         )  # [n * num_crops, num_classes]
         yield [index for index, _ in batch], np.mean(np.split(total / len(networks), len(batch)), axis=1)
 

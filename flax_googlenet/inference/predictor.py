@@ -1,9 +1,10 @@
 """The predictor: a compiled function from images to logits."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -18,6 +19,9 @@ from flax_googlenet.inference.folding import fold_batch_norm
 from flax_googlenet.model import GoogLeNet, Variables, check_images, transform_input
 from flax_googlenet.ops import winograd
 from flax_googlenet.weights.checkpoint import CheckpointError
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 _BATCH_SIZES = (256, 128, 64, 32, 16, 8, 4, 2, 1)
 """Numbers of images for each device in one call, but on a CPU ``cpu.BATCH_SIZES``."""
@@ -55,8 +59,8 @@ class Predictor:
     ``model.precision`` has no effect; on a GPU and a TPU it computes the graphs of ``flax_googlenet.inference.gpu`` and
     ``tpu``. Any number of threads may call it at once.
 
-    Images that lie on the only device, a GPU or TPU, are not copied to the host, and the call returns before their
-    logits are computed. There each number of images that is not a power of two up to 256 compiles a small program once.
+    On a single GPU or TPU, the call returns before the logits are computed, and images that lie there are not copied to
+    the host. Each number of images that is not a power of two up to 256 compiles a small program once there.
 
     It can be copied and pickled. Unpickled in another process, it computes on the devices with the same ids, or on all
     devices of the platform if ``make_predictor`` was not given any.
@@ -123,7 +127,7 @@ class Predictor:
                 logits[-1].block_until_ready()  # batches that run at the same time would compete for the caches
         if on_one and len(logits) == 1 and len(logits[0]) == len(images):
             return logits[0]
-        if stays:
+        if on_one and not on_cpu:
             return jnp.concatenate(logits)[: len(images)]
         # On the host, because on a device each number of images would need a compilation of its own.
         return jax.device_put(np.concatenate(logits)[: len(images)], self.devices[0])
@@ -137,20 +141,39 @@ class Predictor:
         return _restore, (self.model, jax.tree.map(np.asarray, self._weights), self.devices[0].platform, ids)
 
 
-def probabilities(
-    predict: Callable[[Any], ArrayLike], images: Float[ArrayLike, "n h w 3"], name: str
-) -> Float64[np.ndarray, "n num_classes"]:
-    """Return the probabilities of the classes: the softmax, in float64, of the logits.
+def sent_ahead(send: Callable[[T], R], batches: Iterable[T]) -> Iterator[tuple[T, R]]:
+    """Yield each batch with what ``send`` returns for it, at the latest when the next batch has been sent.
+
+    While the caller waits for the logits of one batch, a GPU or TPU already has the next. A CPU computes a batch within
+    the call of a ``Predictor``, so that nothing is delayed there.
 
     Args:
-        predict: A ``Predictor``, or another function from images to logits.
-        images: The images, as ``predict`` takes them.
+        send: Starts to compute a batch, as a ``Predictor`` does, and returns its logits, or several of them.
+        batches: The batches. Each is taken when it can be sent.
+    """
+    sent: deque[tuple[T, R]] = deque()
+    for batch in batches:
+        sent.append((batch, send(batch)))
+        while sent and (len(sent) > 1 or _are_ready(sent[0][1])):
+            yield sent.popleft()
+    yield from sent
+
+
+def _are_ready(logits: Any) -> bool:
+    return all(x.is_ready() for x in jax.tree.leaves(logits) if hasattr(x, "is_ready"))  # NumPy's arrays always are
+
+
+def probabilities(logits: Float[ArrayLike, "n num_classes"], name: str) -> Float64[np.ndarray, "n num_classes"]:
+    """Return the probabilities of the classes: the softmax, in float64, of the logits of a predictor.
+
+    Args:
+        logits: The logits, which the function waits for.
         name: The name of the weights in the message.
 
     Raises:
         CheckpointError: If the logits are not finite.
     """
-    logits = np.asarray(predict(images), np.float64)
+    logits = np.asarray(logits, np.float64)
     if not np.isfinite(logits).all():
         raise CheckpointError(f"{name} is damaged: its answers are not finite")
     return softmax(logits, axis=1)

@@ -5,7 +5,7 @@ import json
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from torchvision.models import GoogLeNet as TorchGoogLeNet
 import flax_googlenet
 from flax_googlenet import fold_batch_norm, make_predictor
 from flax_googlenet.inference import cpu
+from flax_googlenet.inference.predictor import sent_ahead
 
 Images = Callable[..., np.ndarray]
 MODEL = flax_googlenet.GoogLeNet()
@@ -223,3 +224,42 @@ def test_several_devices_give_the_logits_of_one_even_in_another_process(
     count, *errors = json.loads(done.stdout)
     assert count == len(errors) == 113
     assert max(errors) < 2e-5  # of logits up to 2: matrix products of other sizes round in another order
+
+
+class Coming:
+    """Logits that a device still computes. On a CPU no array of JAX is sure to be late."""
+
+    def is_ready(self) -> bool:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("logits", "expected"),
+    [
+        ([Coming()], ["read 0", "send 0", "read 1", "send 1", "got 0", "got 1"]),
+        ([jnp.ones(2).block_until_ready(), np.ones(2)], ["read 0", "send 0", "got 0", "read 1", "send 1", "got 1"]),
+    ],
+    ids=["still computed", "ready"],
+)
+def test_the_next_batch_is_sent_before_logits_are_awaited(logits: list[Any], expected: list[str]) -> None:
+    events = []
+
+    def batches() -> Iterator[int]:
+        for number in range(2):
+            events.append(f"read {number}")
+            yield number
+
+    def send(number: int) -> list[Any]:
+        events.append(f"send {number}")
+        return logits
+
+    for number, got in sent_ahead(send, batches()):
+        assert got is logits
+        events.append(f"got {number}")
+    assert events == expected
+
+
+def test_a_cpu_computes_a_batch_within_the_call(predict: flax_googlenet.Predictor) -> None:
+    if predict.devices[0].platform != "cpu":
+        pytest.skip("only a CPU does")
+    assert predict(np.zeros((1, 15, 15, 3), np.float32)).is_ready()
