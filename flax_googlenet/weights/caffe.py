@@ -297,7 +297,10 @@ class _Reader:
 
 
 def _varint(message: memoryview, position: int) -> tuple[int, int]:
-    """Return the integer at a position, and the position after it. A byte has 7 bits of it, and whether it goes on."""
+    """Return the integer at a position, and the position after it.
+
+    Each byte has 7 bits of the integer, the lowest first, and a bit that says whether another byte follows.
+    """
     value = 0
     for i, byte in enumerate(message[position : position + 10]):
         value |= (byte & 0x7F) << (7 * i)
