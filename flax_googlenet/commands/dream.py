@@ -39,8 +39,8 @@ def dream(
 
     Args:
         image: The picture to start from.
-        weights: File of weights, or imagenet for torchvision's, which are downloaded once. The default is that of
-            classify.
+        weights: File of weights, or imagenet for torchvision's or bvlc for Berkeley's, which are downloaded once. The
+            default is that of classify.
         output: The .png file to write. An existing file is replaced.
         stage: The stage: conv1 to conv3, or inception3a to inception5b. Early stages draw edges and textures, late ones
             parts of animals and things.

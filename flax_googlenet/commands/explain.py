@@ -39,8 +39,8 @@ def explain(
 
     Args:
         image: The image to explain.
-        weights: File of weights, or imagenet for torchvision's, which are downloaded once. The default is that of
-            classify.
+        weights: File of weights, or imagenet for torchvision's or bvlc for Berkeley's, which are downloaded once. The
+            default is that of classify.
         output: The .png file to write. An existing file is replaced.
         stage: The stage whose features are looked at: conv1 to conv3, or inception3a to inception5b. Early stages show
             small parts of the image, late ones whole objects.

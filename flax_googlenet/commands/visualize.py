@@ -40,8 +40,8 @@ def visualize(
         stage: The stage: conv1 to conv3, inception3a to inception5b, or fc, whose channels are the classes. A branch of
             a stage, such as inception4c/branch2_1, and the names of Caffe and Lucid are taken, too.
         channels: Numbers of channels of the stage, from 0.
-        weights: File of weights, or imagenet for torchvision's, which are downloaded once. The default is that of
-            classify.
+        weights: File of weights, or imagenet for torchvision's or bvlc for Berkeley's, which are downloaded once. The
+            default is that of classify.
         output: The .png file to write. An existing file is replaced.
         steps: Number of steps of the optimisation.
         size: Height and width of an image, in pixels.
