@@ -137,8 +137,10 @@ def stage_name(name: str, variant: str | None = None) -> str:
     Raises:
         ValueError: If no stage has this name; the message has similar names.
     """
-    stage = _STAGE_NAMES.get(name)
-    if stage is None or (stage in _NORMS and variant and not NETWORKS[variant].response_norm):
-        similar = difflib.get_close_matches(name, set(_STAGE_NAMES) - {name}, cutoff=0.4) or STAGES
+    names = _STAGE_NAMES
+    if variant and not NETWORKS[variant].response_norm:
+        names = {other: stage for other, stage in names.items() if stage not in _NORMS}
+    if name not in names:
+        similar = difflib.get_close_matches(name, names, cutoff=0.4) or STAGES
         raise ValueError(f"no stage is named {name}: did you mean {', '.join(similar)}?")
-    return stage
+    return names[name]

@@ -414,7 +414,8 @@ def _stage(module: nn.Module, name: str, x: jax.Array) -> jax.Array:
     if module.has_variable("replacements", name + _OUTPUT):
         replacement = jnp.asarray(module.get_variable("replacements", name + _OUTPUT))
         if replacement.shape != x.shape:
-            raise ValueError(f"replace: {name} has the shape {x.shape}, got {replacement.shape}")
+            path = "/".join((*module.path, name))
+            raise ValueError(f"replace: {path} has the shape {x.shape}, got {replacement.shape}")
         x = replacement.astype(x.dtype)
     module.sow("intermediates", name + _OUTPUT, x)
     return x
