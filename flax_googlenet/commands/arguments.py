@@ -29,10 +29,10 @@ Stage = Annotated[str, arg(metavar="STAGE")]
 Flag = Annotated[bool, arg(help_behavior_hint=""), FlagCreatePairsOff]
 
 
-def known_stage(name: str) -> str:
+def known_stage(name: str, variant: str | None = None) -> str:
     """Return the name of a stage as ``stage_name`` does, but raise UsageError if there is no such stage."""
     try:
-        return stage_name(name)
+        return stage_name(name, variant)
     except ValueError as error:
         raise UsageError(str(error)) from error
 

@@ -49,9 +49,9 @@ def dream(
         seed: Seed of the random shifts. The same seed gives the same picture.
     """
     require_picture(output)
-    if min(octaves, steps) < 1 or seed < 0:
-        raise UsageError("--octaves and --steps must be at least 1, and --seed at least 0")
-    stage = known_stage(stage)
+    if min(octaves, steps) < 1 or not 0 <= seed < 2**32:
+        raise UsageError("--octaves and --steps must be at least 1, and --seed at least 0 and less than 2**32")
+    known_stage(stage)
 
     import time
 
@@ -69,6 +69,7 @@ def dream(
     messages = Messages()
     picture = rgb(image)
     _, loaded = open_weights(weights, messages)
+    stage = known_stage(stage, loaded.model.variant)  # norm1 and norm2 are stages of one network alone
     start = time.perf_counter()
     columns = BarColumn(20), TextColumn("{task.completed}/{task.total} steps"), TimeRemainingColumn()
     with messages.progress(*columns) as progress:

@@ -48,8 +48,10 @@ def visualize(
         seed: Seed of the random start and of the random shifts and turns. The same seed gives the same picture.
     """
     require_picture(output)
-    if steps < 1 or seed < 0:
-        raise UsageError("--steps must be at least 1, and --seed at least 0")
+    if steps < 1 or not 0 <= seed < 2**32:
+        raise UsageError("--steps must be at least 1, and --seed at least 0 and less than 2**32")
+    if not channels:
+        raise UsageError("--channels needs at least one number")
     stage = known_stage(stage)
 
     import time

@@ -57,9 +57,12 @@ def deep_dream(
 
     Raises:
         ImageError: If the image cannot be read, or is smaller than the network takes.
-        ValueError: If ``stage`` names no stage, or if ``tile`` is less than twice the smallest size of an image.
+        ValueError: If ``stage`` names no stage, if ``octaves`` is less than 1, or if ``tile`` is less than twice the
+            smallest size of an image.
     """
     stage = stage_name(stage, model.variant)
+    if octaves < 1:
+        raise ValueError(f"octaves must be at least 1, got {octaves}")
     key = jax.random.key(0) if key is None else key
     original = np.asarray(rgb(image), np.float32) / np.float32(255)
     smallest = NETWORKS[model.variant].min_size

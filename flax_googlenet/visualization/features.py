@@ -75,14 +75,14 @@ def feature_images(
             network takes.
     """
     stage = stage_name(stage, model.variant)
-    numbers = np.asarray(channels, np.int32)
     min_size = NETWORKS[model.variant].min_size
     images = jax.ShapeDtypeStruct((1, min_size, min_size, 3), jnp.float32)
     shapes = jax.eval_shape(lambda v, x: endpoints(model, v, x, branches=True), variables, images)
     count = shapes[stage].shape[-1]
-    if numbers.ndim != 1 or not all(0 <= number < count for number in numbers):
+    if not all(0 <= channel < count for channel in channels):
         raise ValueError(f"channels: {stage} has the channels 0 to {count - 1}, got {channels}")
-    return optimize_images(model, variables, _channel(stage), numbers, key, steps=steps, size=size, on_step=on_step)
+    targets = np.array(channels, np.int32)
+    return optimize_images(model, variables, _channel(stage), targets, key, steps=steps, size=size, on_step=on_step)
 
 
 @functools.cache  # so that the same stage is the same objective, which is compiled once
@@ -209,7 +209,7 @@ def normalise(images: jax.Array) -> jax.Array:
 
 
 def _redirect_relu(redirect: jax.Array) -> Callable[..., Any]:
-    """Return an interceptor of Flax that lets gradients through every ReLU of the network if ``redirect`` is true.
+    """Return an interceptor of Flax that, if ``redirect`` is true, lets gradients pass that would vanish in a ReLU.
 
     A channel that is 0 everywhere in an image would have no gradient to start with. So if all of the gradient of an
     image would vanish in a ReLU, those parts of it pass that make values below 0 larger.

@@ -8,7 +8,7 @@ import pytest
 import reference
 from jax import numpy as jnp
 
-from flax_googlenet import GoogLeNet, endpoints
+from flax_googlenet import GoogLeNet, ImageError, endpoints
 from flax_googlenet.visualization import deep_dream
 from flax_googlenet.visualization.features import normalise
 
@@ -35,5 +35,12 @@ def test_a_dream_in_tiles_makes_the_features_of_a_stage_larger(variables: dict[s
 
 
 def test_a_picture_smaller_than_the_network_takes_is_refused(variables: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="14x30"):
+    with pytest.raises(ImageError, match="14x30"):
         deep_dream(MODEL, variables, np.zeros((14, 30, 3), np.uint8))
+
+
+@pytest.mark.parametrize("wrong", [{"octaves": 0}, {"tile": 29}, {"stage": "norm1"}])
+def test_an_argument_that_does_not_fit_is_refused_by_name(wrong: dict[str, Any], variables: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))) as error:
+        deep_dream(MODEL, variables, np.zeros((30, 30, 3), np.uint8), **wrong)
+    assert not isinstance(error.value, ImageError)

@@ -34,8 +34,8 @@ def test_the_heat_is_captums_and_zero_without_evidence(
     expected = attribution / attribution.amax((1, 2, 3), keepdim=True)  # [n, 1, 4, 5]
     expected = torch.nn.functional.interpolate(expected, (97, 131), mode="bilinear")[:, 0]
     assert relative_error(heat, expected.detach().numpy()) < 1e-12
-    assert (heat.min(), heat.max()) >= (0, 0.5)
-    assert heat.max() <= 1
+    assert heat.min() >= 0
+    assert 0.5 < heat.max() <= 1
 
     nothing = jax.tree.map(np.zeros_like, variables64)
     assert not grad_cam(MODEL64, nothing, images, CLASSES).any()
