@@ -65,7 +65,8 @@ def _run(arguments: list[str]) -> int:
     if name in ("-h", "--help"):
         write_output(_overview())
         return Status.DONE
-    raise UsageError(f"{name or 'nothing'} is no command: the commands are {', '.join(SUBCOMMANDS)}")
+    problem = f"{name} is no command" if name else "a command is missing"
+    raise UsageError(f"{problem}: the commands are {', '.join(SUBCOMMANDS)}")
 
 
 def _overview() -> str:

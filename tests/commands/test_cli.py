@@ -48,6 +48,7 @@ def test_help_on_training_needs_neither_an_extra_nor_jax() -> None:
     ("arguments", "message"),
     [
         (["clasify", "a.jpg"], f"clasify is no command: the commands are {', '.join(cli.SUBCOMMANDS)}"),
+        ([], f"a command is missing: the commands are {', '.join(cli.SUBCOMMANDS)}"),
         (
             ["classify", "a.jpg", "--wieghts", "x"],
             "--wieghts is no argument of this command: did you mean --weights? "
