@@ -87,10 +87,7 @@ STAGES = (
 )
 """Names of the stages of inference in the order of computation, as in torchvision."""
 
-_NORMS = ("norm1", "norm2")  # stages of the networks with local response normalisation alone
-
-_BRANCHES = {
-    # The convolutions of an Inception block, with Caffe's names and Lucid's.
+BRANCHES = {
     "branch1": ("1x1", "1x1"),
     "branch2_0": ("3x3_reduce", "3x3_bottleneck"),
     "branch2_1": ("3x3", "3x3"),
@@ -98,11 +95,14 @@ _BRANCHES = {
     "branch3_1": ("5x5", "5x5"),
     "branch4_1": ("pool_proj", "pool_reduce"),
 }
+"""Name of each convolution of an inception block -> its names in Caffe and in Lucid."""
+
+_NORMS = ("norm1", "norm2")  # stages of the networks with local response normalisation alone
 
 
 def _stage_names() -> dict[str, str]:
     """Return the names of all stages and branches by themselves, by Caffe's and Lucid's, and by torchvision's paths."""
-    convolutions = ["conv1", "conv2", "conv3", *(f"{block}/{branch}" for block in WIDTHS for branch in _BRANCHES)]
+    convolutions = ["conv1", "conv2", "conv3", *(f"{block}/{branch}" for block in WIDTHS for branch in BRANCHES)]
     names = {name: name for name in (*STAGES, *_NORMS, *convolutions)}
     names |= {"conv1/7x7_s2": "conv1", "conv2/3x3_reduce": "conv2", "conv2/3x3": "conv3"}  # Caffe
     names |= {f"pool{i}/3x3_s2": f"maxpool{i}" for i in (1, 2, 3, 4)}
@@ -114,7 +114,7 @@ def _stage_names() -> dict[str, str]:
     for block in WIDTHS:
         number = block.removeprefix("inception")
         names |= {f"inception_{number}/output": block, f"mixed{number}": block}
-        for branch, (caffe, lucid) in _BRANCHES.items():
+        for branch, (caffe, lucid) in BRANCHES.items():
             others = f"inception_{number}/{caffe}", f"mixed{number}_{lucid}", f"{block}.{branch.replace('_', '.')}"
             names |= dict.fromkeys(others, f"{block}/{branch}")
     before_relu = {name: f"{stage}/pre_relu" for name, stage in names.items() if stage in convolutions}

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from flax_googlenet.architecture import WIDTHS
+from flax_googlenet.architecture import BRANCHES, WIDTHS
 from flax_googlenet.errors import printable
 from flax_googlenet.files import read_regular_file
 from flax_googlenet.model import GoogLeNet
@@ -32,14 +32,6 @@ _MAX_AXES = 32  # Caffe's kMaxBlobAxes
 _VARINT, _LENGTH = 0, 2  # kinds of values on the wire; the others have 8 bytes (1) and 4 bytes (5)
 _FIXED_SIZES = {1: 8, 5: 4}
 
-_BRANCHES = {
-    "1x1": "branch1",
-    "3x3_reduce": "branch2.0",
-    "3x3": "branch2.1",
-    "5x5_reduce": "branch3.0",
-    "5x5": "branch3.1",
-    "pool_proj": "branch4.1",
-}
 _HEADS = {"inception4a": ("loss1", "aux1"), "inception4d": ("loss2", "aux2")}
 """Block -> names of the auxiliary head that reads it, in Caffe and here."""
 
@@ -200,7 +192,8 @@ def _modules(has_aux: bool) -> dict[str, str]:
     modules = {"conv1/7x7_s2": "conv1.conv", "conv2/3x3_reduce": "conv2.conv", "conv2/3x3": "conv3.conv"}
     for block in WIDTHS:
         caffe_block = block.replace("inception", "inception_")
-        modules |= {f"{caffe_block}/{layer}": f"{block}.{branch}.conv" for layer, branch in _BRANCHES.items()}
+        for branch, (layer, _) in BRANCHES.items():
+            modules[f"{caffe_block}/{layer}"] = f"{block}.{branch.replace('_', '.')}.conv"
         if has_aux and block in _HEADS:
             loss, head = _HEADS[block]
             modules |= {f"{loss}/conv": f"{head}.conv.conv", f"{loss}/fc": f"{head}.fc1"}
