@@ -66,8 +66,8 @@ def port(
     source = read_source(request, messages)
     model = source.model
     names = read_class_names(class_names, model.num_classes) if class_names else source.class_names
-    is_open = not request.is_caffes and checkpoint not in ("imagenet", "random") and not source.class_names
-    if is_open and request.transform_input is None:
+    is_known = request.is_caffes or checkpoint in ("imagenet", "random") or source.class_names
+    if request.transform_input is None and not is_known:
         advice = "add --transform-input if the network was built with it, as fine-tuned ImageNet weights are"
         messages.note(f"note: transform_input is assumed to be off: {advice}")
     proof = _prove(source.state_dict, model, source.variables, device, messages)
@@ -92,6 +92,8 @@ def port_back(
     _check_outputs(checkpoint, output, report)
     weights = read_port(checkpoint)
     model = weights.model
+    if model.variant != "torchvision":
+        raise flax_googlenet.PortingError(f"{checkpoint} is not torchvision's network, but the paper's: use --to-caffe")
     try:
         state_dict = flax_googlenet.to_torchvision(weights.variables)
     except flax_googlenet.PortingError as error:
@@ -136,7 +138,7 @@ def port_to_caffe(
     weights = read_port(checkpoint)
     model = weights.model
     if model.variant != "bvlc":
-        message = f"{checkpoint} is torchvision's network, which files of Caffe do not have: use --to-torchvision"
+        message = f"{checkpoint} is not the paper's network, but torchvision's: use --to-torchvision"
         raise flax_googlenet.PortingError(message)
     try:
         state_dict = to_arrays(weights.variables, shapes_by_path(model))

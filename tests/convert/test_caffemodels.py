@@ -57,15 +57,18 @@ def test_a_caffemodel_is_ported_proven_and_written_with_its_heads(
         np.testing.assert_array_equal(back[name], array)
 
 
-def test_torchvisions_network_does_not_go_to_caffe(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = flax_googlenet.GoogLeNet(num_classes=1, aux_logits=False)
-    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), flax_googlenet.model.variable_shapes(model))
-    flax_googlenet.save("torchvisions.safetensors", model, zeros)
-    assert port_weights.main(["torchvisions.safetensors", "--to-caffe", "no.caffemodel"]) == 4
+def test_each_network_goes_back_to_its_own_format_alone(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for variant in ("torchvision", "bvlc"):
+        model = flax_googlenet.GoogLeNet(variant=variant, num_classes=1, aux_logits=False)
+        zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), flax_googlenet.model.variable_shapes(model))
+        flax_googlenet.save(f"{variant}.safetensors", model, zeros)
+    assert port_weights.main(["torchvision.safetensors", "--to-caffe", "no.caffemodel"]) == 4
     assert "use --to-torchvision" in capsys.readouterr().err
+    assert port_weights.main(["bvlc.safetensors", "--to-torchvision", "no.pth"]) == 4
+    assert "use --to-caffe" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
-        port_weights.main(["torchvisions.safetensors", "--to-caffe", "no.caffemodel", "--to-torchvision", "no.pth"])
-    assert not Path("no.caffemodel").exists()
+        port_weights.main(["torchvision.safetensors", "--to-caffe", "no.caffemodel", "--to-torchvision", "no.pth"])
+    assert not [*here.glob("no.*")]
 
 
 def test_a_wrong_caffemodel_is_refused_in_one_line(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
