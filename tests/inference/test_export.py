@@ -129,6 +129,13 @@ def test_the_file_names_its_platforms(small: tuple[GoogLeNet, Any], any_size: Pa
     assert set(read(tmp_path / "g").platforms) == {"rocm", "cpu"}
 
 
+def test_several_platforms_share_the_weights_in_the_file(
+    small: tuple[GoogLeNet, Any], any_size: Path, tmp_path: Path
+) -> None:
+    flax_googlenet.export(tmp_path / "g", *small, ["tpu"])
+    assert any_size.stat().st_size < 1.01 * (tmp_path / "g").stat().st_size
+
+
 @pytest.mark.slow
 def test_the_same_input_makes_the_same_bytes_with_no_path_in_them(
     small: tuple[GoogLeNet, Any], any_size: Path, tmp_path: Path
