@@ -50,7 +50,7 @@ def feature_images(
     size: int = 224,
     on_step: Callable[[int], None] | None = None,
 ) -> Float[Array, "n size size 3"]:
-    """Return an image for each channel of a stage that makes the mean of the channel large.
+    """Return, for each of some channels of a stage, an image that makes the mean of the channel large.
 
     Example::
 
@@ -101,7 +101,7 @@ def optimize_images(
     size: int = 224,
     on_step: Callable[[int], None] | None = None,
 ) -> Float[Array, "n size size 3"]:
-    """Return an image for each target that makes the objective large.
+    """Return, for each target, an image that makes the objective large.
 
     The images are parametrised by their Fourier spectrum, scaled by 1 / frequency, in colours without correlation. In
     each step they are shifted, scaled and rotated at random before the network sees them. All images and all steps are

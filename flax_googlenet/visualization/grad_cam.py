@@ -37,7 +37,8 @@ def grad_cam(
         model: The network.
         variables: Its variables.
         images: Floating point [N, H, W, 3], as for the model.
-        classes: The class of each image, int [N], from 0 to num_classes - 1.
+        classes: The class of each image, int [N], from 0 to num_classes - 1. Inside ``jax.jit`` their values are not
+            checked.
         stage: The stage whose features are looked at, by any name that ``endpoints`` takes.
 
     Returns:

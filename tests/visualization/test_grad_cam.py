@@ -1,5 +1,6 @@
 """Grad-CAM against captum's on torchvision's network."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -39,6 +40,13 @@ def test_the_heat_is_captums_and_zero_without_evidence(
 
     nothing = jax.tree.map(np.zeros_like, variables64)
     assert not grad_cam(MODEL64, nothing, images, CLASSES).any()
+
+
+def test_classes_may_be_traced_and_the_number_of_images_symbolic(variables: dict[str, Any]) -> None:
+    (n,) = jax.export.symbolic_shape("n")
+    images, classes = jax.ShapeDtypeStruct((n, 40, 33, 3), jnp.float32), jax.ShapeDtypeStruct((n,), jnp.int32)
+    heat = jax.eval_shape(functools.partial(grad_cam, GoogLeNet()), variables, images, classes)
+    assert heat.shape == (n, 40, 33)
 
 
 @pytest.mark.parametrize(
