@@ -129,7 +129,7 @@ def evaluate(
     if confusion:
         with writing(confusion):
             numbered = draw_confusion(confusion, score.matrix, dataset.class_names)
-        messages.warn_of_numbers(confusion, numbered)
+        messages.warn_of_undrawable_names(confusion, numbered)
     return messages.conclude(score.count, seconds)
 
 

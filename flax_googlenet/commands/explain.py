@@ -81,7 +81,7 @@ def explain(
         numbered = draw_explanation(
             output, photograph, np.asarray(heats), classes.tolist(), labels, row[classes].tolist()
         )
-    messages.warn_of_numbers(output, numbered)
+    messages.warn_of_undrawable_names(output, numbered)
     named = ", ".join(f"{printable(label)} {row[index]:.1%}" for label, index in zip(labels, classes, strict=True))
     write_output(f"wrote {printable(str(output))}: {named}\n")
     return Status.DONE

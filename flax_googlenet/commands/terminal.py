@@ -112,7 +112,7 @@ class Messages:
         """Print a warning."""
         self._print("[bold yellow]warning:[/] ", message)
 
-    def warn_of_numbers(self, picture: Path, class_names: Sequence[str]) -> None:
+    def warn_of_undrawable_names(self, picture: Path, class_names: Sequence[str]) -> None:
         """Warn that a picture shows numbers in place of class names, if there are any that no font can draw."""
         if class_names:
             self.warn(
