@@ -55,7 +55,7 @@ def explain(
 
     import numpy as np
 
-    from flax_googlenet.images.preprocessing import denormalise, preprocess
+    from flax_googlenet.images.preprocessing import denormalise, preprocess, rgb
     from flax_googlenet.inference.compiling import require_backend, use_compilation_cache
     from flax_googlenet.inference.predictor import make_predictor, probabilities
     from flax_googlenet.visualization import grad_cam
@@ -64,8 +64,9 @@ def explain(
     use_compilation_cache()
     require_backend()
     messages = Messages()
+    picture = rgb(image)
     path, loaded = open_weights(weights, messages)
-    pixels = preprocess(image, loaded.image_size)[None]  # [1, h, w, 3]
+    pixels = preprocess(picture, loaded.image_size)[None]  # [1, h, w, 3]
     model, variables = loaded.model, loaded.variables
     with messages.spinner("computing"):
         (row,) = probabilities(make_predictor(model, variables)(pixels), str(path))
