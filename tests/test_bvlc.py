@@ -69,7 +69,7 @@ def test_every_stage_is_pytorchs_in_float64(
 
 @pytest.mark.parametrize("size", [(14, 14), (12, 13), (15, 14), (1, 4)])
 def test_auxiliary_heads_have_caffes_pool_where_it_makes_4x4_values(
-    size: tuple[int, int], state_dict: dict[str, np.ndarray], variables64: dict[str, Any], torch64: bvlc.BVLCGoogLeNet
+    size: tuple[int, int], variables64: dict[str, Any], torch64: bvlc.BVLCGoogLeNet
 ) -> None:
     x = np.random.default_rng(0).random((2, *size, 512))
     head = InceptionAux(1000, variant="bvlc", batch_norm=False, dtype=jnp.float64, param_dtype=jnp.float64)

@@ -54,7 +54,7 @@ def test_inference_has_plain_convolutions_everywhere() -> None:
     assert ways == {"cpu": {BLOCKED_DOT}, "cuda": set(), "rocm": set(), "tpu": set()}
 
 
-def test_where_a_program_is_traced_does_not_count(step: jax.stages.Traced, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_a_program_is_traced_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     traced = jax.jit(jax.grad(lambda x: max_pool(x, 3, 2).sum())).trace(jax.ShapeDtypeStruct((1, 9, 9, 1), jnp.float32))
     assert contents(traced, "tpu") == {XLA_POOL_GRADIENT}

@@ -93,7 +93,7 @@ def test_layers_with_other_names_are_known_by_their_order(
 
 
 def test_layers_with_berkeleys_names_may_be_in_any_order(
-    deployed: dict[str, np.ndarray], valid: bytes, write: Callable[[bytes], Path]
+    deployed: dict[str, np.ndarray], write: Callable[[bytes], Path]
 ) -> None:
     names = dict(reversed(layer_names(aux=False).items()))
     backwards = caffe.read(write(caffemodel(deployed, names=names))).state_dict
