@@ -105,7 +105,8 @@ def optimize_images(
 
     The images are parametrised by their Fourier spectrum, scaled by 1 / frequency, in colours without correlation. In
     each step they are shifted, scaled and rotated at random before the network sees them. All images and all steps are
-    one compiled loop. Another function object as the objective is compiled anew.
+    one compiled loop. Another function object as the objective is compiled anew; the last eight are kept, with the
+    arrays that they hold.
 
     Example::
 
