@@ -398,9 +398,13 @@ def endpoints(
         response normalisation, ``norm1`` after ``maxpool1`` and ``norm2`` after ``conv3``.
 
     Raises:
-        ValueError: If ``replace`` names no stage, or has a value of another shape than the stage.
+        ValueError: If ``replace`` names no stage or the same stage twice, or has a value of another shape than the
+            stage.
     """
-    given = {f"{stage_name(name, model.variant)}{_OUTPUT}": value for name, value in (replace or {}).items()}
+    replace = replace or {}
+    given = {f"{stage_name(name, model.variant)}{_OUTPUT}": value for name, value in replace.items()}
+    if len(given) < len(replace):
+        raise ValueError(f"replace: two of {', '.join(replace)} are names of the same stage: leave one of them out")
     replacements = unflatten_dict(given, sep="/")
     _, collections = model.apply({**variables, "replacements": replacements}, images, mutable=["intermediates"])
     # `sow` collects a tuple with one entry per call, and each stage is computed once.

@@ -96,6 +96,7 @@ def test_a_stage_can_be_replaced_and_its_gradient_is_torchvisions(
         ({"mixed4e": np.zeros(3)}, r"inception4e .*1, 1, 1, 832"),
         ({"mixed4c_3x3_pre_relu": np.zeros(3)}, "inception4c/branch2_1/pre_relu "),
         ({"norm1": np.zeros((1, 4, 4, 64))}, "norm1: .*conv1"),  # norm1 and norm2 are stages of "bvlc" alone
+        ({"mixed4c": np.zeros((1, 1, 1, 512)), "inception4c": np.zeros((1, 1, 1, 512))}, "mixed4c, inception4c"),
     ],
 )
 def test_a_replacement_that_does_not_fit_is_refused(

@@ -6,7 +6,7 @@ from typing import Annotated
 from tyro.conf import arg
 
 from flax_googlenet.commands.arguments import Number, OptionalWeights, Picture, Stage, known_stage
-from flax_googlenet.commands.status import Status, UsageError
+from flax_googlenet.commands.status import CommandError, Status, UsageError
 from flax_googlenet.commands.terminal import Messages, require_picture, write_output, writing
 from flax_googlenet.commands.weights import open_weights
 from flax_googlenet.errors import printable
@@ -59,7 +59,7 @@ def dream(
     import numpy as np
     from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 
-    from flax_googlenet.images.preprocessing import rgb
+    from flax_googlenet.images.preprocessing import ImageError, rgb
     from flax_googlenet.inference.compiling import require_backend, use_compilation_cache
     from flax_googlenet.visualization import deep_dream
     from flax_googlenet.visualization.pictures import to_picture, write_picture
@@ -74,16 +74,19 @@ def dream(
     columns = BarColumn(20), TextColumn("{task.completed}/{task.total} steps"), TimeRemainingColumn()
     with messages.progress(*columns) as progress:
         task = progress.add_task("", total=octaves * steps)
-        result = deep_dream(
-            loaded.model,
-            loaded.variables,
-            picture,
-            stage,
-            octaves=octaves,
-            steps=steps,
-            key=jax.random.key(seed),
-            on_step=lambda done: progress.update(task, completed=done),
-        )
+        try:
+            result = deep_dream(
+                loaded.model,
+                loaded.variables,
+                picture,
+                stage,
+                octaves=octaves,
+                steps=steps,
+                key=jax.random.key(seed),
+                on_step=lambda done: progress.update(task, completed=done),
+            )
+        except ImageError as error:  # the picture is too small
+            raise CommandError(f"{image}: {error}") from error
     with writing(output):
         write_picture(output, to_picture(np.asarray(result)))
     write_output(

@@ -13,6 +13,8 @@ from flax_googlenet.commands.terminal import Messages, require_picture, write_ou
 from flax_googlenet.commands.weights import open_weights
 from flax_googlenet.errors import install_advice, printable
 
+_MAX_TOP = 100  # the picture is 390 pixels wide for each class, and matplotlib draws fewer than 2**16
+
 
 def explain(
     image: Annotated[Path, arg(metavar="IMAGE", help_behavior_hint="")],
@@ -44,11 +46,11 @@ def explain(
         output: The .png file to write. An existing file is replaced.
         stage: The stage whose features are looked at: conv1 to conv3, or inception3a to inception5b. Early stages show
             small parts of the image, late ones whole objects.
-        top: Number of classes to show, the likeliest first.
+        top: Number of classes to show, the likeliest first; at most 100.
     """
     require_picture(output)
-    if top < 1:
-        raise UsageError("--top must be at least 1")
+    if not 1 <= top <= _MAX_TOP:
+        raise UsageError(f"--top must be at least 1 and at most {_MAX_TOP}")
     stage = known_stage(stage)
     if find_spec("matplotlib") is None:
         raise CommandError(f"matplotlib is not installed: {install_advice('train')}")
@@ -73,14 +75,15 @@ def explain(
         predictions = rank(row, min(top, model.num_classes), loaded.class_names)
         classes = np.array([prediction["index"] for prediction in predictions])
         try:
-            heats = grad_cam(model, variables, np.repeat(pixels, len(classes), axis=0), classes, stage)
+            # One class after the other, so that the memory does not grow with their number.
+            heats = [np.asarray(grad_cam(model, variables, pixels, each, stage)[0]) for each in classes[:, None]]
         except ValueError as error:  # a stage without height and width, or one that this network does not have
             raise UsageError(str(error)) from error
     labels = [str(prediction["label"] or f"class {prediction['index']}") for prediction in predictions]
     with writing(output):
         photograph = denormalise(pixels[0])
         numbered = draw_explanation(
-            output, photograph, np.asarray(heats), classes.tolist(), labels, row[classes].tolist()
+            output, photograph, np.stack(heats), classes.tolist(), labels, row[classes].tolist()
         )
     messages.warn_of_undrawable_names(output, numbered)
     named = ", ".join(f"{printable(label)} {row[index]:.1%}" for label, index in zip(labels, classes, strict=True))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from flax_googlenet.commands.status import CommandError, Status, UsageError
 from flax_googlenet.errors import listing, printable
+from flax_googlenet.files import require_replaceable
 
 if TYPE_CHECKING:  # rich takes time to import
     from rich.console import Console
@@ -56,10 +57,12 @@ def require_folder_of(output: Path) -> None:
 
 
 def require_picture(output: Path) -> None:
-    """Raise an error if the name of a picture does not end in .png, or if its folder does not exist."""
+    """Raise an error if a picture's name does not end in .png, or if it cannot be written because of what is there."""
     if output.suffix.lower() != ".png":
         raise UsageError(f"{output}: the name of the picture must end in .png")
     require_folder_of(output)
+    with writing(output):
+        require_replaceable(output)
 
 
 @contextmanager

@@ -69,16 +69,19 @@ def deep_dream(
     if min(original.shape[:2]) < smallest:
         raise ImageError(
             f"a picture of {original.shape[0]}x{original.shape[1]} pixels is too small: the network takes "
-            f"{smallest}x{smallest} and more"
+            f"{smallest}x{smallest} and more: enlarge it"
         )
     if tile < 2 * smallest:  # tiles of equal size can be half as large
         raise ValueError(f"tile must be at least {2 * smallest}, got {tile}")
     step = _step(model, stage, tile)
     done, detail = 0, jnp.zeros((1, 1, 3), jnp.float32)
-    for octave in reversed(range(octaves)):
+    sizes: list[tuple[int, int]] = []
+    for octave in range(octaves):
         height, width = (round(side / octave_scale**octave) for side in original.shape[:2])
         if min(height, width) < smallest:
-            continue
+            break
+        sizes.append((height, width))
+    for height, width in reversed(sizes):
         base = jax.image.resize(original, (height, width, 3), "linear")
         picture = base + jax.image.resize(detail, base.shape, "linear")
         for _ in range(steps):

@@ -75,13 +75,14 @@ def feature_images(
             network takes.
     """
     stage = stage_name(stage, model.variant)
+    numbers = np.asarray(channels)
     min_size = NETWORKS[model.variant].min_size
     images = jax.ShapeDtypeStruct((1, min_size, min_size, 3), jnp.float32)
     shapes = jax.eval_shape(lambda v, x: endpoints(model, v, x, branches=True), variables, images)
     count = shapes[stage].shape[-1]
-    if not all(0 <= channel < count for channel in channels):
+    if numbers.ndim != 1 or not all(number in range(count) for number in numbers.tolist()):
         raise ValueError(f"channels: {stage} has the channels 0 to {count - 1}, got {channels}")
-    targets = np.array(channels, np.int32)
+    targets = numbers.astype(np.int32)
     return optimize_images(model, variables, _channel(stage), targets, key, steps=steps, size=size, on_step=on_step)
 
 
@@ -137,12 +138,19 @@ def optimize_images(
         RGB in [0, 1], in the order of ``targets``.
 
     Raises:
-        ValueError: If ``size`` is less than the network takes.
+        ValueError: If ``size`` is less than the network takes, if ``targets`` does not have an entry for each image,
+            or if ``objective`` returns more than one number.
     """
     if size < NETWORKS[model.variant].min_size:
         raise ValueError(f"size must be at least {NETWORKS[model.variant].min_size}, got {size}")
+    axes = {np.shape(target)[:1] for target in jax.tree.leaves(targets)}
+    if len(axes) != 1 or axes == {()}:
+        raise ValueError(
+            "targets: expected an array with an entry for each image on its first axis, or nested ones of one length, "
+            "such as jax.numpy.array([0, 3, 17])"
+        )
+    ((count,),) = axes
     start_key, steps_key = jax.random.split(key)
-    count = len(jax.tree.leaves(targets)[0])
     spectrum = 0.01 * jax.random.normal(start_key, (count, 2, size, size // 2 + 1, 3), jnp.float32)
     state = spectrum, _ADAM.init(spectrum)
     advance = _advance(model, objective, size)
@@ -168,7 +176,12 @@ def _advance(model: GoogLeNet, objective: Objective, size: int) -> Callable[...,
             images = jax.vmap(_transform)(_decode(spectrum, size), keys)
             with nn.intercept_methods(_redirect_relu(step < _REDIRECTED_STEPS)):
                 stages = endpoints(model, variables, normalise(images), branches=True)
-            return -jax.vmap(objective)(stages, targets).sum()
+            values = jax.vmap(objective)(stages, targets)  # [n]
+            if values.ndim != 1:
+                raise ValueError(
+                    f"objective: expected a number for each image, got an array of shape {values.shape[1:]}"
+                )
+            return -values.sum()
 
         def body(step: jax.Array, state: _State) -> _State:
             spectrum, moments = state

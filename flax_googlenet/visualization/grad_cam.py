@@ -54,8 +54,8 @@ def grad_cam(
     """
     check_images(images, NETWORKS[model.variant].min_size)
     stage = stage_name(stage, model.variant)
-    if stage == "fc":
-        raise ValueError("stage: fc has no height and width: choose an earlier one, such as inception5b")
+    if stage in ("avgpool", "fc"):
+        raise ValueError(f"stage: {stage} has no height and width: choose an earlier one, such as inception5b")
     if np.shape(classes) != images.shape[:1]:
         raise ValueError(f"classes: expected one for each of {images.shape[0]} images, got shape {np.shape(classes)}")
     if not isinstance(classes, jax.core.Tracer) and not all(0 <= c < model.num_classes for c in np.asarray(classes)):

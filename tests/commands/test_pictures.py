@@ -82,6 +82,7 @@ def test_dream_keeps_the_size_and_changes_the_pixels() -> None:
         ("explain flower.png --output heat.jpg", 2, "heat.jpg"),
         ("explain flower.png --stage mixed6a", 2, "mixed5a"),
         ("explain flower.png --top 0", 2, "--top"),
+        ("explain flower.png --top 101", 2, "100"),
         ("explain flower.png --stage fc --weights weights.safetensors", 2, "fc"),
         ("explain flower.png --stage norm1 --weights weights.safetensors", 2, "norm1"),
         ("explain nothing.png --weights nothing.safetensors", 3, "nothing.png"),
@@ -106,3 +107,18 @@ def test_what_cannot_be_drawn_is_refused_by_name(
     assert captured.err.count("\n") == 1
     assert not captured.out
     assert {path.name for path in Path().iterdir()} == {"weights.safetensors", "flower.png"}
+
+
+def test_a_picture_that_is_too_small_for_a_dream_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGB", (14, 30)).save("tiny.png")
+    assert cli.main(["dream", "tiny.png", *WEIGHTS]) == 3
+    assert "tiny.png" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["explain flower.png", "visualize mixed3a --channels 1", "dream flower.png"])
+def test_a_folder_in_the_place_of_the_picture_is_refused_before_the_weights_are_read(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("folder.png").mkdir()
+    assert cli.main([*command.split(), "--weights", "missing.safetensors", "--output", "folder.png"]) == 3
+    assert "folder.png" in capsys.readouterr().err

@@ -44,3 +44,9 @@ def test_an_argument_that_does_not_fit_is_refused_by_name(wrong: dict[str, Any],
     with pytest.raises(ValueError, match=next(iter(wrong))) as error:
         deep_dream(MODEL, variables, np.zeros((30, 30, 3), np.uint8), **wrong)
     assert not isinstance(error.value, ImageError)
+
+
+def test_octaves_that_are_too_small_for_the_network_are_left_out(variables: dict[str, Any]) -> None:
+    photograph = reference.photographs()[1][:20, :21]
+    unchanged = deep_dream(MODEL, variables, photograph, octaves=5000, steps=0)  # 1.4**5000 is no float
+    np.testing.assert_allclose(unchanged, photograph / 255, atol=1e-6)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from flax_googlenet import GoogLeNet, endpoints
-from flax_googlenet.visualization import feature_images
+from flax_googlenet.visualization import feature_images, optimize_images
 from flax_googlenet.visualization.features import normalise
 
 MODEL = GoogLeNet()
@@ -63,10 +63,28 @@ def test_each_channel_is_excited_more_than_by_any_of_1000_random_images(
 
 @pytest.mark.parametrize(
     ("stage", "channels", "size", "named"),
-    [("inception3a", [256], 32, "255"), ("inception9a", [0], 32, "inception3a"), ("inception3a", [0], 14, "15")],
+    [
+        ("inception3a", [256], 32, "255"),
+        ("inception3a", [2**40], 32, "255"),
+        ("inception3a", [1.5], 32, "255"),
+        ("inception9a", [0], 32, "inception3a"),
+        ("inception3a", [0], 14, "15"),
+    ],
 )
+@pytest.mark.usefixtures("unchecked_annotations")
 def test_a_channel_stage_or_size_that_does_not_exist_is_refused(
     stage: str, channels: list[int], size: int, named: str, variables: dict[str, Any]
 ) -> None:
     with pytest.raises(ValueError, match=named):
         feature_images(MODEL, variables, stage, channels, jax.random.key(0), size=size)
+
+
+@pytest.mark.parametrize("targets", [3, [3, 40], None, (np.arange(2), np.arange(3))])
+def test_targets_without_an_entry_for_each_image_are_refused(targets: Any, variables: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="targets"):
+        optimize_images(MODEL, variables, lambda stages, target: stages["fc"][target], targets, jax.random.key(0))
+
+
+def test_an_objective_that_is_no_number_is_refused(variables: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"\(1000,\)"):
+        optimize_images(MODEL, variables, lambda stages, _: stages["fc"], np.arange(2), jax.random.key(0), size=15)

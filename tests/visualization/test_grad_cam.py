@@ -56,6 +56,7 @@ def test_classes_may_be_traced_and_the_number_of_images_symbolic(variables: dict
         ([1], "inception5b", "classes"),
         ([1, 2], "inception5c", "inception5b"),
         ([1, 2], "fc", "inception5b"),
+        ([1, 2], "avgpool", "inception5b"),
     ],
 )
 @pytest.mark.usefixtures("unchecked_annotations")
