@@ -107,10 +107,10 @@ def _stage_names() -> dict[str, str]:
     names |= {"conv1/7x7_s2": "conv1", "conv2/3x3_reduce": "conv2", "conv2/3x3": "conv3"}  # Caffe
     names |= {f"pool{i}/3x3_s2": f"maxpool{i}" for i in (1, 2, 3, 4)}
     names |= {"pool1/norm1": "norm1", "conv2/norm2": "norm2", "pool5/7x7_s1": "avgpool", "loss3/classifier": "fc"}
-    # Lucid. Its maxpool1 to maxpool3 are missing, because torchvision gives these names to other stages.
+    # Lucid. Its maxpool1 and maxpool4 are missing, because torchvision gives these names to other stages.
     names |= {"conv2d0": "conv1", "maxpool0": "maxpool1", "conv2d1": "conv2", "conv2d2": "conv3"}
     names |= {"localresponsenorm0": "norm1", "localresponsenorm1": "norm2"}
-    names |= {"avgpool0": "avgpool", "softmax2_pre_activation": "fc"}
+    names |= {"maxpool10": "maxpool4", "avgpool0": "avgpool", "softmax2_pre_activation": "fc"}
     for block in WIDTHS:
         number = block.removeprefix("inception")
         names |= {f"inception_{number}/output": block, f"mixed{number}": block}

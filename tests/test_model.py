@@ -113,6 +113,7 @@ def test_a_replacement_that_does_not_fit_is_refused(
         ("inception5b/branch4_1/pre_relu", "mixed5b_pool_reduce_pre_relu", "inception_5b/pool_proj_pre_relu"),
         ("conv3/pre_relu", "conv2/3x3_pre_relu", "conv2d2_pre_relu"),
         ("maxpool3", "pool3/3x3_s2"),
+        ("maxpool4", "pool4/3x3_s2", "maxpool10"),
         ("avgpool", "pool5/7x7_s1", "avgpool0"),
         ("fc", "loss3/classifier", "softmax2_pre_activation"),
     ],
