@@ -38,11 +38,8 @@ class Request:
     """Whether to leave out the auxiliary heads."""
     transform_input: bool | None
     """Whether the network transforms its input; None means that only ``imagenet`` does."""
-
-    @property
-    def is_caffes(self) -> bool:
-        """Whether the checkpoint is a file of Caffe."""
-        return self.checkpoint == "bvlc" or self.checkpoint.endswith(".caffemodel")
+    is_caffe: bool
+    """Whether the checkpoint is a file of Caffe."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +82,7 @@ def read_source(request: Request, messages: Messages) -> Source:
     if request.without_aux:
         state_dict = {name: array for name, array in state_dict.items() if not name.startswith(("aux1.", "aux2."))}
     try:
-        if request.is_caffes:
+        if request.is_caffe:
             model, variables = caffe.network(name, state_dict)
             class_names = reference.IMAGENET.meta["categories"] if caffe.has_bvlc_classes(state_dict) else None
             return Source(name, sha256, state_dict, model, variables, class_names)
@@ -112,7 +109,7 @@ def _read_file(request: Request, messages: Messages) -> pth.Checkpoint:
         else:
             path = Path(checkpoint)
         try:
-            found = caffe.read(path) if request.is_caffes else pth.read(path, request.key)
+            found = caffe.read(path) if request.is_caffe else pth.read(path, request.key)
         except OSError as error:
             advice = "" if os.path.exists(path) else ": give a file, a URL, imagenet, bvlc or random"
             raise InputError(f"cannot read {path}: {error.strerror}{advice}") from error

@@ -10,6 +10,7 @@ from process import STATUSES, InputError, Result, Status, ends_on_ctrl_c
 from flax_googlenet.commands.status import CommandError, describe_crash, exit_status
 from flax_googlenet.commands.terminal import Messages, make_console, prepare_process, write_output
 from flax_googlenet.errors import printable
+from flax_googlenet.weights.download import name_in_url
 
 DESCRIPTION = """\
 Port a GoogLeNet checkpoint of torchvision's or Caffe's to Flax, and prove that
@@ -116,10 +117,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"{back} can be combined with --report, --device and --json only")
         if args.checkpoint in ("imagenet", "bvlc", "random") or "://" in args.checkpoint:
             parser.error(f"{back} needs a CHECKPOINT that this command wrote, a FILE.safetensors")
-    is_caffes = args.checkpoint == "bvlc" or args.checkpoint.endswith(".caffemodel")
-    if is_caffes and (args.diagnose or args.transform_input is not None):
+    name = name_in_url(args.checkpoint) if "://" in args.checkpoint else args.checkpoint
+    args.is_caffe = args.checkpoint == "bvlc" or name.endswith(".caffemodel")
+    if args.is_caffe and (args.diagnose or args.transform_input is not None):
         parser.error("--diagnose and --transform-input are for torchvision's network, not for files of Caffe")
-    if args.key and (is_caffes or args.checkpoint in ("imagenet", "random")):
+    if args.key and (args.is_caffe or args.checkpoint in ("imagenet", "random")):
         parser.error("--key needs a CHECKPOINT with several state dicts, a FILE.pth")
     if args.diagnose and (args.report or args.class_names or args.device):
         parser.error("--diagnose writes nothing: leave out --report, --class-names and --device")
@@ -186,7 +188,7 @@ def _run(args: argparse.Namespace, messages: Messages) -> Result:
         return port_back(Path(args.checkpoint), args.to_torchvision, args.report, device, screen, messages)
     if args.to_caffe:
         return port_to_caffe(Path(args.checkpoint), args.to_caffe, args.report, device, screen, messages)
-    request = Request(args.checkpoint, args.key, args.without_aux, args.transform_input)
+    request = Request(args.checkpoint, args.key, args.without_aux, args.transform_input, args.is_caffe)
     if args.diagnose:
         return diagnose_port(request, args.output, screen, messages)
     return port(request, args.output, args.report, args.class_names, device, screen, messages)

@@ -66,7 +66,7 @@ def port(
     source = read_source(request, messages)
     model = source.model
     names = read_class_names(class_names, model.num_classes) if class_names else source.class_names
-    is_known = request.is_caffes or checkpoint in ("imagenet", "random") or source.class_names
+    is_known = request.is_caffe or checkpoint in ("imagenet", "random") or source.class_names
     if request.transform_input is None and not is_known:
         advice = "add --transform-input if the network was built with it, as fine-tuned ImageNet weights are"
         messages.note(f"note: transform_input is assumed to be off: {advice}")

@@ -88,10 +88,13 @@ def test_a_wrong_caffemodel_is_refused_in_one_line(here: Path, capsys: pytest.Ca
     assert {path.name for path in here.iterdir()} == contents.keys()
 
 
+@pytest.mark.parametrize("checkpoint", ["bvlc", "network.caffemodel", "http://host/network.caffemodel?download=true"])
 @pytest.mark.parametrize("option", ["--diagnose", "--transform-input", "--no-transform-input", "--key=model"])
-def test_options_of_torchvisions_network_are_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_of_torchvisions_network_are_refused(
+    checkpoint: str, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit, match="2"):
-        port_weights.main(["network.caffemodel", option])
+        port_weights.main([checkpoint, option])
     assert option.split("=")[0].replace("no-", "") in capsys.readouterr().err.splitlines()[-1]
 
 
