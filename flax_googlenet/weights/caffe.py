@@ -125,6 +125,13 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
         refuse_other_files(data[:512])
         if data and data[:512].isascii() and data[:512].decode().replace("\n", " ").replace("\r", " ").isprintable():
             raise StateDictError("this is text, such as a .prototxt: give the .caffemodel, which has the weights")
+        # A zip, a pickle, and the length of the JSON after it: a file of Caffe begins with none of them.
+        is_safetensors = data[8:9] == b"{" and int.from_bytes(data[:8], "little") < len(data)
+        if data.startswith((b"PK\x03\x04", b"\x80\x02")) or is_safetensors:
+            raise StateDictError(
+                "this is a .pth or .safetensors: flax_googlenet.read_state_dict reads those of PyTorch, and "
+                "flax_googlenet.load those of this library"
+            )
         state_dict = _state_dict(list(_Reader().layers(memoryview(data))))
     except StateDictError as error:
         raise StateDictError(f"{os.fspath(path)}: {printable(str(error))}") from error

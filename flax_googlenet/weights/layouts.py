@@ -108,7 +108,10 @@ def read_structure(file: io.BufferedReader, suffix: str) -> Contents:
         )
     if suffix == ".caffemodel":
         raise StateDictError("this is a file of Caffe: flax_googlenet.from_caffe reads it")
-    raise StateDictError("this is neither a file from torch.save nor a .safetensors, or its first bytes are damaged")
+    raise StateDictError(
+        "this is neither a file from torch.save nor a .safetensors, or its first bytes are damaged; "
+        "the name of a file of Caffe must end in .caffemodel"
+    )
 
 
 class _DirectoryReader:

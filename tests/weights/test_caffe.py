@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 import reference
+import safetensors.numpy
 import torch
 from caffe_files import STAGES, blob, caffemodel, field, layer, layer_names, prototxt
 from flax.traverse_util import flatten_dict
@@ -308,6 +309,23 @@ def test_a_layer_that_is_there_twice_is_refused(
 def test_the_reader_of_pytorchs_files_names_the_one_of_caffes(valid: bytes, write: Callable[[bytes], Path]) -> None:
     with pytest.raises(StateDictError, match=r"network\.caffemodel: .*from_caffe"):
         flax_googlenet.read_state_dict(write(valid))
+
+
+def test_a_file_of_caffe_with_another_name_needs_its_own(valid: bytes, tmp_path: Path) -> None:
+    (tmp_path / "network.bin").write_bytes(valid)
+    with pytest.raises(StateDictError, match=r"\.caffemodel$"):
+        flax_googlenet.read_state_dict(tmp_path / "network.bin")
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
+def test_the_reader_of_caffes_files_names_those_of_the_others(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "network.caffemodel"
+    if kind == "safetensors":
+        safetensors.numpy.save_file({"fc.bias": np.zeros(3, np.float32)}, path)
+    else:
+        torch.save({"fc.bias": torch.zeros(3)}, path, _use_new_zipfile_serialization=kind == "zip")
+    with pytest.raises(StateDictError, match=r"read_state_dict .*flax_googlenet\.load"):
+        from_caffe(path)
 
 
 def test_a_missing_file_is_an_oserror(tmp_path: Path) -> None:
