@@ -8,7 +8,7 @@ from tyro.conf import arg
 from flax_googlenet.commands.arguments import Number, OptionalWeights, Picture, Stage, known_stage
 from flax_googlenet.commands.status import CommandError, Status, UsageError
 from flax_googlenet.commands.terminal import Messages, require_picture, write_output, writing
-from flax_googlenet.commands.weights import open_weights
+from flax_googlenet.commands.weights import open_weights, require_finite
 from flax_googlenet.errors import printable
 
 
@@ -68,7 +68,8 @@ def dream(
     require_backend()
     messages = Messages()
     picture = rgb(image)
-    _, loaded = open_weights(weights, messages)
+    path, loaded = open_weights(weights, messages)
+    require_finite(path, loaded)
     stage = known_stage(stage, loaded.model.variant)  # norm1 and norm2 are stages of one network alone
     start = time.perf_counter()
     columns = BarColumn(20), TextColumn("{task.completed}/{task.total} steps"), TimeRemainingColumn()

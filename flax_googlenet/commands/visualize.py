@@ -6,9 +6,9 @@ from typing import Annotated
 from tyro.conf import arg
 
 from flax_googlenet.commands.arguments import Number, OptionalWeights, Picture, known_stage
-from flax_googlenet.commands.status import Status, UsageError
+from flax_googlenet.commands.status import CommandError, Status, UsageError
 from flax_googlenet.commands.terminal import Messages, require_picture, write_output, writing
-from flax_googlenet.commands.weights import open_weights
+from flax_googlenet.commands.weights import open_weights, require_finite
 from flax_googlenet.errors import printable
 
 
@@ -67,7 +67,8 @@ def visualize(
     use_compilation_cache()
     require_backend()
     messages = Messages()
-    _, loaded = open_weights(weights, messages)
+    path, loaded = open_weights(weights, messages)
+    require_finite(path, loaded)
     start = time.perf_counter()
     columns = BarColumn(20), TextColumn("{task.completed}/{task.total} steps"), TimeRemainingColumn()
     with messages.progress(*columns) as progress:
@@ -85,6 +86,10 @@ def visualize(
             )
         except ValueError as error:  # the stage does not have such a channel, or the size is too small
             raise UsageError(str(error)) from error
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise CommandError("the memory is too small: choose a smaller --size or fewer --channels") from error
     with writing(output):
         draw_grid(output, np.asarray(images))
     write_output(

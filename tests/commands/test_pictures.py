@@ -90,6 +90,7 @@ def test_dream_keeps_the_size_and_changes_the_pixels() -> None:
         ("visualize mixed3a --channels 9999999999 --weights weights.safetensors --size 32", 2, "0 to 255"),
         ("visualize mixed3a --channels", 2, "--channels"),
         ("visualize mixed3a --channels 1 --seed 4294967296", 2, "--seed"),
+        ("visualize mixed3a --channels 1 --size 400000 --weights weights.safetensors", 3, "--size"),  # 2 TB
         ("visualize mixed3a --channels 1 --size 14 --weights weights.safetensors", 2, "size"),
         ("dream flower.png --output no/folder.png", 3, "no/folder.png"),
         ("dream flower.png --steps 0", 2, "--steps"),
@@ -113,6 +114,16 @@ def test_a_picture_that_is_too_small_for_a_dream_is_named(capsys: pytest.Capture
     Image.new("RGB", (14, 30)).save("tiny.png")
     assert cli.main(["dream", "tiny.png", *WEIGHTS]) == 3
     assert "tiny.png" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["visualize mixed3a --channels 1", "dream flower.png"])
+def test_weights_that_are_not_finite_give_no_picture(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    model, variables = flax_googlenet.load("weights.safetensors")
+    variables["params"]["conv1"]["bn"]["bias"] = variables["params"]["conv1"]["bn"]["bias"] * np.nan
+    flax_googlenet.save("damaged.safetensors", model, variables)
+    assert cli.main([*command.split(), "--weights", "damaged.safetensors"]) == 3
+    assert "damaged.safetensors" in capsys.readouterr().err
+    assert {path.name for path in Path().glob("*.png")} == {"flower.png"}
 
 
 @pytest.mark.parametrize("command", ["explain flower.png", "visualize mixed3a --channels 1", "dream flower.png"])
