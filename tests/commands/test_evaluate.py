@@ -284,7 +284,7 @@ def test_what_cannot_be_evaluated_is_said_in_one_line(
         (["photos", "weights.safetensors"], "error: photos is a folder: name the weights and then the data"),
         (["digits", "weights.safetensors"], "error: weights.safetensors is a file: name the weights and then the data"),
         (["weights.safetensors", "photos", "--batch-size", "0"], "--batch-size must be at least 1"),
-        (["a", "b", "--confusion", "x.txt"], "x.txt: --confusion must end in .png"),
+        (["a", "b", "--confusion", "x.txt"], "x.txt: the name of the picture must end in .png"),
     ],
 )
 def test_a_wrong_command_line_has_its_own_status(
