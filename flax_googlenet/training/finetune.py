@@ -119,8 +119,10 @@ def reestimate_batch_norm(
         The variables with the new statistics.
 
     Raises:
-        ValueError: If there is no batch.
+        ValueError: If there is no batch, or the network has no BatchNorm.
     """
+    if not model.batch_norm:
+        raise ValueError("the network has no BatchNorm, and so no statistics to estimate")
     model, variables = model.clone(dropout=0.0, dropout_aux=0.0), plain_dicts(variables)
     kept = {name: stats for name, stats in variables["batch_stats"].items() if name in frozen}
     zeros = jax.tree.map(jnp.zeros_like, variables["batch_stats"]) | kept

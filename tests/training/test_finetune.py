@@ -130,6 +130,8 @@ def test_reestimation_leaves_frozen_blocks_alone_and_needs_a_batch(variables64: 
         assert set(jax.tree.leaves(same)) == {name in frozen}, name
     with pytest.raises(ValueError, match="one batch or more"):
         reestimate_batch_norm(MODEL64, variables64, [])
+    with pytest.raises(ValueError, match="no BatchNorm"):
+        reestimate_batch_norm(GoogLeNet(variant="bvlc"), {"params": {}}, [])
 
 
 def test_balanced_class_weights_are_those_of_scikit_learn() -> None:
