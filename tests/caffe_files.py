@@ -4,7 +4,9 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-BLOCKS = {  # block -> channels of the 1x1 layer, the 3x3 and its reduction, the 5x5 and its reduction, the projection
+# Block -> channels of the 1x1 layer, the 3x3 and its reduction, the 5x5 and its reduction, the projection. The numbers,
+# and the names of layers below, are not the library's own, so that a wrong one there is noticed.
+BLOCKS = {
     "3a": (64, 96, 128, 16, 32, 32),
     "3b": (128, 128, 192, 32, 96, 64),
     "4a": (192, 96, 208, 16, 48, 64),
