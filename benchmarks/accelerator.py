@@ -62,13 +62,11 @@ class Engine(NamedTuple):
 def pytorch(folder: Path, task: str, precision: str, compiled: bool = False) -> Engine:
     """Return an engine of PyTorch, with channels_last, which is the fastest layout."""
     import torch
-    from torchvision.models import GoogLeNet
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "TF32"
     torch.backends.cudnn.benchmark = True
-    model = GoogLeNet(init_weights=False)
-    model.load_state_dict(torch.load(folder / "weights.pth"))
+    model = torch.load(folder / "network.pt", weights_only=False)
     model = model.to(device, memory_format=torch.channels_last).train(task == "training")
     half = precision == "bfloat16"
     dtype = torch.bfloat16 if half and task == "inference" else torch.float32

@@ -32,7 +32,7 @@ from side_by_side import (
     scratch,
     take_turns,
     torch_model,
-    write_weights,
+    write_network,
 )
 
 ERROR_BATCH = 8
@@ -45,7 +45,6 @@ def pytorch(folder: Path, channels_last: bool = False, compiled: bool = False) -
     import torch
 
     model, layout = torch_model(folder, channels_last)
-    model.eval()
     if compiled:
         import torch._inductor.config
 
@@ -109,9 +108,9 @@ READ_ONNX = {"ONNX Runtime", "OpenVINO"}
 
 def main() -> None:
     """Run the benchmark and print its tables in Markdown."""
-    arguments = parse_arguments(__doc__, ENGINES, batches=[1, 8, 32], rounds=15)
+    arguments = parse_arguments(__doc__, ENGINES, batches=[1, 8, 32], rounds=15, variants=["torchvision", "bvlc"])
     with scratch() as folder, contextlib.ExitStack() as processes:
-        make_inputs(folder, arguments.engines, arguments.size)
+        make_inputs(folder, arguments.engines, arguments.size, arguments.variant)
         starts, workers = {}, {}
         for name in arguments.engines:
             with contextlib.ExitStack() as process:
@@ -127,22 +126,19 @@ def main() -> None:
         report(starts, results, errors)
 
 
-def make_inputs(folder: Path, engines: list[str], size: int) -> None:
-    """Write the weights in each engine's format, and the true logits, computed in float64."""
-    import reference
+def make_inputs(folder: Path, engines: list[str], size: int, variant: str = "torchvision") -> None:
+    """Write the network in each engine's format, and the true logits, computed in float64."""
     import torch
 
-    state_dict = write_weights(folder)
-    model = reference.build(state_dict, transform_input=False, dtype=torch.float32)
+    model = write_network(folder, variant)
     if READ_ONNX & set(engines):
         example = (torch.zeros(2, 3, size, size),)
-        shapes = {"x": {0: torch.export.Dim("n", min=1, max=4096)}}
+        shapes = ({0: torch.export.Dim("n", min=1, max=4096)},)
         with contextlib.redirect_stdout(sys.stderr):
             torch.onnx.export(model, example, folder / "model.onnx", input_names=["images"], dynamic_shapes=shapes)
-    exact = reference.build(state_dict, transform_input=False, dtype=torch.float64)
     with torch.inference_mode():
         images = torch.from_numpy(random_images(ERROR_BATCH, size).astype(np.float64)).permute(0, 3, 1, 2)
-        np.save(folder / "truth.npy", exact(images).numpy())
+        np.save(folder / "truth.npy", model.double()(images).numpy())
 
 
 def load(name: str, folder: Path, size: int) -> Callable[..., dict[str, Any]]:

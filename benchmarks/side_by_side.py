@@ -9,7 +9,7 @@ import random
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -30,13 +30,11 @@ LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.001, 0.9, 1e-4
 
 
 def torch_model(folder: Path, channels_last: bool) -> "tuple[torch.nn.Module, torch.memory_format]":
-    """Return torchvision's network with the weights in the folder, and the memory format of its input."""
+    """Return PyTorch's network in the folder, in evaluation mode, and the memory format of its input."""
     import torch
-    from torchvision.models import GoogLeNet
 
     torch.set_num_threads(THREADS)
-    model = GoogLeNet(init_weights=False)
-    model.load_state_dict(torch.load(folder / "weights.pth"))
+    model = torch.load(folder / "network.pt", weights_only=False)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return model.to(memory_format=layout), layout
 
@@ -134,7 +132,7 @@ def take_turns(
 
 
 def parse_arguments(
-    description: str | None, engines: Mapping[str, Any], batches: list[int], rounds: int
+    description: str | None, engines: Mapping[str, Any], batches: list[int], rounds: int, variants: Sequence[str] = ()
 ) -> argparse.Namespace:
     """Return the options of a benchmark. ``size`` is the size of the images."""
     parser = argparse.ArgumentParser(
@@ -144,6 +142,8 @@ def parse_arguments(
     parser.add_argument("--batches", type=int, nargs="+", default=batches, help=f"batch sizes to measure ({sizes})")
     parser.add_argument("--rounds", type=int, default=rounds, help=f"turns of each engine per batch size ({rounds})")
     parser.add_argument("--engines", nargs="+", choices=engines, default=list(engines), help="default: all of them")
+    if variants:
+        parser.add_argument("--variant", choices=variants, default=variants[0], help=f"the network ({variants[0]})")
     parser.add_argument(
         "--quick",
         action="store_true",
@@ -157,19 +157,31 @@ def parse_arguments(
     return arguments
 
 
-def write_weights(folder: Path) -> dict[str, np.ndarray]:
-    """Write random weights as weights.pth and as weights.safetensors, and return PyTorch's state dict of them."""
+def write_network(folder: Path, variant: str = "torchvision") -> "torch.nn.Module":
+    """Write a network with random weights as network.pt and as weights.safetensors, and return PyTorch's in float32.
+
+    Args:
+        folder: The folder to write to.
+        variant: The network, as for ``GoogLeNet``.
+    """
+    import bvlc
     import reference
     import torch
 
     import flax_googlenet
+    from flax_googlenet.weights import caffe
 
-    checkpoint = reference.random_checkpoint()
-    torch.save(checkpoint, folder / "weights.pth")
-    state_dict = {key: tensor.numpy() for key, tensor in checkpoint.items()}
-    variables = flax_googlenet.from_torchvision(state_dict)
-    flax_googlenet.save(folder / "weights.safetensors", flax_googlenet.GoogLeNet(), variables)
-    return state_dict
+    if variant == "bvlc":
+        state_dict = bvlc.random_weights()
+        network = bvlc.build(state_dict, torch.float32)
+        model, variables = caffe.network("random weights", state_dict)
+    else:
+        state_dict = {key: tensor.numpy() for key, tensor in reference.random_checkpoint().items()}
+        network = reference.build(state_dict, transform_input=False, dtype=torch.float32)
+        model, variables = flax_googlenet.GoogLeNet(), flax_googlenet.from_torchvision(state_dict)
+    torch.save(network, folder / "network.pt")
+    flax_googlenet.save(folder / "weights.safetensors", model, variables)
+    return network
 
 
 def peak_memory() -> float:

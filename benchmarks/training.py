@@ -33,7 +33,7 @@ from side_by_side import (
     take_turns,
     torch_model,
     torch_sgd,
-    write_weights,
+    write_network,
 )
 
 from flax_googlenet.training.memory import keep_memory  # imports no JAX
@@ -48,6 +48,7 @@ def pytorch(folder: Path, channels_last: bool = False, compiled: bool = False) -
     import torch
 
     model, layout = torch_model(folder, channels_last)
+    model.train()
     optimizer = torch_sgd(model)
     loss = torch.nn.functional.cross_entropy
 
@@ -96,7 +97,7 @@ def main() -> None:
     arguments = parse_arguments(__doc__, ENGINES, batches=[16, 64], rounds=5)
     results = {}
     with scratch() as folder:
-        write_weights(folder)
+        write_network(folder)
         for batch in arguments.batches:
             results |= measure(arguments.engines, folder, batch, arguments.rounds, arguments.size)
     report(arguments.engines, arguments.batches, results)

@@ -13,12 +13,13 @@ import pytest
 import side_by_side
 import stages
 import training
+import visualization
 
 BENCHMARKS = Path(side_by_side.__file__).parent
 
 
 @pytest.mark.parametrize("place", ["two words", "a,comma"])
-@pytest.mark.parametrize("module", [inference, training, stages], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [inference, training, stages, visualization], ids=lambda module: module.__name__)
 def test_no_engine_gets_a_folder_that_a_compiler_would_split(
     module: object, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -40,6 +41,7 @@ def test_no_engine_gets_a_folder_that_a_compiler_would_split(
         ("training.py", ["--quick"]),
         ("stages.py", ["--quick"]),
         ("accelerator.py", ["--quick"]),
+        ("visualization.py", ["--quick"]),
         ("drift.py", ["drift.png", "--steps", "1"]),
     ],
 )
@@ -57,6 +59,7 @@ def test_every_engine_starts_on_a_new_machine(script: str, options: list[str], t
         "inference.py": inference.ENGINES,
         "training.py": training.ENGINES,
         "stages.py": stages.ENGINES,
+        "visualization.py": visualization.ENGINES,
         "accelerator.py": [f"| {library}, TF32 |" for library in accelerator.LIBRARIES],
     }
     assert all(name in process.stdout for name in engines.get(script, ("JAX float32", "JAX float64")))
