@@ -27,7 +27,7 @@ def train(
     /,
     *,
     workdir: Annotated[Path, arg(metavar="FOLDER")],
-    preset: Annotated[str | None, arg(metavar="paper|bvlc|imagenet|finetune|digits", help_behavior_hint="")] = None,
+    preset: Annotated[str | None, arg(metavar="|".join(PRESETS), help_behavior_hint="")] = None,
     weights: OptionalWeights = None,
     distributed: Flag = False,
     override: Flag = False,

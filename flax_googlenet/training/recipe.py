@@ -233,6 +233,16 @@ PRESETS = {
         crop_area=(0.25, 1.0),
         checkpoint_every=200,
     ),
+    "small": Recipe(
+        epochs=12,
+        batch_size=64,
+        image_size=48,
+        learning_rate=0.05,
+        weight_decay=5e-4,
+        warmup_epochs=1.0,
+        crop_area=(0.6, 1.0),
+        crop_aspect=(0.9, 1.1),
+    ),
     "digits": Recipe(
         epochs=12,
         batch_size=32,

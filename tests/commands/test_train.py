@@ -54,7 +54,7 @@ def test_help_shows_the_recipe_that_the_command_line_asks_for(
         ("--batch_siz=8", "--batch_siz=8 is no argument of this command: did you mean --recipe.batch-size? flax-goo"),
         ("--weihgts=FILE", "--weihgts=FILE is no argument of this command: did you mean --weights? flax-goo"),
         ("photos", "error: photos is no argument of this command: flax-googlenet train --help lists all"),
-        ("--preset=alexnet", "--preset alexnet: must be one of paper, bvlc, imagenet, finetune, digits"),
+        ("--preset=alexnet", "--preset alexnet: must be one of paper, bvlc, imagenet, finetune, small, digits"),
     ],
 )
 def test_what_makes_no_sense_ends_with_status_2(
