@@ -1,5 +1,7 @@
 """Compare inference on a CPU, side by side: this library, PyTorch, ONNX Runtime and OpenVINO.
 
+ONNX Runtime and OpenVINO run what ``torch.onnx.export`` writes. "ONNX Runtime, export" runs what this library writes.
+
 Each engine has a process of its own, and they take turns in random order while the others are idle. In every round,
 each engine computes the same images once without and then with measuring the time. Converting the input to the layout
 that suits the engine best is not measured. The tables have medians over all rounds, ratios, the time to start, the peak
@@ -63,12 +65,12 @@ def pytorch(folder: Path, channels_last: bool = False, compiled: bool = False) -
     return lambda images: torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(memory_format=layout), run
 
 
-def onnxruntime(folder: Path) -> Engine:
+def onnxruntime(folder: Path, file: str = "model.onnx") -> Engine:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = THREADS
-    session = onnxruntime.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(folder / file, options, providers=["CPUExecutionProvider"])
     return _channels_first, lambda images: session.run(None, {"images": images})[0]
 
 
@@ -95,6 +97,7 @@ def flax(folder: Path, fast: bool = False) -> Engine:
 
 ENGINES: dict[str, Callable[[Path], Engine]] = {
     "ONNX Runtime": onnxruntime,
+    "ONNX Runtime, export": lambda folder: onnxruntime(folder, "export.onnx"),
     "OpenVINO": openvino,
     "PyTorch": pytorch,
     "PyTorch channels_last": lambda folder: pytorch(folder, channels_last=True),
@@ -104,6 +107,7 @@ ENGINES: dict[str, Callable[[Path], Engine]] = {
 }
 BASELINE = "ONNX Runtime"
 READ_ONNX = {"ONNX Runtime", "OpenVINO"}
+READ_EXPORT = "ONNX Runtime, export"
 
 
 def main() -> None:
@@ -130,12 +134,18 @@ def make_inputs(folder: Path, engines: list[str], size: int, variant: str = "tor
     """Write the network in each engine's format, and the true logits, computed in float64."""
     import torch
 
+    import flax_googlenet
+
     model = write_network(folder, variant)
     if READ_ONNX & set(engines):
         example = (torch.zeros(2, 3, size, size),)
         shapes = ({0: torch.export.Dim("n", min=1, max=4096)},)
         with contextlib.redirect_stdout(sys.stderr):
             torch.onnx.export(model, example, folder / "model.onnx", input_names=["images"], dynamic_shapes=shapes)
+    if READ_EXPORT in engines:
+        flax_googlenet.export(
+            folder / "export.onnx", *flax_googlenet.load(folder / "weights.safetensors"), layout="NCHW"
+        )
     with torch.inference_mode():
         images = torch.from_numpy(random_images(ERROR_BATCH, size).astype(np.float64)).permute(0, 3, 1, 2)
         np.save(folder / "truth.npy", model.double()(images).numpy())

@@ -530,15 +530,21 @@ def transform_input(model: GoogLeNet, images: Float[Array, "n h w 3"]) -> Float[
 
     These are the images themselves, pixels in [-1, 1] with the model's ``transform_input``, or BGR minus a mean.
     """
+    scale_and_shift = input_scale_and_shift(model)
+    if scale_and_shift is None:
+        return images
+    if NETWORKS[model.variant].bgr_mean:
+        images = images[..., ::-1]
+    scale, shift = (per_channel(values.astype(images.dtype), images) for values in scale_and_shift)
+    return images * scale + shift
+
+
+def input_scale_and_shift(model: GoogLeNet) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return what ``transform_input`` multiplies and adds, float64 [3] in the network's order of channels, or None."""
     std, mean, bgr_mean = np.array(IMAGENET_STD), np.array(IMAGENET_MEAN), NETWORKS[model.variant].bgr_mean
     if bgr_mean:
-        images = images[..., ::-1]
-        scale, shift = 255 * std[::-1], 255 * mean[::-1] - bgr_mean
-    elif model.transform_input:
-        scale, shift = std / 0.5, (mean - 0.5) / 0.5
-    else:
-        return images
-    return images * per_channel(scale.astype(images.dtype), images) + per_channel(shift.astype(images.dtype), images)
+        return 255 * std[::-1], 255 * mean[::-1] - bgr_mean
+    return (std / 0.5, (mean - 0.5) / 0.5) if model.transform_input else None
 
 
 def check_frozen(frozen: Sequence[str], blocks: Iterable[str]) -> None:

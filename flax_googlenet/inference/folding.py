@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from flax_googlenet.model import BatchNorm, GoogLeNet, Variables, plain_dicts
@@ -25,6 +26,16 @@ def fold_batch_norm(model: GoogLeNet, variables: Variables) -> tuple[GoogLeNet, 
     variables = plain_dicts(variables)
     params = _fold(variables["params"], variables["batch_stats"] if model.batch_norm else {})
     return model.clone(batch_norm=False), {"params": params}
+
+
+def fold_in_float64(model: GoogLeNet, variables: Variables) -> dict[str, Any]:
+    """Return the parameters of the folded network in float64, without those of the auxiliary heads.
+
+    Whoever computes in a lower precision rounds them once, at the end.
+    """
+    needed = {name: block for name, block in variables["params"].items() if not name.startswith("aux")}
+    exact = jax.tree.map(lambda x: np.asarray(x, np.float64), {**variables, "params": needed})
+    return fold_batch_norm(model, exact)[1]["params"]
 
 
 def _fold(params: Mapping[str, Any], batch_stats: Mapping[str, Any]) -> dict[str, Any]:

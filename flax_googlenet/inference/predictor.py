@@ -15,7 +15,7 @@ from scipy.special import softmax
 
 from flax_googlenet.architecture import NETWORKS
 from flax_googlenet.inference import compiling, cpu, gpu, tpu
-from flax_googlenet.inference.folding import fold_batch_norm
+from flax_googlenet.inference.folding import fold_in_float64
 from flax_googlenet.model import GoogLeNet, Variables, check_images, transform_input
 from flax_googlenet.ops import winograd
 from flax_googlenet.weights.checkpoint import CheckpointError
@@ -42,12 +42,9 @@ def make_predictor(model: GoogLeNet, variables: Variables, devices: Sequence[jax
             ``jax.config.update("jax_num_cpu_devices", 2)``, a CPU counts as two devices.
     """
     platform = (jax.local_devices() if devices is None else devices)[0].platform
-    needed = {name: block for name, block in variables["params"].items() if not name.startswith("aux")}
-    # In float64, so that parameters in bfloat16 are rounded once at the end, and not by each of several computations.
-    exact = jax.tree.map(lambda x: np.asarray(x, np.float64), {**variables, "params": needed})
-    _, folded = fold_batch_norm(model, exact)
+    params = fold_in_float64(model, variables)
     tuned = _tuned_graph(model, platform)
-    weights = folded if tuned is None else tuned.prepare(folded["params"])
+    weights = {"params": params} if tuned is None else tuned.prepare(params)
     return Predictor(model, jax.tree.map(lambda x: x.astype(model.dtype), weights), platform, devices)
 
 

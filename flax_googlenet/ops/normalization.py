@@ -5,9 +5,12 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-_CHANNELS = 5  # in a window: the channel itself and two on each side
-_ALPHA = 1e-4
-_K = 1.0
+CHANNELS = 5
+"""Number of channels in a window: the channel itself and two on each side."""
+
+ALPHA = 1e-4
+BETA = 0.75
+K = 1.0
 
 
 def local_response_norm(x: Float[Array, "*batch c"]) -> Float[Array, "*batch c"]:
@@ -27,9 +30,9 @@ def local_response_norm(x: Float[Array, "*batch c"]) -> Float[Array, "*batch c"]
     # A sum over windows, because differences of cumulative sums lose digits. A sum of shifted slices takes half the
     # time, and its gradient 4 to 20 times as long (on a CPU, for [8, 56, 56, 192] and [8, 56, 56, 64]).
     ones = (1,) * (x.ndim - 1)
-    padding = ((0, 0),) * (x.ndim - 1) + ((_CHANNELS // 2, _CHANNELS // 2),)
+    padding = ((0, 0),) * (x.ndim - 1) + ((CHANNELS // 2, CHANNELS // 2),)
     zero = np.zeros((), x.dtype)
-    sums: jax.Array = lax.reduce_window(lax.square(x), zero, lax.add, (*ones, _CHANNELS), (*ones, 1), padding)
-    # The power -0.75 as two square roots: 8 to 12 times as fast as a power, and 1.5 to 8 times with the gradient.
-    root = lax.rsqrt(_K + _ALPHA / _CHANNELS * sums)
+    sums: jax.Array = lax.reduce_window(lax.square(x), zero, lax.add, (*ones, CHANNELS), (*ones, 1), padding)
+    # The power -BETA as two square roots: 8 to 12 times as fast as a power, and 1.5 to 8 times with the gradient.
+    root = lax.rsqrt(K + ALPHA / CHANNELS * sums)
     return (x * (root * lax.sqrt(root))).astype(dtype)

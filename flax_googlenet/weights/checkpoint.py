@@ -23,6 +23,7 @@ import re
 import shlex
 from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -287,6 +288,11 @@ def check_class_names(names: Any, num_classes: int) -> None:
 
 def _read(path: str | os.PathLike[str]) -> tuple[bytes, dict[str, Any]]:
     data = read_regular_file(path, _MAX_BYTES)
+    if Path(path).suffix == ".onnx":
+        raise CheckpointError(
+            f"{os.fspath(path)} is an ONNX model, which ONNX Runtime and OpenVINO run: give the weights from which it "
+            "was exported"
+        )
     _, stored, computed = _digest(data, path)
     if stored != computed:
         raise CheckpointError(f"{os.fspath(path)} is damaged: its sha256 is {computed}, not {stored} as stored in it")

@@ -14,6 +14,10 @@ def refuse_other_files(head: bytes) -> None:
     """Raise StateDictError if a file that begins with ``head`` is known not to hold a state dict."""
     if re.match(rb"\s*<(!doctype|\?xml|html|head|body)", head.lower()):
         raise StateDictError("this is a web page, not a checkpoint: download the file itself")
+    if re.match(rb"\x08.\x12.(flax-googlenet|pytorch)", head, re.DOTALL):
+        raise StateDictError(
+            "this is an ONNX model, which ONNX Runtime and OpenVINO run: give the weights from which it was exported"
+        )
     if head.startswith(b"version https://git-lfs"):
         raise StateDictError("this is a Git LFS pointer, not the checkpoint: run `git lfs pull`")
     if head.startswith(b"\x1f\x8b"):
