@@ -9,10 +9,10 @@ import secrets
 import stat
 import time
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 _HOUR = 3600  # seconds
 _ACL = "system.posix_acl_access"  # the access control list of a file, as Linux names it
@@ -84,13 +84,21 @@ def open_regular_file(path: str | os.PathLike[str]) -> io.BufferedReader:
 
 
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write a file under a temporary name, sync it and rename it: a kill leaves either the old file or the new one.
+    """Write a file as ``open_atomically`` does, which also raises the same errors."""
+    with open_atomically(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def open_atomically(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Open a file under a temporary name, and after the block sync and rename it: a kill leaves the old or the new one.
 
     The new file has the permissions of the old one. Temporary files that killed processes have left beside it are
     removed once they are an hour old.
 
     Raises:
-        OSError: If the file cannot be written. The old file is untouched, and nothing is left beside it.
+        OSError: If the file cannot be written. After this or any other exception in the block, the old file is
+            untouched, and nothing is left beside it.
     """
     require_replaceable(Path(path))
     target = Path(os.path.realpath(path))  # a link stays a link, and leads to the new contents
@@ -102,7 +110,7 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
         with open(beside, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
             with suppress(OSError):
                 lock(file, warn=_ignore)  # so that other processes do not take it for a leftover
-            file.write(data)
+            yield file
             file.flush()
             keep_permissions(file.fileno(), target)
             os.fsync(file.fileno())

@@ -1,6 +1,5 @@
 """``flax-googlenet classify``."""
 
-from collections import Counter
 from json import dumps
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,11 +8,13 @@ from tyro.conf import arg
 from flax_googlenet.commands.arguments import Flag, Number, OptionalFile, OptionalWeights
 from flax_googlenet.commands.results import SUFFIXES, Row, open_results, rank
 from flax_googlenet.commands.status import Status, UsageError
+from flax_googlenet.commands.streaming import ImageStream
 from flax_googlenet.commands.terminal import Messages, require_folder_of, write_output
 from flax_googlenet.commands.weights import open_weights
 from flax_googlenet.errors import printable
 
 if TYPE_CHECKING:
+    import jax
     from rich.console import Group
 
 
@@ -65,68 +66,45 @@ def classify(
     if output:
         require_folder_of(output)
 
-    import functools
-    import itertools
-    import time
     from contextlib import nullcontext
 
-    import jax
-    import numpy as np
     from rich.console import Console
-    from rich.progress import SpinnerColumn, TextColumn
 
-    from flax_googlenet.images.files import describe_unreadable, display_name, find_images, read_ahead
-    from flax_googlenet.images.preprocessing import preprocess
     from flax_googlenet.inference.compiling import require_backend, use_compilation_cache
-    from flax_googlenet.inference.predictor import make_predictor, probabilities, sent_ahead
+    from flax_googlenet.inference.predictor import make_predictor, probabilities
 
     use_compilation_cache()
     require_backend()
-    messages, unreadable = Messages(), Counter[str]()
-    paths = find_images(images, messages.fail, unreadable)
-    first_path = next(paths, None)
-    if first_path is None:
+    messages = Messages()
+    stream = ImageStream(images, messages)
+    if stream.is_empty:
         return Status.NOT_DONE
-    paths = itertools.chain([first_path], paths)
     weights, loaded = open_weights(weights, messages)
     top = min(top, loaded.model.num_classes)
     predict = make_predictor(loaded.model, loaded.variables)
-    screen, done = Console(highlight=False), 0
+    screen = Console(highlight=False)
     with nullcontext() if output is None else open_results(output, loaded.digest, top, messages.warn) as results:
-        if results:
-            paths = (path for path in paths if results.claim(display_name(path)))
-        start = time.perf_counter()
-        columns = SpinnerColumn(), TextColumn("{task.completed} images, {task.fields[rate]:.1f} images/s")
+
+        def take(names: list[str], logits: "jax.Array") -> None:
+            rows: list[Row] = [
+                {"image": name, "predictions": rank(row, top, loaded.class_names)}
+                for name, row in zip(names, probabilities(logits, str(weights)), strict=True)
+            ]
+            if results:
+                results.append(rows)
+            elif json:
+                write_output("".join(f"{dumps(row)}\n" for row in rows))
+            else:
+                with screen.capture() as blocks:
+                    for row in rows:
+                        screen.print(_block(row))
+                write_output(blocks.get())
+
+        claim = results.claim if results else None
         # On the terminal that shows the answers, progress would be noise.
-        with messages.progress(*columns, hidden=screen.file.isatty() and output is None) as progress:
-            task = progress.add_task("", total=None, rate=0.0)
-            read = functools.partial(preprocess, size=loaded.image_size)
-            pixels_by_path = read_ahead(paths, read, 2 * batch_size, messages.fail)
-            batches = iter(lambda: list(itertools.islice(pixels_by_path, batch_size)), [])
-
-            def send(batch: list[tuple[str, np.ndarray]]) -> jax.Array:
-                return predict(np.stack([pixels for _, pixels in batch]))  # [N, H, W, 3] -> [N, num_classes]
-
-            for batch, logits in sent_ahead(send, batches):
-                rows = [
-                    {"image": display_name(path), "predictions": rank(row, top, loaded.class_names)}
-                    for (path, _), row in zip(batch, probabilities(logits, str(weights)), strict=True)
-                ]
-                if results:
-                    results.append(rows)
-                elif json:
-                    write_output("".join(f"{dumps(row)}\n" for row in rows))
-                else:
-                    with screen.capture() as blocks:
-                        for row in rows:
-                            screen.print(_block(row))
-                    write_output(blocks.get())
-                done += len(rows)
-                progress.update(task, completed=done, rate=done / (time.perf_counter() - start))
-        seconds = time.perf_counter() - start
-    if unreadable:
-        messages.fail(describe_unreadable(unreadable), unreadable.total())
-    return messages.conclude(done, seconds, results.skipped if results else 0)
+        hidden = screen.file.isatty() and output is None
+        stream.compute(predict, take, image_size=loaded.image_size, batch_size=batch_size, claim=claim, hidden=hidden)
+    return stream.conclude(results.skipped if results else 0)
 
 
 def _block(row: Row) -> "Group":
