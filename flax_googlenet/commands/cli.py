@@ -17,6 +17,7 @@ from flax_googlenet.commands.dream import dream
 from flax_googlenet.commands.evaluate import evaluate
 from flax_googlenet.commands.explain import explain
 from flax_googlenet.commands.export import export
+from flax_googlenet.commands.features import features
 from flax_googlenet.commands.status import Status, UsageError, describe_crash, exit_status
 from flax_googlenet.commands.summary import summary
 from flax_googlenet.commands.terminal import Messages, prepare_process, write_output
@@ -30,6 +31,7 @@ SUBCOMMANDS: dict[str, Callable[..., int]] = {
     "evaluate": evaluate,
     "explain": explain,
     "export": export,
+    "features": features,
     "summary": summary,
     "train": train,
     "visualize": visualize,
