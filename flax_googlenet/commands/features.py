@@ -31,10 +31,10 @@ def features(
     their file). A .parquet file has a row for each image with the columns image and features, and has stage, weights
     and shape in the metadata of its schema.
 
-    The memory does not grow with the number of images: the features go to the disk batch by batch, and wait in
-    FILE.part until all are there. If the command is interrupted, run it again: it goes on after the last whole batch,
-    and the file gets the same bits as without the interruption. A finished file gets the features of new images, and
-    unreadable images are tried again.
+    Only the names of the images stay in memory: the features go to the disk batch by batch, and wait in FILE.part until
+    all are there. If the command is interrupted, run it again: it goes on after the last whole batch, and the file gets
+    the same bits as without the interruption. A finished file gets the features of new images, and unreadable images
+    are tried again.
 
     Exit status:
       0    the features of all images are written
