@@ -81,7 +81,7 @@ def export(
             top=top,
             gradient=gradient,
             layout=layout,
-            metadata=loaded.metadata,
+            metadata={"source": f"weights with the sha256 {loaded.sha256}", **loaded.metadata},
         )
     is_onnx, min_size = output.suffix == ".onnx", NETWORKS[model.variant].min_size
     height, width = size or (("H", "W") if is_onnx and uint8 else (f"H >= {min_size}", f"W >= {min_size}"))
