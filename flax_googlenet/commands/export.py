@@ -1,11 +1,12 @@
 """``flax-googlenet export``."""
 
+from importlib.util import find_spec
 from typing import Annotated, Literal
 
 from tyro.conf import arg
 
 from flax_googlenet.commands.arguments import File, Flag, OptionalNumber, Weights
-from flax_googlenet.commands.status import Status
+from flax_googlenet.commands.status import CommandError, Status
 from flax_googlenet.commands.terminal import Messages, require_folder_of, write_output, writing
 from flax_googlenet.commands.weights import weights_file
 from flax_googlenet.errors import printable
@@ -37,8 +38,8 @@ def export(
     Exit status:
       0    the file is written
       2    the command line is wrong
-      3    nothing is written: the weights cannot be read or downloaded, the output cannot be written, or JAX_PLATFORMS
-           names a device that this machine does not have
+      3    nothing is written: the weights cannot be read or downloaded, the output cannot be written, the package onnx
+           is missing, or JAX_PLATFORMS names a device that this machine does not have
       70   an unexpected error; its traceback is in the file that the message names
       130  interrupted
       141  nobody reads standard output any more
@@ -62,11 +63,14 @@ def export(
 
     from flax_googlenet.architecture import NETWORKS
     from flax_googlenet.inference.compiling import require_backend
+    from flax_googlenet.inference.export import MISSING_ONNX, images_dtype
     from flax_googlenet.inference.export import export as write_export
-    from flax_googlenet.inference.export import images_dtype
     from flax_googlenet.weights.checkpoint import load_weights
 
     require_folder_of(output)
+    is_onnx = output.suffix == ".onnx"
+    if is_onnx and find_spec("onnx") is None:
+        raise CommandError(MISSING_ONNX)
     require_backend()
     loaded = load_weights(weights_file(weights, Messages()))
     model = loaded.model.clone(dtype=jnp.dtype(dtype)) if dtype else loaded.model
@@ -83,7 +87,7 @@ def export(
             layout=layout,
             metadata={"source": f"weights with the sha256 {loaded.sha256}", **loaded.metadata},
         )
-    is_onnx, min_size = output.suffix == ".onnx", NETWORKS[model.variant].min_size
+    min_size = NETWORKS[model.variant].min_size
     height, width = size or (("H", "W") if is_onnx and uint8 else (f"H >= {min_size}", f"W >= {min_size}"))
     axes = {"N": "N", "H": height, "W": width, "C": 3}
     kind = "uint8" if uint8 else f"{images_dtype(model)} ImageNet-normalised"

@@ -22,6 +22,8 @@ from flax_googlenet.model import GoogLeNet, Variables
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 """The platforms that JAX can export for, by its names. This machine need not have them."""
 
+MISSING_ONNX = f"a file that ends in .onnx needs the package onnx: {install_advice('onnx')}"
+
 _LOCATIONS_LOCK = threading.Lock()
 
 
@@ -159,7 +161,7 @@ def _import_onnx() -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name != "onnx":
             raise
-        raise ExportError(f"a file that ends in .onnx needs the package onnx: {install_advice('onnx')}") from error
+        raise ExportError(MISSING_ONNX) from error
     return onnx
 
 

@@ -223,13 +223,15 @@ def test_float64_is_refused(small: tuple[GoogLeNet, Any], tmp_path: Path) -> Non
 
 
 def test_without_the_package_onnx_the_message_names_the_extra(
-    small: tuple[GoogLeNet, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small: tuple[GoogLeNet, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "onnx", None)
     monkeypatch.delitem(sys.modules, "flax_googlenet.inference.onnx", raising=False)
     monkeypatch.delattr("flax_googlenet.inference.onnx", raising=False)
     with pytest.raises(flax_googlenet.ExportError, match=r"flax-googlenet\[onnx\]"):
         flax_googlenet.export(tmp_path / "g.onnx", *small)
+    assert main(["export", "--weights", "not read", "--output", str(tmp_path / "g.onnx")]) == 3
+    assert "flax-googlenet[onnx]" in capsys.readouterr().err
 
 
 def test_readers_of_weights_say_what_reads_the_file(small: tuple[GoogLeNet, Any], tmp_path: Path) -> None:
