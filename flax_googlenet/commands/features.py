@@ -84,7 +84,7 @@ def features(
     if stream.is_empty:
         return Status.NOT_DONE
     path, loaded = open_weights(weights, messages)
-    require_finite(path, loaded)  # a ReLU can make zeros of NaN
+    require_finite(path, loaded)  # on a CPU, a ReLU that XLA fuses with the mean makes zeros of NaN
     name, size = known_stage(stage, loaded.model.variant), loaded.image_size  # norm1 is a stage of one network alone
 
     @functools.partial(jax.jit, compiler_options=compiling.compiler_options(jax.default_backend()))
