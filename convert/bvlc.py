@@ -45,8 +45,11 @@ class AuxiliaryHead(nn.Module):
         self.fc1 = nn.Linear(2048, 1024)
         self.fc2 = nn.Linear(1024, num_classes)
 
+    def pool(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.avg_pool2d(x, 5, 3, ceil_mode=True) if min(x.shape[2:]) >= 5 else x
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        pooled = functional.avg_pool2d(x, 5, 3, ceil_mode=True) if min(x.shape[2:]) >= 5 else x
+        pooled = self.pool(x)
         if pooled.shape[2:] != (4, 4):
             pooled = functional.adaptive_avg_pool2d(x, 4)
         return self.fc2(torch.relu(self.fc1(self.conv(pooled).flatten(1))))
@@ -80,12 +83,15 @@ class BVLCGoogLeNet(nn.Module):
         self.aux1 = AuxiliaryHead(512, num_classes) if aux_logits else None
         self.aux2 = AuxiliaryHead(528, num_classes) if aux_logits else None
 
+    def input(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return the input of the first layer for RGB pixels in [0, 255]: BGR minus Caffe's mean."""
+        return pixels.flip(1) - torch.tensor([104, 117, 123], dtype=pixels.dtype)[:, None, None]
+
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Return the logits [N, num_classes]."""
         std = torch.tensor([0.229, 0.224, 0.225], dtype=images.dtype)[:, None, None]
         mean = torch.tensor([0.485, 0.456, 0.406], dtype=images.dtype)[:, None, None]
-        pixels = (images * std + mean) * 255
-        x = pixels.flip(1) - torch.tensor([104, 117, 123], dtype=images.dtype)[:, None, None]  # BGR
+        x = self.input((images * std + mean) * 255)
         x = self.norm1(self.maxpool1(self.conv1(x)))
         x = self.maxpool2(self.norm2(self.conv3(self.conv2(x))))
         x = self.maxpool3(self.inception3b(self.inception3a(x)))
@@ -95,16 +101,20 @@ class BVLCGoogLeNet(nn.Module):
         return self.fc(self.avgpool(x).flatten(1))
 
 
-def random_weights(num_classes: int = 1000, seed: int = 0) -> dict[str, np.ndarray]:
+def random_weights(
+    num_classes: int = 1000, seed: int = 0, network: type[BVLCGoogLeNet] = BVLCGoogLeNet
+) -> dict[str, np.ndarray]:
     """Return a state dict with seeded random weights in float32, with which no stage vanishes or explodes."""
     rng = np.random.default_rng(seed)
-    shapes = {key: tensor.shape for key, tensor in BVLCGoogLeNet(num_classes, aux_logits=True).state_dict().items()}
+    shapes = {key: tensor.shape for key, tensor in network(num_classes, aux_logits=True).state_dict().items()}
     deviations = {key: (2 / np.prod(shape[1:])) ** 0.5 if len(shape) > 1 else 0.2 for key, shape in shapes.items()}
     return {key: rng.normal(0, deviations[key], shape).astype(np.float32) for key, shape in shapes.items()}
 
 
-def build(state_dict: Mapping[str, np.ndarray], dtype: torch.dtype) -> BVLCGoogLeNet:
+def build(
+    state_dict: Mapping[str, np.ndarray], dtype: torch.dtype, network: type[BVLCGoogLeNet] = BVLCGoogLeNet
+) -> BVLCGoogLeNet:
     """Return the network in evaluation mode, in ``dtype``, with the weights of a checked state dict."""
-    model = BVLCGoogLeNet(len(state_dict["fc.bias"]), aux_logits="aux1.fc1.bias" in state_dict).to(dtype)
-    model.load_state_dict({key: torch.from_numpy(np.asarray(array)).to(dtype) for key, array in state_dict.items()})
+    model = network(len(state_dict["fc.bias"]), aux_logits="aux1.fc1.bias" in state_dict).to(dtype)
+    model.load_state_dict({key: torch.from_numpy(np.array(array)).to(dtype) for key, array in state_dict.items()})
     return model.eval()

@@ -17,7 +17,7 @@ from flax_googlenet.commands.terminal import Messages
 from flax_googlenet.errors import listing, printable, url_without_secrets
 from flax_googlenet.images.files import display_name
 from flax_googlenet.model import Variables
-from flax_googlenet.weights import caffe, download, pth
+from flax_googlenet.weights import caffe, download, pth, tensorflow
 from flax_googlenet.weights.checkpoint import Weights, check_class_names, load_weights
 from flax_googlenet.weights.layouts import MAX_BYTES
 from flax_googlenet.weights.pretrained import PRETRAINED
@@ -38,13 +38,13 @@ class Request:
     """Whether to leave out the auxiliary heads."""
     transform_input: bool | None
     """Whether the network transforms its input; None means that only ``imagenet`` does."""
-    is_caffe: bool
-    """Whether the checkpoint is a file of Caffe."""
+    variant: str
+    """The network that the checkpoint holds: ``bvlc`` for a file of Caffe, ``inception5h`` for one of TensorFlow."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint of torchvision's GoogLeNet or of Berkeley's, and its conversion to Flax."""
+    """A checkpoint of torchvision's, Berkeley's or Google's GoogLeNet, and its conversion to Flax."""
 
     name: str
     """Path or URL of the checkpoint, or "random"."""
@@ -82,8 +82,8 @@ def read_source(request: Request, messages: Messages) -> Source:
     if request.without_aux:
         state_dict = {name: array for name, array in state_dict.items() if not name.startswith(("aux1.", "aux2."))}
     try:
-        if request.is_caffe:
-            model, variables = caffe.network(name, state_dict)
+        if request.variant != "torchvision":
+            model, variables = caffe.network(name, state_dict, request.variant)
             class_names = reference.IMAGENET.meta["categories"] if caffe.has_bvlc_classes(state_dict) else None
             return Source(name, sha256, state_dict, model, variables, class_names)
         variables = from_torchvision(state_dict)
@@ -109,7 +109,8 @@ def _read_file(request: Request, messages: Messages) -> pth.Checkpoint:
         else:
             path = Path(checkpoint)
         try:
-            found = caffe.read(path) if request.is_caffe else pth.read(path, request.key)
+            others = {"bvlc": caffe.read, "inception5h": tensorflow.read}
+            found = others[request.variant](path) if request.variant in others else pth.read(path, request.key)
         except OSError as error:
             advice = "" if os.path.exists(path) else ": give a file, a URL, imagenet, bvlc or random"
             raise InputError(f"cannot read {path}: {error.strerror}{advice}") from error

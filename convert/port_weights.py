@@ -1,4 +1,4 @@
-"""Ports a GoogLeNet checkpoint of torchvision's or Caffe's to Flax, and proves that the port computes the same."""
+"""Ports a GoogLeNet checkpoint of PyTorch, Caffe or TensorFlow to Flax, and proves that the port computes the same."""
 
 import argparse
 import json
@@ -13,10 +13,11 @@ from flax_googlenet.errors import printable
 from flax_googlenet.weights.download import name_in_url
 
 DESCRIPTION = """\
-Port a GoogLeNet checkpoint of torchvision's or Caffe's to Flax, and prove that
-the port is right: the same network in PyTorch and the Flax network run on the
-same photographs and random images, in float64 and in float32, and every stage
-is compared. The port is written only if all stages agree.
+Port a GoogLeNet checkpoint of torchvision's, Caffe's or TensorFlow's to Flax,
+and prove that the port is right: the same network in PyTorch and the Flax
+network run on the same photographs and random images, in float64 and in
+float32, and every stage is compared. The port is written only if all stages
+agree.
 """
 
 EPILOG = """\
@@ -36,6 +37,7 @@ CHECKPOINT is one of
                     or flax_googlenet.save
   FILE.caffemodel   weights of Berkeley's network for Caffe, with any number of
                     classes
+  FILE.pb           weights of Google's network, inception5h, for TensorFlow
   http(s)://...     a file to download; if its name contains a hash, as in
                     googlenet-1378be20.pth, the file is checked against it
 
@@ -57,8 +59,8 @@ exit status
        installed, or a device in --device or JAX_PLATFORMS that this machine
        does not have
   4    an input is refused: the checkpoint is damaged, unsafe or not a GoogLeNet
-       of torchvision's or Berkeley's, or the class names are not one for each
-       class
+       of torchvision's, Berkeley's or Google's, or the class names are not one
+       for each class
   5    not proven: a stage differs, and no port is written
   6    an output cannot be written
   70   an unexpected error; its traceback is in the file that the message names
@@ -118,10 +120,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         if args.checkpoint in ("imagenet", "bvlc", "random") or "://" in args.checkpoint:
             parser.error(f"{back} needs a CHECKPOINT that this command wrote, a FILE.safetensors")
     name = name_in_url(args.checkpoint) if "://" in args.checkpoint else args.checkpoint
-    args.is_caffe = args.checkpoint == "bvlc" or name.endswith(".caffemodel")
-    if args.is_caffe and (args.diagnose or args.transform_input is not None):
-        parser.error("--diagnose and --transform-input are for torchvision's network, not for files of Caffe")
-    if args.key and (args.is_caffe or args.checkpoint in ("imagenet", "random")):
+    is_caffe = args.checkpoint == "bvlc" or name.endswith(".caffemodel")
+    args.variant = "bvlc" if is_caffe else "inception5h" if name.endswith(".pb") else "torchvision"
+    is_others = args.variant != "torchvision"
+    if is_others and (args.diagnose or args.transform_input is not None):
+        parser.error("--diagnose and --transform-input are for torchvision's network alone")
+    if args.key and (is_others or args.checkpoint in ("imagenet", "random")):
         parser.error("--key needs a CHECKPOINT with several state dicts, a FILE.pth")
     if args.diagnose and (args.report or args.class_names or args.device):
         parser.error("--diagnose writes nothing: leave out --report, --class-names and --device")
@@ -188,7 +192,7 @@ def _run(args: argparse.Namespace, messages: Messages) -> Result:
         return port_back(Path(args.checkpoint), args.to_torchvision, args.report, device, screen, messages)
     if args.to_caffe:
         return port_to_caffe(Path(args.checkpoint), args.to_caffe, args.report, device, screen, messages)
-    request = Request(args.checkpoint, args.key, args.without_aux, args.transform_input, args.is_caffe)
+    request = Request(args.checkpoint, args.key, args.without_aux, args.transform_input, args.variant)
     if args.diagnose:
         return diagnose_port(request, args.output, screen, messages)
     return port(request, args.output, args.report, args.class_names, device, screen, messages)

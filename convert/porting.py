@@ -29,12 +29,14 @@ from flax_googlenet.errors import listing, printable
 from flax_googlenet.files import write_atomically
 from flax_googlenet.images.files import display_name
 from flax_googlenet.model import Variables
-from flax_googlenet.weights import caffe
+from flax_googlenet.weights import caffe, tensorflow
 from flax_googlenet.weights.checkpoint import Weights
 from flax_googlenet.weights.download import name_in_url
 from flax_googlenet.weights.torchvision import shapes_by_path, to_arrays
 
 jax.config.update("jax_enable_x64", True)  # the proof needs float64
+
+_INPUTS = {"bvlc": caffe.INPUT, "inception5h": tensorflow.INPUT}
 
 
 def port(
@@ -46,7 +48,7 @@ def port(
     screen: Console,
     messages: Messages,
 ) -> Result:
-    """Port a checkpoint of torchvision's or Berkeley's network to Flax, prove the port, and write it if it is proven.
+    """Port a checkpoint of any of the networks to Flax, prove the port, and write it if it is proven.
 
     Args:
         request: Checkpoint to read, and how.
@@ -66,7 +68,7 @@ def port(
     source = read_source(request, messages)
     model = source.model
     names = read_class_names(class_names, model.num_classes) if class_names else source.class_names
-    is_known = request.is_caffe or checkpoint in ("imagenet", "random") or source.class_names
+    is_known = request.variant != "torchvision" or checkpoint in ("imagenet", "random") or source.class_names
     if request.transform_input is None and not is_known:
         advice = "add --transform-input if the network was built with it, as fine-tuned ImageNet weights are"
         messages.note(f"note: transform_input is assumed to be off: {advice}")
@@ -93,7 +95,8 @@ def port_back(
     weights = read_port(checkpoint)
     model = weights.model
     if model.variant != "torchvision":
-        raise flax_googlenet.PortingError(f"{checkpoint} is not torchvision's network, but the paper's: use --to-caffe")
+        advice = {"bvlc": "use --to-caffe", "inception5h": "it goes back to no other format"}[model.variant]
+        raise flax_googlenet.PortingError(f"{checkpoint} is not torchvision's network, but the paper's: {advice}")
     try:
         state_dict = flax_googlenet.to_torchvision(weights.variables)
     except flax_googlenet.PortingError as error:
@@ -139,6 +142,8 @@ def port_to_caffe(
     model = weights.model
     if model.variant != "bvlc":
         message = f"{checkpoint} is not the paper's network, but torchvision's: use --to-torchvision"
+        if model.variant == "inception5h":
+            message = f"{checkpoint} is the paper's network as Google trained it, and Caffe's has other layers"
         raise flax_googlenet.PortingError(message)
     try:
         state_dict = to_arrays(weights.variables, shapes_by_path(model))
@@ -208,7 +213,7 @@ def _facts(source: str, source_sha256: str | None, model: GoogLeNet, proof: Proo
         "num_classes": model.num_classes,
         "aux_logits": model.aux_logits,
         "transform_input": model.transform_input,
-        **({"input": caffe.INPUT} if model.variant == "bvlc" else {}),
+        **({"input": _INPUTS[model.variant]} if model.variant in _INPUTS else {}),
         "parity": summary(proof),
         **({"device": proof.device} if proof.device else {}),
         "versions": {"python": platform.python_version()}

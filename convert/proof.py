@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import bvlc
+import inception5h
 import jax
 import numpy as np
 import reference
@@ -96,7 +97,7 @@ def prove(
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     device: jax.Device | None = None,
 ) -> Proof:
-    """Compare a port with the same network in PyTorch: torchvision's, or ``BVLCGoogLeNet``.
+    """Compare a port with the same network in PyTorch: torchvision's, ``BVLCGoogLeNet`` or ``Inception5h``.
 
     Both compute on the CPU. JAX must have 64 bits enabled.
 
@@ -114,10 +115,11 @@ def prove(
     for dtype in (np.float64, np.float32):
         torch_dtype = torch.from_numpy(np.empty(0, dtype)).dtype
         pytorch: torch.nn.Module
-        if model.variant == "bvlc":
-            pytorch = bvlc.build(state_dict, torch_dtype)
-        else:
+        if model.variant == "torchvision":
             pytorch = reference.build(state_dict, transform_input=model.transform_input, dtype=torch_dtype)
+        else:
+            network = inception5h.Inception5h if model.variant == "inception5h" else bvlc.BVLCGoogLeNet
+            pytorch = bvlc.build(state_dict, torch_dtype, network)
         engines = [functools.partial(reference.stages, pytorch), functools.partial(flax_stages, model, variables)]
         if device is not None and dtype is np.float32:
             engines.append(functools.partial(flax_stages, model, variables, device=device))

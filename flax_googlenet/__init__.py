@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # "as" the same name tells type checkers that the name is pub
     from flax_googlenet.weights.pretrained import pretrained as pretrained
     from flax_googlenet.weights.pth import StateDictError as StateDictError
     from flax_googlenet.weights.pth import read_state_dict as read_state_dict
+    from flax_googlenet.weights.tensorflow import from_tensorflow as from_tensorflow
     from flax_googlenet.weights.torchvision import PortingError as PortingError
     from flax_googlenet.weights.torchvision import from_torchvision as from_torchvision
     from flax_googlenet.weights.torchvision import to_torchvision as to_torchvision
@@ -47,6 +48,7 @@ else:  # hidden from type checkers, which would accept any name because of __get
         "weights.download": ("DownloadError",),
         "weights.pretrained": ("pretrained",),
         "weights.pth": ("StateDictError", "read_state_dict"),
+        "weights.tensorflow": ("from_tensorflow",),
         "weights.torchvision": ("PortingError", "from_torchvision", "to_torchvision"),
         "training": (),
         "visualization": (),

@@ -1,64 +1,11 @@
 """The facts about the networks that need no JAX: what sets them apart, their blocks, and what their images are."""
 
 import difflib
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
 
-
-class Network(NamedTuple):
-    """What sets one network apart from the others."""
-
-    min_size: int
-    """Smallest height and width of an image in pixels: one pixel is left after the last max pools."""
-    batch_norm: bool
-    """Whether BatchNorm follows each convolution. Otherwise the convolutions have biases."""
-    response_norm: bool
-    """Whether local response normalisation follows ``maxpool1`` and ``conv3``."""
-    branch3_kernel: int
-    """Height and width of the large kernel in the third branch of an inception block."""
-    maxpool4_window: int
-    """Height and width of a window of ``maxpool4``, whose stride is 2."""
-    aux_pool: tuple[int, int] | None
-    """Window and stride of the average pool of the auxiliary heads, or None for an adaptive pool."""
-    bgr_mean: tuple[float, float, float] | None
-    """The mean that is subtracted from BGR pixels in [0, 255], or None for ImageNet-normalised RGB."""
-    caffe_init: bool
-    """Whether initial kernels and biases are those of Berkeley's ``train_val.prototxt``, or else torchvision's."""
-
-
-NETWORKS = {
-    # https://github.com/pytorch/vision/blob/main/torchvision/models/googlenet.py
-    "torchvision": Network(
-        min_size=15,
-        batch_norm=True,
-        response_norm=False,
-        branch3_kernel=3,  # not the paper's 5x5: the checkpoint has it (pytorch/vision#906)
-        maxpool4_window=2,
-        aux_pool=None,
-        bgr_mean=None,
-        caffe_init=False,
-    ),
-    # https://github.com/BVLC/caffe/tree/master/models/bvlc_googlenet
-    "bvlc": Network(
-        min_size=31,
-        batch_norm=False,
-        response_norm=True,
-        branch3_kernel=5,
-        maxpool4_window=3,
-        aux_pool=(5, 3),
-        bgr_mean=(104.0, 117.0, 123.0),
-        caffe_init=True,
-    ),
-}
-"""The networks by the name of their variant."""
-
-MIN_SIZE = min(network.min_size for network in NETWORKS.values())
-"""Smallest height and width of an image that any of the networks takes, in pixels."""
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-"""Mean of the RGB channels over ImageNet, for pixels in [0, 1]."""
-
-IMAGENET_STD = (0.229, 0.224, 0.225)
-"""Standard deviation of the RGB channels over ImageNet, for pixels in [0, 1]."""
+Padding = int | Literal["SAME"]
+"""Pixels on each side of an image, or TensorFlow's SAME: as few as possible, and an odd one at the end."""
 
 WIDTHS = {
     # Output channels of branch1 1x1 | branch2 1x1, 3x3 | branch3 1x1, 3x3 | branch4 1x1 (table 1 of the paper).
@@ -72,6 +19,112 @@ WIDTHS = {
     "inception5a": (256, 160, 320, 32, 128, 128),
     "inception5b": (384, 192, 384, 48, 128, 128),
 }
+
+
+class ResponseNorm(NamedTuple):
+    """Local response normalisation: ``x / (k + alpha * sum(x ** 2 over the channels around each one)) ** beta``."""
+
+    radius: int
+    """Number of channels on each side of a channel whose squares are added to its own."""
+    k: float
+    alpha: float
+    """Weight of each square. Caffe and PyTorch state it multiplied by the number of channels, TensorFlow as it is."""
+    beta: float
+    """0.5 or 0.75."""
+
+
+class Network(NamedTuple):
+    """What sets one network apart from the others."""
+
+    min_size: int
+    """Smallest height and width of an image in pixels."""
+    widths: Mapping[str, tuple[int, int, int, int, int, int]]
+    """Name of each inception block -> its numbers of channels, in the order of ``WIDTHS``."""
+    batch_norm: bool
+    """Whether BatchNorm follows each convolution. Otherwise the convolutions have biases."""
+    response_norm: ResponseNorm | None
+    """Local response normalisation after ``maxpool1`` and ``conv3``, or None."""
+    conv1_padding: Padding
+    """Pixels on each side of the images, or TensorFlow's SAME."""
+    pool_padding: Padding
+    """Padding of the four max pools between the stages: 0, with sizes rounded up as in PyTorch and Caffe, or SAME."""
+    branch3_kernel: int
+    """Height and width of the large kernel in the third branch of an inception block."""
+    maxpool4_window: int
+    """Height and width of a window of ``maxpool4``, whose stride is 2."""
+    aux_pool_sizes: range
+    """Heights and widths of which the auxiliary heads' average pool, 5x5 with stride 3, makes 4. For others, the heads
+    average adaptively."""
+    bgr: bool
+    """Whether the channels of the first convolution are BGR, not RGB."""
+    pixel_mean: tuple[float, float, float] | None
+    """What is subtracted from the channels of pixels in [0, 255], or None for ImageNet's normalisation."""
+    caffe_init: bool
+    """Whether initial kernels and biases are those of Berkeley's ``train_val.prototxt``, or else torchvision's."""
+
+
+NETWORKS = {
+    # https://github.com/pytorch/vision/blob/main/torchvision/models/googlenet.py
+    "torchvision": Network(
+        min_size=15,  # one pixel is left after the last max pools
+        widths=WIDTHS,
+        batch_norm=True,
+        response_norm=None,
+        conv1_padding=3,
+        pool_padding=0,
+        branch3_kernel=3,  # not the paper's 5x5: the checkpoint has it (pytorch/vision#906)
+        maxpool4_window=2,
+        aux_pool_sizes=range(0),
+        bgr=False,
+        pixel_mean=None,
+        caffe_init=False,
+    ),
+    # https://github.com/BVLC/caffe/tree/master/models/bvlc_googlenet
+    "bvlc": Network(
+        min_size=31,  # one pixel is left after the last max pools
+        widths=WIDTHS,
+        batch_norm=False,
+        response_norm=ResponseNorm(radius=2, k=1.0, alpha=1e-4 / 5, beta=0.75),
+        conv1_padding=3,
+        pool_padding=0,
+        branch3_kernel=5,
+        maxpool4_window=3,
+        # For images of 191 to 238 pixels. For others, Caffe's network has no auxiliary heads.
+        aux_pool_sizes=range(12, 15),
+        bgr=True,
+        pixel_mean=(104.0, 117.0, 123.0),
+        caffe_init=True,
+    ),
+    # https://storage.googleapis.com/download.tensorflow.org/models/inception5h.zip, as DeepDream and Lucid describe it
+    "inception5h": Network(
+        min_size=15,  # as for torchvision's network; with SAME padding, a pixel is left of any image
+        widths={
+            **WIDTHS,
+            "inception4a": (192, 96, 204, 16, 48, 64),
+            "inception5a": (256, 160, 320, 48, 128, 128),
+        },
+        batch_norm=False,
+        response_norm=ResponseNorm(radius=5, k=2.0, alpha=1e-4, beta=0.5),
+        conv1_padding="SAME",
+        pool_padding="SAME",
+        branch3_kernel=5,
+        maxpool4_window=3,
+        aux_pool_sizes=range(14, 17),  # for images of 209 to 256 pixels
+        bgr=False,
+        pixel_mean=(117.0, 117.0, 117.0),
+        caffe_init=True,  # how Google initialised it is not known
+    ),
+}
+"""The networks by the name of their variant."""
+
+MIN_SIZE = min(network.min_size for network in NETWORKS.values())
+"""Smallest height and width of an image that any of the networks takes, in pixels."""
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+"""Mean of the RGB channels over ImageNet, for pixels in [0, 1]."""
+
+IMAGENET_STD = (0.229, 0.224, 0.225)
+"""Standard deviation of the RGB channels over ImageNet, for pixels in [0, 1]."""
 
 HEADS = ("fc", "aux1", "aux2")
 """Names of the classifiers in the variables."""

@@ -1,6 +1,6 @@
-"""GoogLeNet (Inception v1) as a Flax Linen module, for NHWC images: torchvision's network, and the paper's.
+"""GoogLeNet (Inception v1) as a Flax Linen module, for NHWC images: torchvision's network, and the paper's two.
 
-``architecture.NETWORKS`` says what sets the two apart.
+``architecture.NETWORKS`` says what sets them apart.
 
 Reference: Szegedy et al., "Going Deeper with Convolutions", https://arxiv.org/abs/1409.4842
 """
@@ -19,7 +19,7 @@ from jax import numpy as jnp
 from jax.sharding import AxisType, reshard
 from jaxtyping import Array, Float
 
-from flax_googlenet.architecture import BLOCKS, IMAGENET_MEAN, IMAGENET_STD, NETWORKS, WIDTHS, stage_name
+from flax_googlenet.architecture import BLOCKS, IMAGENET_MEAN, IMAGENET_STD, NETWORKS, Padding, stage_name
 from flax_googlenet.ops import platforms, winograd
 from flax_googlenet.ops.normalization import local_response_norm
 from flax_googlenet.ops.pooling import adaptive_avg_pool, avg_pool, max_pool, per_channel
@@ -123,7 +123,7 @@ class ConvBN(nn.Module):
     features: int
     kernel_size: int = 1
     stride: int = 1
-    padding: int = 0
+    padding: Padding = 0
     variant: str = "torchvision"
     batch_norm: bool = True
     dtype: Dtype = jnp.float32
@@ -134,11 +134,12 @@ class ConvBN(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "n h w c"], train: bool) -> Float[Array, "n h2 w2 {self.features}"]:
         """Map ``x`` [N, H, W, C] to [N, H2, W2, features]."""
+        padding = self.padding if self.padding == "SAME" else ((self.padding, self.padding),) * 2
         x = nn.Conv(
             self.features,
             (self.kernel_size, self.kernel_size),
             strides=(self.stride, self.stride),
-            padding=((self.padding, self.padding), (self.padding, self.padding)),
+            padding=padding,
             use_bias=not self.batch_norm,
             kernel_init=self.kernel_init,
             bias_init=nn.initializers.constant(0.2 if NETWORKS[self.variant].caffe_init else 0.0),
@@ -204,12 +205,11 @@ class InceptionAux(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "n h w c"], train: bool) -> Float[Array, "n {self.num_classes}"]:
         """Map ``x`` [N, H, W, C] to logits [N, num_classes], with dropout only in training."""
-        pool = NETWORKS[self.variant].aux_pool
-        # Caffe's pool makes 4x4 of 12 to 14 pixels, that is, for images of 191 to 238 pixels. For others, Caffe's
-        # network has no auxiliary heads.
-        x = (  # [N, 4, 4, C]
-            avg_pool(x, *pool) if pool and all(12 <= size <= 14 for size in x.shape[1:3]) else adaptive_avg_pool(x, 4)
-        )
+        if all(size in NETWORKS[self.variant].aux_pool_sizes for size in x.shape[1:3]):
+            # The four windows have 14 pixels. Of more, TensorFlow leaves out the rest.
+            x = avg_pool(x[:, :14, :14], window=5, stride=3)  # [N, 4, 4, C]
+        else:
+            x = adaptive_avg_pool(x, 4)  # [N, 4, 4, C]
         x = ConvBN(128, **_options(self, self.kernel_init), name="conv")(x, train)  # [N, 4, 4, 128]
         # Flattened with the channels first, because fc1's kernel is in PyTorch's order.
         x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], 128 * 4 * 4)
@@ -222,8 +222,10 @@ class GoogLeNet(nn.Module):
     """GoogLeNet, layer by layer the network of ``torchvision.models.googlenet`` or that of the paper.
 
     The paper's network, as Berkeley trained it with Caffe, is the variant ``"bvlc"``. It has local response
-    normalisation, biases and 5x5 convolutions, and no BatchNorm. Images are the same for both variants: the network
-    ``"bvlc"`` maps them to the pixels that Caffe's networks read, BGR in [0, 255] minus (104, 117, 123).
+    normalisation, biases and 5x5 convolutions, and no BatchNorm. As Google trained it with TensorFlow, for DeepDream
+    and Lucid, it is ``"inception5h"``: two widths, the padding and the normalisation differ. Images are the same for
+    all variants: the network ``"bvlc"`` maps them to the pixels that Caffe's networks read, BGR in [0, 255] minus
+    (104, 117, 123), and ``"inception5h"`` to RGB in [0, 255] minus 117.
 
     In training on a CPU, ``winograd.convolution`` computes large 3x3 convolutions by Winograd's algorithm.
 
@@ -238,23 +240,24 @@ class GoogLeNet(nn.Module):
         output, updates = model.apply(variables, images, train=True, rngs={"dropout": key}, mutable=["batch_stats"])
 
     Attributes:
-        variant: Name of the network, ``"torchvision"`` or ``"bvlc"``.
+        variant: Name of the network, ``"torchvision"``, ``"bvlc"`` or ``"inception5h"``.
         num_classes: Number of logits.
         aux_logits: Whether the two auxiliary classifiers exist. ``init`` always makes their variables; only training
             computes them.
         transform_input: Whether to map ImageNet-normalised images to [-1, 1] first, as torchvision's ImageNet
             checkpoint needs. Only for the variant ``"torchvision"``.
-        dropout: Dropout rate before the last layer. Berkeley trained with 0.4, which ``from_caffe`` sets.
+        dropout: Dropout rate before the last layer. Berkeley trained with 0.4, which ``from_caffe`` sets, and
+            ``from_tensorflow``, too.
         dropout_aux: Dropout rate inside the auxiliary classifiers.
         batch_norm: False for the folded network, whose convolutions have a bias and no BatchNorm. It is always False
-            for the variant ``"bvlc"``.
+            for the variants ``"bvlc"`` and ``"inception5h"``.
         dtype: Dtype of the computation. BatchNorm computes in float32 at least.
         param_dtype: Dtype of the parameters. BatchNorm statistics start in float32 at least.
         precision: Precision of convolutions and matrix products. GPUs and TPUs compute float32 in TF32 or bfloat16
             unless this is "highest".
 
     Raises:
-        ValueError: If there is no such variant, or if ``transform_input`` is set for ``"bvlc"``.
+        ValueError: If there is no such variant, or if ``transform_input`` is set for another than ``"torchvision"``.
     """
 
     variant: str = "torchvision"
@@ -270,9 +273,9 @@ class GoogLeNet(nn.Module):
 
     def __post_init__(self) -> None:
         if self.variant not in NETWORKS:
-            names = " and ".join(map(repr, NETWORKS))
+            *names, last = map(repr, NETWORKS)
             raise ValueError(
-                f"variant: the networks are {names}, got {self.variant!r}; "
+                f"variant: the networks are {', '.join(names)} and {last}, got {self.variant!r}; "
                 "write the number of classes as GoogLeNet(num_classes=...)"
             )
         if self.transform_input and self.variant != "torchvision":
@@ -314,14 +317,17 @@ class GoogLeNet(nn.Module):
         def trains(name: str) -> bool:
             return train and name not in frozen
 
-        def conv(name: str, x: jax.Array, features: int, **geometry: int) -> jax.Array:
+        def conv(name: str, x: jax.Array, features: int, **geometry: Any) -> jax.Array:
             return stage(name, conv_bn(features, **geometry, name=name)(x, trains(name)))
 
         def response_norm(name: str, x: jax.Array) -> jax.Array:
-            return stage(name, local_response_norm(x)) if network.response_norm else x
+            return stage(name, local_response_norm(x, *network.response_norm)) if network.response_norm else x
+
+        def pool(name: str, x: jax.Array, window: int = 3) -> jax.Array:
+            return stage(name, max_pool(x, window, stride=2, padding=network.pool_padding))
 
         def inception(name: str, x: jax.Array) -> jax.Array:
-            return stage(name, Inception(WIDTHS[name], **options, name=name)(x, trains(name)))
+            return stage(name, Inception(network.widths[name], **options, name=name)(x, trains(name)))
 
         def aux_head(name: str, x: jax.Array) -> jax.Array | None:
             if not self.aux_logits or not (train or self.is_initializing()):
@@ -332,17 +338,17 @@ class GoogLeNet(nn.Module):
 
         x = transform_input(self, jnp.asarray(images)).astype(self.dtype)
 
-        x = conv("conv1", x, 64, kernel_size=7, stride=2, padding=3)
-        x = stage("maxpool1", max_pool(x, window=3, stride=2))
+        x = conv("conv1", x, 64, kernel_size=7, stride=2, padding=network.conv1_padding)
+        x = pool("maxpool1", x)
         x = response_norm("norm1", x)
         x = conv("conv2", x, 64)
         x = conv("conv3", x, 192, kernel_size=3, padding=1)
         x = response_norm("norm2", x)
-        x = stage("maxpool2", max_pool(x, window=3, stride=2))
+        x = pool("maxpool2", x)
 
         x = inception("inception3a", x)
         x = inception("inception3b", x)
-        x = stage("maxpool3", max_pool(x, window=3, stride=2))
+        x = pool("maxpool3", x)
 
         x = inception("inception4a", x)
         aux_logits1 = aux_head("aux1", x)
@@ -351,7 +357,7 @@ class GoogLeNet(nn.Module):
         x = inception("inception4d", x)
         aux_logits2 = aux_head("aux2", x)
         x = inception("inception4e", x)
-        x = stage("maxpool4", max_pool(x, window=network.maxpool4_window, stride=2))
+        x = pool("maxpool4", x, network.maxpool4_window)
 
         x = inception("inception5a", x)
         x = inception("inception5b", x)
@@ -394,8 +400,8 @@ def endpoints(
     Returns:
         ``{"conv1": ..., "maxpool1": ..., ..., "inception5b": ..., "avgpool": ..., "fc": ...}``, by torchvision's module
         names and in the order of computation (``jax.jit`` sorts them by name). Stages are NHWC. ``avgpool`` is
-        [N, 1, 1, 1024] and ``fc``, the logits, [N, num_classes]. The variant ``"bvlc"`` also has the results of local
-        response normalisation, ``norm1`` after ``maxpool1`` and ``norm2`` after ``conv3``.
+        [N, 1, 1, 1024] and ``fc``, the logits, [N, num_classes]. The variants ``"bvlc"`` and ``"inception5h"`` also
+        have the results of local response normalisation, ``norm1`` after ``maxpool1`` and ``norm2`` after ``conv3``.
 
     Raises:
         ValueError: If ``replace`` names no stage or the same stage twice, or has a value of another shape than the
@@ -528,12 +534,13 @@ def _blocked_dot(x: jax.Array, kernel: jax.Array, precision: jax.lax.PrecisionLi
 def transform_input(model: GoogLeNet, images: Float[Array, "n h w 3"]) -> Float[Array, "n h w 3"]:
     """Map images from ImageNet's normalisation to what the network was trained on.
 
-    These are the images themselves, pixels in [-1, 1] with the model's ``transform_input``, or BGR minus a mean.
+    These are the images themselves, pixels in [-1, 1] with the model's ``transform_input``, or in [0, 255] minus a
+    mean, RGB or BGR.
     """
     scale_and_shift = input_scale_and_shift(model)
     if scale_and_shift is None:
         return images
-    if NETWORKS[model.variant].bgr_mean:
+    if NETWORKS[model.variant].bgr:
         images = images[..., ::-1]
     scale, shift = (per_channel(values.astype(images.dtype), images) for values in scale_and_shift)
     return images * scale + shift
@@ -541,9 +548,11 @@ def transform_input(model: GoogLeNet, images: Float[Array, "n h w 3"]) -> Float[
 
 def input_scale_and_shift(model: GoogLeNet) -> tuple[np.ndarray, np.ndarray] | None:
     """Return what ``transform_input`` multiplies and adds, float64 [3] in the network's order of channels, or None."""
-    std, mean, bgr_mean = np.array(IMAGENET_STD), np.array(IMAGENET_MEAN), NETWORKS[model.variant].bgr_mean
-    if bgr_mean:
-        return 255 * std[::-1], 255 * mean[::-1] - bgr_mean
+    network, std, mean = NETWORKS[model.variant], np.array(IMAGENET_STD), np.array(IMAGENET_MEAN)
+    if network.bgr:
+        std, mean = std[::-1], mean[::-1]
+    if network.pixel_mean:
+        return 255 * std, 255 * mean - network.pixel_mean
     return (std / 0.5, (mean - 0.5) / 0.5) if model.transform_input else None
 
 

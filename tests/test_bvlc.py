@@ -133,7 +133,7 @@ def test_it_starts_as_caffes_xavier_filler_with_biases_of_a_fifth() -> None:
 
 
 def test_another_name_and_transform_input_are_refused_with_the_way_out() -> None:
-    with pytest.raises(ValueError, match=r"'torchvision' and 'bvlc', got 'caffe'.*num_classes="):
+    with pytest.raises(ValueError, match=r"'torchvision', 'bvlc' and 'inception5h', got 'caffe'.*num_classes="):
         GoogLeNet(variant="caffe")
     with pytest.raises(ValueError, match=r"transform_input.*'bvlc' has an input of its own"):
         GoogLeNet(variant="bvlc", transform_input=True)

@@ -5,7 +5,7 @@ on two cores of Zen 3 (AVX2) with jaxlib 0.10.2.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,10 +14,10 @@ from jax import lax
 from jax import numpy as jnp
 from jaxtyping import Array, Float
 
-from flax_googlenet.architecture import NETWORKS, WIDTHS
+from flax_googlenet.architecture import NETWORKS, WIDTHS, Padding
 from flax_googlenet.ops import winograd
 from flax_googlenet.ops.normalization import local_response_norm
-from flax_googlenet.ops.pooling import ceil_mode_padding, per_channel, strided_slices
+from flax_googlenet.ops.pooling import max_pool_padding, per_channel, same_padding, strided_slices
 
 Weights = Mapping[str, Any]
 """Nested dicts of arrays, as ``prepare`` returns them."""
@@ -101,40 +101,41 @@ def front(weights: Weights, images: Float[Array, "n h w 3"], variant: str = "tor
     The bias and ReLU of these two commute with a maximum. They come after the pool, where they have a quarter of the
     values to compute, unless ``conv3`` is normalised before it. Shapes in the comments are for images of 224x224.
     """
-    stages = {}
-    has_response_norm = NETWORKS[variant].response_norm
-    x = _stem(images, weights["conv1"]["kernel"])  # [n, 112, 112, 64]
-    x = stages["maxpool1"] = _relu_after_bias(_max_pool(x, 3, 2), weights["conv1"]["bias"])  # [n, 56, 56, 64]
-    if has_response_norm:
-        x = stages["norm1"] = local_response_norm(x)
+    stages, network = {}, NETWORKS[variant]
+    pool = functools.partial(_max_pool, window=3, stride=2, padding=network.pool_padding)
+    x = _stem(images, weights["conv1"]["kernel"], network.conv1_padding)  # [n, 112, 112, 64]
+    x = stages["maxpool1"] = _relu_after_bias(pool(x), weights["conv1"]["bias"])  # [n, 56, 56, 64]
+    if network.response_norm:
+        x = stages["norm1"] = local_response_norm(x, *network.response_norm)
     x = stages["conv2"] = _dense_relu(x, weights["conv2"])
     x = winograd.conv3x3(x, weights["conv3"]["kernel"])  # [n, 56, 56, 192]
-    if has_response_norm:
-        x = stages["norm2"] = local_response_norm(_relu_after_bias(x, weights["conv3"]["bias"]))
-        x = stages["maxpool2"] = _max_pool(x, 3, 2)  # [n, 28, 28, 192]
+    if network.response_norm:
+        x = _relu_after_bias(x, weights["conv3"]["bias"])
+        x = stages["norm2"] = local_response_norm(x, *network.response_norm)
+        x = stages["maxpool2"] = pool(x)  # [n, 28, 28, 192]
     else:
-        x = stages["maxpool2"] = _relu_after_bias(_max_pool(x, 3, 2), weights["conv3"]["bias"])  # [n, 28, 28, 192]
+        x = stages["maxpool2"] = _relu_after_bias(pool(x), weights["conv3"]["bias"])  # [n, 28, 28, 192]
     for name in ("inception3a", "inception3b"):
-        x = stages[name] = _inception(x, weights[name], name)
-    stages["maxpool3"] = _max_pool(x, 3, 2)  # [n, 14, 14, 480]
+        x = stages[name] = _inception(x, weights[name], network.widths[name])
+    stages["maxpool3"] = pool(x)  # [n, 14, 14, 480]
     return stages
 
 
 def back(weights: Weights, x: Float[Array, "n h w 480"], variant: str = "torchvision") -> dict[str, jax.Array]:
     """Compute the stages after ``maxpool3``, by torchvision's names, from its output ``x``."""
-    stages = {}
+    stages, network = {}, NETWORKS[variant]
     for name in ("inception4a", "inception4b", "inception4c", "inception4d", "inception4e"):
-        x = stages[name] = _inception(x, weights[name], name)
-    x = stages["maxpool4"] = _max_pool(x, NETWORKS[variant].maxpool4_window, 2)  # [n, 7, 7, 832]
+        x = stages[name] = _inception(x, weights[name], network.widths[name])
+    x = stages["maxpool4"] = _max_pool(x, network.maxpool4_window, 2, network.pool_padding)  # [n, 7, 7, 832]
     for name in ("inception5a", "inception5b"):
-        x = stages[name] = _inception(x, weights[name], name)
+        x = stages[name] = _inception(x, weights[name], network.widths[name])
     x = stages["avgpool"] = x.mean((1, 2), keepdims=True)  # [n, 1, 1, 1024]
     stages["fc"] = x[:, 0, 0, :] @ weights["fc"]["kernel"] + weights["fc"]["bias"][None]  # [n, num_classes]
     return stages
 
 
-def _inception(x: jax.Array, weights: Weights, name: str) -> jax.Array:
-    width1, reduce2, *_ = WIDTHS[name]
+def _inception(x: jax.Array, weights: Weights, widths: Sequence[int]) -> jax.Array:
+    width1, reduce2, *_ = widths
     # The three 1x1 convolutions that read x are one matrix product: 1.05x.
     first = _dense_relu(x, weights["first"])  # [n, h, w, width1 + reduce2 + reduce3]
     branch2 = first[..., width1 : width1 + reduce2]
@@ -157,25 +158,27 @@ def _relu_after_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
     return jax.nn.relu(x + per_channel(bias, x))
 
 
-def _stem(images: jax.Array, kernel: jax.Array) -> jax.Array:
+def _stem(images: jax.Array, kernel: jax.Array, padding: Padding) -> jax.Array:
     """Compute conv1 without its bias, with a kernel from ``_pair_columns``.
 
     The products are the same, in matrices with 6 channels instead of 3.
     """
     n, h, w, _ = images.shape
+    # TensorFlow's SAME pads 2 pixels before an even number of them, which has as many outputs.
+    top, left = (same_padding(size, 7, 2)[0] if padding == "SAME" else padding for size in (h, w))
     pairs = (w + 1) // 2 + 3  # one for each output column, and three more under the last kernel
-    x = jnp.pad(images, ((0, 0), (0, 0), (4, 2 * pairs - w - 4), (0, 0)))  # [n, h, 2 pairs, 3]
+    x = jnp.pad(images, ((0, 0), (0, 0), (1 + left, 2 * pairs - w - 1 - left), (0, 0)))  # [n, h, 2 pairs, 3]
     x = x.reshape(n, h, pairs, 6)
-    return _convolution(x, kernel, (2, 1), padding=((3, 3), (0, 0)))  # [n, ceil(h / 2), ceil(w / 2), 64]
+    return _convolution(x, kernel, (2, 1), padding=((top, 3), (0, 0)))  # [n, ceil(h / 2), ceil(w / 2), 64]
 
 
-def _max_pool(x: jax.Array, window: int, stride: int, padding: int = 0) -> jax.Array:
+def _max_pool(x: jax.Array, window: int, stride: int, padding: Padding = 0) -> jax.Array:
     """Compute ``ops.pooling.max_pool`` as maxima of shifted slices, which the compiler vectorises: 1.2x.
 
     The gradient of a tie is another one.
     """
     for axis in (1, 2):
-        pads = ceil_mode_padding(x.shape[axis], window, stride, padding)
+        pads = max_pool_padding(x.shape[axis], window, stride, padding)
         x = jnp.pad(x, [pads if i == axis else (0, 0) for i in range(4)], constant_values=-jnp.inf)
         x = functools.reduce(jnp.maximum, strided_slices(x, window, stride, axis))
     return x

@@ -14,9 +14,9 @@ from jax import lax
 from jax import numpy as jnp
 from jaxtyping import Array, Float
 
-from flax_googlenet.architecture import NETWORKS, WIDTHS
+from flax_googlenet.architecture import NETWORKS, WIDTHS, Padding
 from flax_googlenet.ops.normalization import local_response_norm
-from flax_googlenet.ops.pooling import ceil_mode_padding, per_channel, strided_slices
+from flax_googlenet.ops.pooling import max_pool_padding, per_channel, same_padding, strided_slices
 
 Weights = Mapping[str, Any]
 """Nested dicts of arrays, as ``prepare`` returns them."""
@@ -64,15 +64,17 @@ def _cells_kernel(kernel: Float[Array | np.ndarray, "7 7 3 out"]) -> Float[np.nd
     return cells.reshape(4, 4, 16, -1)
 
 
-def _cells(images: Float[Array, "n h w 3"]) -> Float[Array, "n rows columns 16"]:
+def _cells(images: Float[Array, "n h w 3"], conv1_padding: Padding) -> Float[Array, "n rows columns 16"]:
     """Return cells of 2x2 pixels, with a channel of zeros beside RGB and the padding of conv1 around them.
 
     Tensor cores take channels in groups of 8: cuDNN pads 3 channels, and computes conv1 as slowly as the whole rest of
     the network. On cells, conv1 is a 4x4 convolution with stride 1 and 16 channels: 1.25x.
     """
     n, h, w, _ = images.shape
+    # TensorFlow's SAME pads 2 pixels before an even number of them, which has as many outputs.
+    top, left = (same_padding(size, 7, 2)[0] if conv1_padding == "SAME" else conv1_padding for size in (h, w))
     rows, columns = (h + 1) // 2 + 3, (w + 1) // 2 + 3  # one for each output, and three more under the last kernel
-    padding = ((0, 0), (4, 2 * rows - h - 4), (4, 2 * columns - w - 4), (0, 1))
+    padding = ((0, 0), (1 + top, 2 * rows - h - 1 - top), (1 + left, 2 * columns - w - 1 - left), (0, 1))
     x = jnp.pad(images, padding).reshape(n, rows, 2, columns, 2, 4)
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(n, rows, columns, 16)
 
@@ -92,15 +94,19 @@ def logits(
         precision: As for ``jax.lax.conv_general_dilated``.
     """
     conv, network = functools.partial(_convolution, precision=precision), NETWORKS[variant]
-    response_norm = local_response_norm if network.response_norm else lambda x: x
-    x = conv(_cells(images), weights["conv1"])  # [n, 112, 112, 64] at 224x224
-    x = conv(response_norm(_max_pool(x, 3, 2)), weights["conv2"])  # [n, 56, 56, 64]
-    x = _max_pool(response_norm(conv(x, weights["conv3"], padding=1)), 3, 2)  # [n, 28, 28, 192]
-    for name, (width1, reduce2, *_) in WIDTHS.items():
+    pool = functools.partial(_max_pool, stride=2, padding=network.pool_padding)
+
+    def response_norm(x: jax.Array) -> jax.Array:
+        return local_response_norm(x, *network.response_norm) if network.response_norm else x
+
+    x = conv(_cells(images, network.conv1_padding), weights["conv1"])  # [n, 112, 112, 64] at 224x224
+    x = conv(response_norm(pool(x, 3)), weights["conv2"])  # [n, 56, 56, 64]
+    x = pool(response_norm(conv(x, weights["conv3"], padding=1)), 3)  # [n, 28, 28, 192]
+    for name, (width1, reduce2, *_) in network.widths.items():
         if name == "inception4a":
-            x = _max_pool(x, 3, 2)  # [n, 14, 14, 480]
+            x = pool(x, 3)  # [n, 14, 14, 480]
         elif name == "inception5a":
-            x = _max_pool(x, network.maxpool4_window, 2)  # [n, 7, 7, 832]
+            x = pool(x, network.maxpool4_window)  # [n, 7, 7, 832]
         block = weights[name]
         # The three 1x1 convolutions that read x are one: 1.02x, and 1.3x for one image.
         first = conv(x, block["first"])  # [n, h, w, width1 + reduce2 + reduce3]
@@ -122,14 +128,14 @@ def _convolution(
     return jax.nn.relu(x + per_channel(layer["bias"], x))
 
 
-def _max_pool(x: jax.Array, window: int, stride: int, padding: int = 0) -> jax.Array:
+def _max_pool(x: jax.Array, window: int, stride: int, padding: Padding = 0) -> jax.Array:
     """Compute ``ops.pooling.max_pool`` as a maximum of shifted slices, whose gradient at a tie is another one.
 
     XLA computes a pool of bfloat16 in float32, in two kernels; slices stay in bfloat16, in one. The barrier keeps the
     concatenation before the pool from being fused with it, which would choose among four inputs for each of nine
     pixels. Together: 1.25x. All pixels of a window in one step instead of rows and then columns: 1.03x.
     """
-    pads = [ceil_mode_padding(size, window, stride, padding) for size in x.shape[1:3]]
+    pads = [max_pool_padding(size, window, stride, padding) for size in x.shape[1:3]]
     x = jnp.pad(lax.optimization_barrier(x), ((0, 0), *pads, (0, 0)), constant_values=-jnp.inf)
     rows = strided_slices(x, window, stride, axis=1)
     return functools.reduce(jnp.maximum, [pixel for row in rows for pixel in strided_slices(row, window, stride, 2)])

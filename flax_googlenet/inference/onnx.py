@@ -12,11 +12,10 @@ import numpy as np
 from jax import numpy as jnp
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
-from flax_googlenet.architecture import IMAGENET_MEAN, IMAGENET_STD, NETWORKS, WIDTHS
+from flax_googlenet.architecture import IMAGENET_MEAN, IMAGENET_STD, NETWORKS, WIDTHS, Padding
 from flax_googlenet.images.preprocessing import CROP, RESIZE
 from flax_googlenet.inference.folding import fold_in_float64
 from flax_googlenet.model import GoogLeNet, Variables, input_scale_and_shift
-from flax_googlenet.ops.normalization import ALPHA, BETA, CHANNELS, K
 from flax_googlenet.weights.checkpoint import Weights
 
 Value = str | np.ndarray | np.generic
@@ -158,7 +157,7 @@ def _to_network_input(graph: _Graph, x: str, model: GoogLeNet, uint8: bool) -> s
     if scale_and_shift is None and not uint8:
         return x
     scale, shift = scale_and_shift or (np.ones(3), np.zeros(3))
-    if NETWORKS[model.variant].bgr_mean:
+    if NETWORKS[model.variant].bgr:
         scale, shift = scale[::-1], shift[::-1]
     if uint8:
         shift = shift - scale * np.array(IMAGENET_MEAN) / np.array(IMAGENET_STD)
@@ -171,36 +170,41 @@ def _network(graph: _Graph, x: str, params: Mapping[str, Any], model: GoogLeNet)
     """Add the folded network, from its input [n, 3, h, w] to the logits, in the model's dtype."""
     network, dtype = NETWORKS[model.variant], jnp.dtype(model.dtype)
 
+    def geometry(window: int, stride: int, padding: Padding, rounds_up: bool = False) -> dict[str, Any]:
+        shape = {"kernel_shape": [window] * 2, "strides": [stride] * 2}
+        if padding == "SAME":
+            return {**shape, "auto_pad": "SAME_UPPER"}
+        return {**shape, "pads": [padding] * 2 + [padding + (stride - 1 if rounds_up else 0)] * 2}
+
     def conv(name: str, x: str, stride: int = 1) -> str:
         layer = params
         for part in name.split("/"):
             layer = layer[part]
         kernel, bias = layer["conv"]["kernel"], layer["conv"]["bias"]  # HWIO
-        if name == "conv1" and network.bgr_mean:
+        if name == "conv1" and network.bgr:
             kernel = kernel[:, :, ::-1]
-        window = kernel.shape[0]
+        padding = network.conv1_padding if name == "conv1" else kernel.shape[0] // 2
         x = graph.add(
             "Conv",
             x,
             kernel.transpose(3, 2, 0, 1).astype(dtype),
             bias.astype(dtype),
             name=f"{name}/pre_relu",
-            kernel_shape=[window] * 2,
-            strides=[stride] * 2,
-            pads=[window // 2] * 4,
+            **geometry(kernel.shape[0], stride, padding),
         )
         return graph.add("Relu", x, name=name)
 
-    def max_pool(name: str, x: str, window: int = 3, stride: int = 2, padding: int = 0) -> str:
+    def max_pool(name: str, x: str, window: int = 3, stride: int = 2, padding: Padding = network.pool_padding) -> str:
         # With this padding after the input, the windows are those of ``ceil_mode``. With ``ceil_mode`` itself, OpenVINO
         # refuses inputs that are smaller than a window.
-        pads = [padding] * 2 + [padding + stride - 1] * 2
-        return graph.add("MaxPool", x, name=name, kernel_shape=[window] * 2, strides=[stride] * 2, pads=pads)
+        return graph.add("MaxPool", x, name=name, **geometry(window, stride, padding, rounds_up=True))
 
     def response_norm(name: str, x: str) -> str:
         if not network.response_norm:
             return x
-        x = graph.add("LRN", graph.cast(x, "float32"), size=CHANNELS, alpha=ALPHA, beta=BETA, bias=K)
+        radius, k, alpha, beta = network.response_norm
+        size = 2 * radius + 1  # by which ONNX divides alpha
+        x = graph.add("LRN", graph.cast(x, "float32"), size=size, alpha=size * alpha, beta=beta, bias=k)
         return graph.cast(x, dtype.name, name=name)
 
     x = max_pool("maxpool1", conv("conv1", x, stride=2))

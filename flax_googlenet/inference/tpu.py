@@ -13,10 +13,10 @@ from jax import lax
 from jax import numpy as jnp
 from jaxtyping import Array, Float
 
-from flax_googlenet.architecture import NETWORKS, WIDTHS
+from flax_googlenet.architecture import NETWORKS
 from flax_googlenet.model import ConvBN, Inception
 from flax_googlenet.ops.normalization import local_response_norm
-from flax_googlenet.ops.pooling import ceil_mode_padding, max_pool, per_channel
+from flax_googlenet.ops.pooling import max_pool, max_pool_padding, per_channel
 
 Weights = Mapping[str, Any]
 """Nested dicts of arrays, as ``prepare`` returns them."""
@@ -52,12 +52,14 @@ def logits(
     Args:
         weights: The weights from ``prepare``.
         images: The input of the first convolution, as ``transform_input`` of the model's module returns it.
-        variant: The network, as for ``GoogLeNet``.
+        variant: The network, as for ``GoogLeNet``, but "inception5h".
         precision: As for ``jax.lax.conv_general_dilated``.
     """
     options: Any = {"variant": variant, "batch_norm": False, "dtype": images.dtype, "precision": precision}
     network = NETWORKS[variant]
-    response_norm = local_response_norm if network.response_norm else lambda x: x
+
+    def response_norm(x: jax.Array) -> jax.Array:
+        return local_response_norm(x, *network.response_norm) if network.response_norm else x
 
     def apply(block: Any, x: jax.Array) -> jax.Array:
         return block.apply({"params": weights[block.name]}, x, False)
@@ -66,7 +68,7 @@ def logits(
     x = apply(ConvBN(64, **options, name="conv2"), response_norm(x))
     x = apply(ConvBN(192, kernel_size=3, padding=1, **options, name="conv3"), x)
     x = max_pool(response_norm(x), window=3, stride=2)  # [n, 28, 28, 192]
-    for name, widths in WIDTHS.items():
+    for name, widths in network.widths.items():
         if name == "inception4a":
             x = max_pool(x, window=3, stride=2)  # [n, 14, 14, 480]
         elif name == "inception5a":
@@ -98,7 +100,7 @@ def _conv1_and_maxpool1(
     # columns takes 0.33 million cycles, so the two pools read all columns, and only lanes are sliced, at no cost. After
     # an odd number of columns, the last pair has one too many, which is in no window.
     columns = w // 2
-    rows = ceil_mode_padding(h, 3, 2, 0)
+    rows = max_pool_padding(h, 3, 2, 0)
 
     def pool(width: int) -> Array:  # [n, rows, columns, 2 * out]
         after = columns + width - 1 - pairs

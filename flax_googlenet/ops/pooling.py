@@ -1,4 +1,4 @@
-"""Pooling with the geometry of PyTorch, as pure functions of NHWC arrays."""
+"""Pooling with the geometry of PyTorch and TensorFlow, as pure functions of NHWC arrays."""
 
 import functools
 import itertools
@@ -12,23 +12,25 @@ from jax import lax
 from jax import numpy as jnp
 from jaxtyping import Array, Float
 
+from flax_googlenet.architecture import Padding
 from flax_googlenet.ops import platforms
 
 Size = Any  # an int, or a symbolic dimension in an export for images of any size
 
 
-def max_pool(x: Float[Array, "n h w c"], window: int, stride: int, padding: int = 0) -> Float[Array, "n h2 w2 c"]:
-    """Compute max pooling as ``torch.nn.MaxPool2d`` does with ``ceil_mode=True``.
+def max_pool(x: Float[Array, "n h w c"], window: int, stride: int, padding: Padding = 0) -> Float[Array, "n h2 w2 c"]:
+    """Compute max pooling as ``torch.nn.MaxPool2d`` does with ``ceil_mode=True``, or as ``tf.nn.max_pool2d`` does.
 
     The output length is ``ceil((size + 2 * padding - window) / stride) + 1``, less one if the last window would start
     in the padding on the right. Padding counts as minus infinity and never wins. The gradient of a tie goes to its
-    first pixel in row-major order, as in PyTorch.
+    first pixel in row-major order, as in PyTorch. With TensorFlow's padding "SAME" it is ``ceil(size / stride)``.
 
     Args:
         x: The input, NHWC.
         window: Height and width of a window, in pixels.
         stride: Step between windows, in pixels.
-        padding: Pixels added on each side, at most half a window.
+        padding: Pixels added on each side, at most half a window, or "SAME", which adds as few as possible, half of
+            them on each side and an odd one at the end.
 
     Raises:
         ValueError: If the padding is more than half a window, or the input too small for one window. PyTorch refuses
@@ -36,9 +38,9 @@ def max_pool(x: Float[Array, "n h w c"], window: int, stride: int, padding: int 
 
     Reference: https://docs.pytorch.org/docs/stable/generated/torch.nn.MaxPool2d.html
     """
-    if not 0 <= 2 * padding <= window:
+    if padding != "SAME" and not 0 <= 2 * padding <= window:
         raise ValueError(f"padding must be between 0 and half the window, got padding {padding} and window {window}")
-    rows, columns = (ceil_mode_padding(size, window, stride, padding) for size in x.shape[1:3])
+    rows, columns = (max_pool_padding(size, window, stride, padding) for size in x.shape[1:3])
     return _max_pool(x, window, stride, (rows, columns))
 
 
@@ -181,12 +183,14 @@ def strided_slices(x: jax.Array, window: int, stride: int, axis: int) -> list[ja
     return [lax.slice_in_dim(x, i, i + last + 1, stride, axis) for i in range(window)]
 
 
-def ceil_mode_padding(size: Size, window: int, stride: int, padding: int) -> tuple[Size, Size]:
-    """Return the padding before and after ``size`` pixels with which a plain pool gives the results of PyTorch's.
+def max_pool_padding(size: Size, window: int, stride: int, padding: Padding) -> tuple[Size, Size]:
+    """Return the padding before and after ``size`` pixels with which a plain pool gives the results of ``max_pool``.
 
     Raises:
         ValueError: If no window fits.
     """
+    if padding == "SAME":
+        return same_padding(size, window, stride)
     length = -((window - size - 2 * padding) // stride) + 1
     if (length - 1) * stride >= size + padding:  # the last window would start in the padding: PyTorch drops it
         length -= 1
@@ -198,6 +202,15 @@ def ceil_mode_padding(size: Size, window: int, stride: int, padding: int) -> tup
     # With a stride larger than the window, the last window can end before the input does: nothing to pad. Other pools
     # skip the comparison, which jax.export could not decide for images of symbolic size.
     return padding, max(0, after) if stride > window else after
+
+
+def same_padding(size: Size, window: int, stride: int) -> tuple[Size, Size]:
+    """Return the padding of TensorFlow's SAME before and after ``size`` pixels, for a stride of at most ``window``.
+
+    Reference: https://www.tensorflow.org/api_docs/python/tf/nn#notes_on_padding_2
+    """
+    total = (-(-size // stride) - 1) * stride + window - size
+    return total // 2, total - total // 2
 
 
 def adaptive_avg_pool(x: Float[Array, "n h w c"], output_size: int) -> Float[Array, "n {output_size} {output_size} c"]:

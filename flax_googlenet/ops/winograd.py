@@ -140,7 +140,7 @@ def convolution(
     x: Float[Array, "n h w in"],
     kernel: Float[Array, "kh kw in out"],
     strides: Sequence[int],
-    padding: Sequence[tuple[int, int]],
+    padding: str | Sequence[tuple[int, int]],
     precision: lax.PrecisionLike = None,
     **options: Any,
 ) -> Float[Array, "n h2 w2 out"]:
@@ -155,7 +155,7 @@ def convolution(
         x: The input, NHWC.
         kernel: The kernel, HWIO.
         strides: The strides along height and width.
-        padding: The padding before and after, along height and width.
+        padding: The padding before and after, along height and width, or "SAME".
         precision: As for ``jax.lax.conv_general_dilated``.
         **options: Further arguments of ``jax.lax.conv_general_dilated``, which Flax passes.
     """

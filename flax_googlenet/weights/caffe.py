@@ -1,12 +1,8 @@
 """Reads Caffe's files without Caffe: a file is refused, or gives exactly the weights it stores.
 
-A ``.caffemodel`` is a message of Protocol Buffers: a network with layers, which have blobs of numbers. Files are
-untrusted. Each number in one is checked before it has any effect, and the size of a file limits the memory and the time
-that reading it takes. The format has no checksum, so only a hash of the file shows a damaged weight.
+A ``.caffemodel`` is a message of Protocol Buffers: a network with layers, which have blobs of numbers.
 
-References:
-    https://protobuf.dev/programming-guides/encoding/
-    https://github.com/BVLC/caffe/blob/master/src/caffe/proto/caffe.proto
+Reference: https://github.com/BVLC/caffe/blob/master/src/caffe/proto/caffe.proto
 """
 
 import hashlib
@@ -19,18 +15,22 @@ import numpy as np
 
 from flax_googlenet.architecture import BRANCHES, WIDTHS
 from flax_googlenet.errors import printable
-from flax_googlenet.files import read_regular_file
 from flax_googlenet.model import GoogLeNet
-from flax_googlenet.weights.layouts import MAX_BYTES
-from flax_googlenet.weights.other_formats import refuse_other_files
 from flax_googlenet.weights.pickles import MAX_NAME, StateDictError
+from flax_googlenet.weights.protobuf import (
+    Reader,
+    as_bytes,
+    encode_varint,
+    field,
+    integer,
+    integers,
+    numbers,
+    read_message,
+)
 from flax_googlenet.weights.pth import Checkpoint
 from flax_googlenet.weights.torchvision import shapes_by_path, to_variables
 
-_MAX_FIELDS = 2**17  # in the messages that are read; a network in training has 3,000
 _MAX_AXES = 32  # Caffe's kMaxBlobAxes
-_VARINT, _LENGTH = 0, 2  # kinds of values on the wire; the others have 8 bytes (1) and 4 bytes (5)
-_FIXED_SIZES = {1: 8, 5: 4}
 
 _HEADS = {"inception4a": ("loss1", "aux1"), "inception4d": ("loss2", "aux2")}
 """Block -> names of the auxiliary head that reads it, in Caffe and here."""
@@ -90,12 +90,13 @@ def from_caffe(path: str | os.PathLike[str]) -> tuple[GoogLeNet, dict[str, Any]]
     return network(os.fspath(path), read(path).state_dict)
 
 
-def network(subject: str, state_dict: dict[str, np.ndarray]) -> tuple[GoogLeNet, dict[str, Any]]:
+def network(subject: str, state_dict: dict[str, np.ndarray], variant: str = "bvlc") -> tuple[GoogLeNet, dict[str, Any]]:
     """Return the network with the weights that ``read`` returned, and its variables.
 
     Args:
         subject: The name of the file in messages.
         state_dict: The weights.
+        variant: The network, as for ``GoogLeNet``.
 
     Raises:
         PortingError: If they are not those of the network.
@@ -103,7 +104,7 @@ def network(subject: str, state_dict: dict[str, np.ndarray]) -> tuple[GoogLeNet,
     bias = state_dict.get("fc.bias", np.empty(1000, np.float32))
     has_aux = any(name.startswith(("aux1.", "aux2.")) for name in state_dict)
     model = GoogLeNet(
-        variant="bvlc",
+        variant=variant,
         num_classes=bias.size or 1000,
         aux_logits=has_aux,
         dropout=0.4,
@@ -120,19 +121,9 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
     Raises:
         StateDictError, OSError: For the same reasons as ``from_caffe``.
     """
-    data = read_regular_file(path, MAX_BYTES)
     try:
-        refuse_other_files(data[:512])
-        if data and data[:512].isascii() and data[:512].decode().replace("\n", " ").replace("\r", " ").isprintable():
-            raise StateDictError("this is text, such as a .prototxt: give the .caffemodel, which has the weights")
-        # A zip, a pickle, and the length of the JSON after it: a file of Caffe begins with none of them.
-        is_safetensors = data[8:9] == b"{" and int.from_bytes(data[:8], "little") < len(data)
-        if data.startswith((b"PK\x03\x04", b"\x80\x02")) or is_safetensors:
-            raise StateDictError(
-                "this is a .pth or .safetensors: flax_googlenet.read_state_dict reads those of PyTorch, and "
-                "flax_googlenet.load those of this library"
-            )
-        state_dict = _state_dict(list(_Reader().layers(memoryview(data))))
+        data = read_message(path, "this is text, such as a .prototxt: give the .caffemodel, which has the weights")
+        state_dict = _state_dict(list(_layers(memoryview(data))))
     except StateDictError as error:
         raise StateDictError(f"{os.fspath(path)}: {printable(str(error))}") from error
     return Checkpoint(state_dict, hashlib.sha256(data).hexdigest(), [])
@@ -143,29 +134,20 @@ def encode(state_dict: Mapping[str, np.ndarray]) -> bytes:
 
     Numbers of fewer than 32 bits are written as float32.
     """
-    parts = [_field(1, b"GoogleNet")]
+    parts = [field(1, b"GoogleNet")]
     for name, module in _modules(has_aux="aux1.fc1.bias" in state_dict).items():
         arrays = [state_dict[f"{module}.{kind}"] for kind in ("weight", "bias")]
         kind = _CONVOLUTION if arrays[0].ndim == 4 else _INNER_PRODUCT
-        blobs = b"".join(_field(7, _encode_blob(array)) for array in arrays)
-        parts.append(_field(100, _field(1, name.encode()) + _field(2, kind) + blobs))
+        blobs = b"".join(field(7, _encode_blob(array)) for array in arrays)
+        parts.append(field(100, field(1, name.encode()) + field(2, kind) + blobs))
     return b"".join(parts)
 
 
 def _encode_blob(array: np.ndarray) -> bytes:
-    shape = _field(7, _field(1, b"".join(map(_encode_varint, array.shape))))
+    shape = field(7, field(1, b"".join(map(encode_varint, array.shape))))
     if array.dtype == np.float64:
-        return shape + _field(8, array.astype("<f8").tobytes())
-    return shape + _field(5, array.astype("<f4").tobytes())
-
-
-def _field(number: int, value: bytes) -> bytes:
-    return _encode_varint(number << 3 | _LENGTH) + _encode_varint(len(value)) + value
-
-
-def _encode_varint(value: int) -> bytes:
-    low, rest = value & 0x7F, value >> 7
-    return bytes([low | 0x80]) + _encode_varint(rest) if rest else bytes([low])
+        return shape + field(8, array.astype("<f8").tobytes())
+    return shape + field(5, array.astype("<f4").tobytes())
 
 
 def has_bvlc_classes(state_dict: dict[str, np.ndarray]) -> bool:
@@ -208,123 +190,59 @@ def _modules(has_aux: bool) -> dict[str, str]:
     return {**modules, "loss3/classifier": "fc"}
 
 
-class _Reader:
-    """Reads the messages of one file, and counts their fields."""
-
-    def __init__(self) -> None:
-        self._fields = 0
-
-    def layers(self, network: memoryview) -> Iterator[_Layer]:
-        """Yield the layers with weights, in the order of the file."""
-        for number, value in self._message(network):
-            if number in _FORMATS:
-                layer = self._layer(_bytes(value), _FORMATS[number])
-                if layer.blobs:
-                    yield layer
-
-    def _layer(self, message: memoryview, numbers: _Format) -> _Layer:
-        name, kind, blobs = "", None, []
-        for number, value in self._message(message):
-            if number == numbers.name:
-                name = bytes(_bytes(value)[: MAX_NAME + 1]).decode(errors="surrogateescape")
-            elif number == numbers.type:
-                kind = bytes(value[:MAX_NAME]) if isinstance(value, memoryview) else value
-            elif number == numbers.blobs:
-                blobs.append(self._blob(_bytes(value)))
-        if len(name) > MAX_NAME:
-            raise StateDictError(f"a layer has a name of more than {MAX_NAME:,} characters")
-        if kind not in (numbers.convolution, numbers.inner_product):
-            return _Layer(name, [_in_shape(blob, 0) for blob in blobs])  # not a layer of the network
-        axes = 4 if kind == numbers.convolution else 2
-        return _Layer(name, [_in_shape(blob, axes if i == 0 else 1) for i, blob in enumerate(blobs)])
-
-    def _blob(self, message: memoryview) -> np.ndarray:
-        """Return the values of a blob in the shape that the file says."""
-        old_shape, shape, values = [1, 1, 1, 1], None, []
-        for number, value in self._message(message):
-            match number:
-                case 1 | 2 | 3 | 4:  # num, channels, height and width
-                    old_shape[number - 1] = _integer(value)
-                case 5 | 8:
-                    values.append(_numbers(_bytes(value), "<f4" if number == 5 else "<f8"))
-                case 7:
-                    shape = self._shape(_bytes(value))
-        shape = old_shape if shape is None else shape
-        if len(values) != 1 or not 0 < math.prod(shape) == values[0].size:  # NumPy has no empty arrays of any shape
-            sizes = " and ".join(f"{array.size:,}" for array in values[:2]) or "no"
-            raise StateDictError(f"the file is damaged or cut off (a blob of shape {shape[:8]} has {sizes} values)")
-        return values[0].reshape(shape)
-
-    def _shape(self, message: memoryview) -> list[int]:
-        shape: list[int] = []
-        for number, value in self._message(message):
-            if number == 1 and isinstance(value, memoryview):  # packed
-                start = 0
-                while start < len(value) and len(shape) <= _MAX_AXES:
-                    size, start = _varint(value, start)
-                    shape.append(size)
-            elif number == 1:
-                shape.append(_integer(value))
-            if len(shape) > _MAX_AXES:
-                raise StateDictError(f"a blob has more than {_MAX_AXES} axes")
-        return shape
-
-    def _message(self, message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-        """Yield the numbers and values of the fields of a message: an integer, or the bytes of anything else."""
-        position = 0
-        while position < len(message):
-            self._fields += 1
-            if self._fields > _MAX_FIELDS:
-                raise StateDictError(f"it has more than {_MAX_FIELDS:,} fields, too many for a network")
-            key, position = _varint(message, position)
-            number, kind = key >> 3, key & 7
-            if number == 0:
-                raise StateDictError("the file is damaged, or is not a .caffemodel (a field without a number)")
-            if kind == _VARINT:
-                value, position = _varint(message, position)
-                yield number, value
-                continue
-            if kind == _LENGTH:
-                size, position = _varint(message, position)
-            elif kind in _FIXED_SIZES:
-                size = _FIXED_SIZES[kind]
-            else:
-                raise StateDictError("the file is damaged, or is not a .caffemodel (a field of an unknown kind)")
-            if size > len(message) - position:
-                raise StateDictError("the file is damaged or cut off (a field is longer than what is there)")
-            yield number, message[position : position + size]
-            position += size
+def _layers(network: memoryview) -> Iterator[_Layer]:
+    """Yield the layers with weights, in the order of the file."""
+    reader = Reader()
+    for number, value in reader.fields(network):
+        if number in _FORMATS:
+            layer = _layer(reader, as_bytes(value), _FORMATS[number])
+            if layer.blobs:
+                yield layer
 
 
-def _varint(message: memoryview, position: int) -> tuple[int, int]:
-    """Return the integer at a position, and the position after it.
-
-    Each byte has 7 bits of the integer, the lowest first, and a bit that says whether another byte follows.
-    """
-    value = 0
-    for i, byte in enumerate(message[position : position + 10]):
-        value |= (byte & 0x7F) << (7 * i)
-        if byte < 0x80:
-            return value, position + i + 1
-    raise StateDictError("the file is damaged or cut off (an integer without an end)")
-
-
-def _integer(value: int | memoryview) -> int:
-    if isinstance(value, memoryview):
-        raise StateDictError("the file is damaged (bytes where there should be an integer)")
-    return value
+def _layer(reader: Reader, message: memoryview, numbers: _Format) -> _Layer:
+    name, kind, blobs = "", None, []
+    for number, value in reader.fields(message):
+        if number == numbers.name:
+            name = bytes(as_bytes(value)[: MAX_NAME + 1]).decode(errors="surrogateescape")
+        elif number == numbers.type:
+            kind = bytes(value[:MAX_NAME]) if isinstance(value, memoryview) else value
+        elif number == numbers.blobs:
+            blobs.append(_blob(reader, as_bytes(value)))
+    if len(name) > MAX_NAME:
+        raise StateDictError(f"a layer has a name of more than {MAX_NAME:,} characters")
+    if kind not in (numbers.convolution, numbers.inner_product):
+        return _Layer(name, [_in_shape(blob, 0) for blob in blobs])  # not a layer of the network
+    axes = 4 if kind == numbers.convolution else 2
+    return _Layer(name, [_in_shape(blob, axes if i == 0 else 1) for i, blob in enumerate(blobs)])
 
 
-def _bytes(value: int | memoryview) -> memoryview:
-    if not isinstance(value, memoryview):
-        raise StateDictError("the file is damaged (an integer where there should be bytes)")
-    return value
+def _blob(reader: Reader, message: memoryview) -> np.ndarray:
+    """Return the values of a blob in the shape that the file says."""
+    old_shape, shape, values = [1, 1, 1, 1], None, []
+    for number, value in reader.fields(message):
+        match number:
+            case 1 | 2 | 3 | 4:  # num, channels, height and width
+                old_shape[number - 1] = integer(value)
+            case 5 | 8:
+                values.append(numbers(as_bytes(value), "<f4" if number == 5 else "<f8"))
+            case 7:
+                shape = _shape(reader, as_bytes(value))
+    shape = old_shape if shape is None else shape
+    if len(values) != 1 or not 0 < math.prod(shape) == values[0].size:  # NumPy has no empty arrays of any shape
+        sizes = " and ".join(f"{array.size:,}" for array in values[:2]) or "no"
+        raise StateDictError(f"the file is damaged or cut off (a blob of shape {shape[:8]} has {sizes} values)")
+    return values[0].reshape(shape)
 
 
-def _numbers(data: memoryview, dtype: str) -> np.ndarray:
-    if not data or len(data) % np.dtype(dtype).itemsize:
-        raise StateDictError("the file is damaged (no numbers, or a part of one)")
-    return np.frombuffer(data, dtype).astype(np.dtype(dtype).newbyteorder("="))
+def _shape(reader: Reader, message: memoryview) -> list[int]:
+    shape: list[int] = []
+    for number, value in reader.fields(message):
+        if number == 1:
+            shape += integers(value, _MAX_AXES)
+        if len(shape) > _MAX_AXES:
+            raise StateDictError(f"a blob has more than {_MAX_AXES} axes")
+    return shape
 
 
 def _in_shape(blob: np.ndarray, axes: int) -> np.ndarray:

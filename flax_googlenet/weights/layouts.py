@@ -108,9 +108,11 @@ def read_structure(file: io.BufferedReader, suffix: str) -> Contents:
         )
     if suffix == ".caffemodel":
         raise StateDictError("this is a file of Caffe: flax_googlenet.from_caffe reads it")
+    if suffix == ".pb":
+        raise StateDictError("this is a file of TensorFlow: flax_googlenet.from_tensorflow reads it")
     raise StateDictError(
         "this is neither a file from torch.save nor a .safetensors, or its first bytes are damaged; "
-        "the name of a file of Caffe must end in .caffemodel"
+        "the name of a file of TensorFlow must end in .pb, and of one of Caffe in .caffemodel"
     )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from flax_googlenet.weights.pickles import StateDictError
 
-_WEIGHTS = (".pth", ".pt", ".bin", ".ckpt", ".tar", ".safetensors")
+_WEIGHTS = (".pth", ".pt", ".bin", ".ckpt", ".tar", ".safetensors", ".pb")
 
 
 def refuse_other_files(head: bytes) -> None:

@@ -1,6 +1,7 @@
-"""The command with files of Caffe: the port is proven in every stage, and wrong files are refused in one line."""
+"""The command with files of Caffe and TensorFlow: every stage of a port is proven, and wrong files are refused."""
 
 import json
+import zipfile
 from pathlib import Path
 
 import bvlc
@@ -10,6 +11,8 @@ import port_weights
 import pytest
 from caffe_files import caffemodel
 from flax.traverse_util import flatten_dict
+from inception5h import Inception5h
+from tensorflow_files import graph
 
 import flax_googlenet
 import flax_googlenet.model
@@ -57,8 +60,36 @@ def test_a_caffemodel_is_ported_proven_and_written_with_its_heads(
         np.testing.assert_array_equal(back[name], array)
 
 
+@pytest.mark.slow
+def test_a_graph_of_tensorflow_is_ported_proven_and_written_with_its_heads(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = bvlc.random_weights(num_classes=7, network=Inception5h)
+    Path("graph.pb").write_bytes(graph(weights))
+    assert port_weights.main(["graph.pb", "--json", "--class-names", "/dev/null"]) == 4
+    assert "expected one name a line" in json.loads(capsys.readouterr().out)["error"]
+    assert port_weights.main(["graph.pb", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    result = json.loads(out)
+    assert len(result["parity"]) == 22
+    assert all(errors["float64"] < 1e-12 for errors in result["parity"].values())
+    model, variables = flax_googlenet.load("graph.safetensors")
+    expected_model, expected = flax_googlenet.from_tensorflow("graph.pb")
+    assert model == expected_model
+    jax.tree.map(np.testing.assert_array_equal, variables, expected)
+    assert "RGB in [0, 255] minus 117" in flax_googlenet.load_metadata("graph.safetensors")["input"]
+
+
+def test_a_zip_with_a_graph_is_refused_with_the_way_out(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with zipfile.ZipFile("inception5h.zip", "w") as archive:
+        archive.writestr("tensorflow_inception_graph.pb", b"graph")
+    assert port_weights.main(["inception5h.zip"]) == 4
+    assert "holds tensorflow_inception_graph.pb: unpack it first" in capsys.readouterr().err
+
+
 def test_each_network_goes_back_to_its_own_format_alone(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for variant in ("torchvision", "bvlc"):
+    for variant in ("torchvision", "bvlc", "inception5h"):
         model = flax_googlenet.GoogLeNet(variant=variant, num_classes=1, aux_logits=False)
         zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), flax_googlenet.model.variable_shapes(model))
         flax_googlenet.save(f"{variant}.safetensors", model, zeros)
@@ -66,6 +97,10 @@ def test_each_network_goes_back_to_its_own_format_alone(here: Path, capsys: pyte
     assert "use --to-torchvision" in capsys.readouterr().err
     assert port_weights.main(["bvlc.safetensors", "--to-torchvision", "no.pth"]) == 4
     assert "use --to-caffe" in capsys.readouterr().err
+    assert port_weights.main(["inception5h.safetensors", "--to-torchvision", "no.pth"]) == 4
+    assert "goes back to no other format" in capsys.readouterr().err
+    assert port_weights.main(["inception5h.safetensors", "--to-caffe", "no.caffemodel"]) == 4
+    assert "as Google trained it" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         port_weights.main(["torchvision.safetensors", "--to-caffe", "no.caffemodel", "--to-torchvision", "no.pth"])
     assert not [*here.glob("no.*")]
@@ -88,7 +123,9 @@ def test_a_wrong_caffemodel_is_refused_in_one_line(here: Path, capsys: pytest.Ca
     assert {path.name for path in here.iterdir()} == contents.keys()
 
 
-@pytest.mark.parametrize("checkpoint", ["bvlc", "network.caffemodel", "http://host/network.caffemodel?download=true"])
+@pytest.mark.parametrize(
+    "checkpoint", ["bvlc", "network.caffemodel", "http://host/network.caffemodel?download=true", "graph.pb"]
+)
 @pytest.mark.parametrize("option", ["--diagnose", "--transform-input", "--no-transform-input", "--key=model"])
 def test_options_of_torchvisions_network_are_refused(
     checkpoint: str, option: str, capsys: pytest.CaptureFixture[str]

@@ -16,12 +16,13 @@ import onnxruntime
 import pytest
 import reference
 import torch
+from inception5h import Inception5h
 from jax import numpy as jnp
 from proof import relative_error
 from scipy.special import softmax
 
 import flax_googlenet
-from flax_googlenet.architecture import IMAGENET_MEAN, IMAGENET_STD
+from flax_googlenet.architecture import IMAGENET_MEAN, IMAGENET_STD, NETWORKS
 from flax_googlenet.commands.cli import main
 from flax_googlenet.images.preprocessing import denormalise
 from flax_googlenet.model import GoogLeNet
@@ -42,10 +43,14 @@ def networks() -> dict[str, Network]:
     """Networks by their variant; torchvision's has 3 classes."""
     state_dict = {key: tensor.numpy() for key, tensor in reference.random_checkpoint(num_classes=3).items()}
     model, variables = GoogLeNet(num_classes=3, transform_input=True), flax_googlenet.from_torchvision(state_dict)
-    caffes = bvlc.random_weights()
+    caffes, googles = bvlc.random_weights(), bvlc.random_weights(network=Inception5h)
     return {
         "torchvision": (model, variables, reference.build(state_dict, transform_input=True, dtype=torch.float64)),
         "bvlc": (*caffe.network("random weights", caffes), bvlc.build(caffes, torch.float64)),
+        "inception5h": (
+            *caffe.network("random weights", googles, "inception5h"),
+            bvlc.build(googles, torch.float64, Inception5h),
+        ),
     }
 
 
@@ -79,7 +84,7 @@ def logits_of(network: torch.nn.Module, images: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize(("variant", "layout"), [("torchvision", "NHWC"), ("bvlc", "NCHW")])
+@pytest.mark.parametrize(("variant", "layout"), [("torchvision", "NHWC"), ("bvlc", "NCHW"), ("inception5h", "NHWC")])
 def test_the_logits_are_pytorchs_for_images_of_any_number_and_size(
     networks: dict[str, Network],
     variant: str,
@@ -93,7 +98,7 @@ def test_the_logits_are_pytorchs_for_images_of_any_number_and_size(
     flax_googlenet.export(tmp_path / "g.onnx", model, variables, layout=layout)
     onnx.checker.check_model(tmp_path / "g.onnx", full_check=True)
     predict = engine(tmp_path / "g.onnx")
-    least = 15 if variant == "torchvision" else 31
+    least = NETWORKS[variant].min_size
     for images in (photographs, *(random_images(*shape) for shape in [(3, least, least), (1, 97, 131), (2, 33, 50)])):
         pixels = images.astype(np.float32)
         given = pixels if layout == "NHWC" else pixels.transpose(0, 3, 1, 2)

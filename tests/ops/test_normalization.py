@@ -10,6 +10,7 @@ from jax import numpy as jnp
 from jax.test_util import check_grads
 from proof import relative_error
 
+from flax_googlenet.architecture import NETWORKS
 from flax_googlenet.ops.normalization import local_response_norm
 
 
@@ -19,18 +20,29 @@ def activations(request: pytest.FixtureRequest) -> np.ndarray:
     return np.random.default_rng(request.param).normal(0, 1000, (2, 5, 7, request.param))
 
 
-def pytorch(x: np.ndarray, output_gradient: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+CAFFE = torch.nn.LocalResponseNorm(5, alpha=1e-4, beta=0.75, k=1.0)
+INCEPTION5H = torch.nn.LocalResponseNorm(11, alpha=11e-4, beta=0.5, k=2.0)  # PyTorch divides alpha by 11
+
+
+def pytorch(
+    norm: torch.nn.LocalResponseNorm, x: np.ndarray, output_gradient: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     tensor = torch.from_numpy(x).permute(0, 3, 1, 2).requires_grad_()
-    output = torch.nn.LocalResponseNorm(5, alpha=1e-4, beta=0.75, k=1.0)(tensor)
+    output = norm(tensor)
     output.backward(torch.from_numpy(output_gradient).permute(0, 3, 1, 2))
     return tuple(array.detach().permute(0, 2, 3, 1).numpy() for array in (output, tensor.grad))
 
 
-def test_values_and_gradients_are_pytorchs(activations: np.ndarray) -> None:
+@pytest.mark.parametrize(("variant", "norm"), [("bvlc", CAFFE), ("inception5h", INCEPTION5H)])
+def test_values_and_gradients_are_pytorchs(
+    variant: str, norm: torch.nn.LocalResponseNorm, activations: np.ndarray
+) -> None:
     output_gradient = np.random.default_rng(0).standard_normal(activations.shape)
-    output, pull_back = jax.vjp(jax.jit(local_response_norm), jnp.asarray(activations))
+    options = NETWORKS[variant].response_norm
+    assert options
+    output, pull_back = jax.vjp(jax.jit(lambda x: local_response_norm(x, *options)), jnp.asarray(activations))
     for ours, theirs in zip(
-        (output, pull_back(jnp.asarray(output_gradient))[0]), pytorch(activations, output_gradient), strict=True
+        (output, pull_back(jnp.asarray(output_gradient))[0]), pytorch(norm, activations, output_gradient), strict=True
     ):
         assert relative_error(ours, theirs) < 1e-14  # 5e-16 measured
     assert np.abs(activations / output).max() > 2  # the test sees the divisors

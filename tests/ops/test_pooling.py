@@ -52,6 +52,20 @@ def test_max_pool_is_torchs(h: int, w: int, pool: tuple[int, int, int]) -> None:
     np.testing.assert_array_equal(actual, nhwc(expected))
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 24), st.integers(1, 24), st.integers(1, 7), st.integers(1, 7))
+def test_same_padding_has_a_window_for_each_stride_and_an_odd_pixel_after_the_image(
+    h: int, w: int, window: int, stride: int
+) -> None:
+    stride = min(stride, window)
+    pads = [max((-(-size // stride) - 1) * stride + window - size, 0) for size in (w, h)]
+    before_and_after = [pad for total in pads for pad in (total // 2, (total + 1) // 2)]
+    padded = torch.nn.functional.pad(nchw(images(h, w)), before_and_after, value=-torch.inf)
+    expected = nhwc(torch.nn.functional.max_pool2d(padded, window, stride))
+    assert expected.shape[1:3] == (-(-h // stride), -(-w // stride))
+    np.testing.assert_array_equal(max_pool(jnp.asarray(images(h, w)), window, stride, "SAME"), expected)
+
+
 def force(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make this machine compute the gradient of a max pool in the way of a TPU, or of all other platforms."""
     monkeypatch.setattr(platforms, "XLA_POOL_GRADIENT", PLATFORMS if way == "by XLA" else ())

@@ -328,6 +328,7 @@ def test_the_public_names_are_those_of_the_contract() -> None:
         "export",
         "fold_batch_norm",
         "from_caffe",
+        "from_tensorflow",
         "from_torchvision",
         "load",
         "load_metadata",
