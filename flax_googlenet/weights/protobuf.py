@@ -101,6 +101,7 @@ def varint(message: memoryview, position: int) -> tuple[int, int]:
 
 
 def integer(value: int | memoryview) -> int:
+    """Return the value of a field that must be an integer; raise StateDictError if it is bytes."""
     if isinstance(value, memoryview):
         raise StateDictError("the file is damaged (bytes where there should be an integer)")
     return value
@@ -119,21 +120,25 @@ def integers(value: int | memoryview, most: int) -> list[int]:
 
 
 def as_bytes(value: int | memoryview) -> memoryview:
+    """Return the value of a field that must be bytes; raise StateDictError if it is an integer."""
     if not isinstance(value, memoryview):
         raise StateDictError("the file is damaged (an integer where there should be bytes)")
     return value
 
 
 def numbers(data: memoryview, dtype: str) -> np.ndarray:
+    """Return an array of the numbers in ``data``; raise StateDictError if there are none, or a part of one."""
     if not data or len(data) % np.dtype(dtype).itemsize:
         raise StateDictError("the file is damaged (no numbers, or a part of one)")
     return np.frombuffer(data, dtype).astype(np.dtype(dtype).newbyteorder("="))
 
 
 def field(number: int, value: bytes) -> bytes:
+    """Return a field of a message."""
     return encode_varint(number << 3 | _LENGTH) + encode_varint(len(value)) + value
 
 
 def encode_varint(value: int) -> bytes:
+    """Return the bytes of which ``varint`` makes ``value``."""
     low, rest = value & 0x7F, value >> 7
     return bytes([low | 0x80]) + encode_varint(rest) if rest else bytes([low])
