@@ -105,8 +105,8 @@ def optimize_images(
     """Return, for each target, an image that makes the objective large.
 
     The images are parametrised by their Fourier spectrum, scaled by 1 / frequency, in colours without correlation. In
-    each step they are shifted, scaled and rotated at random before the network sees them. All images and all steps are
-    one compiled loop. Another function object as the objective is compiled anew; the last eight are kept, with the
+    each step they are shifted, scaled and rotated at random before the network sees them. A step of all images is one
+    compiled program. Another function object as the objective is compiled anew; the last eight are kept, with the
     arrays that they hold.
 
     Example::
@@ -153,46 +153,42 @@ def optimize_images(
     start_key, steps_key = jax.random.split(key)
     spectrum = 0.01 * jax.random.normal(start_key, (count, 2, size, size // 2 + 1, 3), jnp.float32)
     state = spectrum, _ADAM.init(spectrum)
-    advance = _advance(model, objective, size)
-    at_once = _STEPS_BETWEEN_REPORTS if on_step else max(steps, 1)
-    for first in range(0, steps, at_once):
-        end = min(first + at_once, steps)
-        state = advance(variables, targets, steps_key, state, first, end)
-        if on_step:
+    take_step = _step(model, objective, size)
+    for step in range(steps):
+        state = take_step(variables, targets, steps_key, state, step)
+        done = step + 1
+        if on_step and (done % _STEPS_BETWEEN_REPORTS == 0 or done == steps):
             jax.block_until_ready(state)
-            on_step(end)
+            on_step(done)
     return _decode(state[0], size)
 
 
 @functools.lru_cache(maxsize=8)
-def _advance(model: GoogLeNet, objective: Objective, size: int) -> Callable[..., _State]:
-    """Return the compiled function that takes the steps from ``first`` to ``end``."""
+def _step(model: GoogLeNet, objective: Objective, size: int) -> Callable[..., _State]:
+    """Return the compiled step of all images.
 
-    def advance(
-        variables: Variables, targets: Any, key: jax.Array, state: _State, first: jax.Array, end: jax.Array
-    ) -> _State:
-        def loss(spectrum: jax.Array, step: jax.Array) -> jax.Array:
-            keys = jax.random.split(jax.random.fold_in(key, step), len(spectrum))
-            images = jax.vmap(_transform)(_decode(spectrum, size), keys)
-            with nn.intercept_methods(_redirect_relu(step < _REDIRECTED_STEPS)):
-                stages = endpoints(model, variables, normalise(images), branches=True)
-            values = jax.vmap(objective)(stages, targets)  # [n]
-            if values.ndim != 1:
-                raise ValueError(
-                    f"objective: expected a number for each image, got an array of shape {values.shape[1:]}"
-                )
-            return -values.sum()
+    The steps are not one compiled loop, because XLA does not rearrange convolutions inside of a loop for the library
+    that computes them on a CPU: there a step took twice as long.
+    """
 
-        def body(step: jax.Array, state: _State) -> _State:
-            spectrum, moments = state
-            gradient = jax.grad(loss)(spectrum, step)
-            with jax.numpy_dtype_promotion("standard"):  # optax's Adam does not work with strict promotion
-                updates, moments = _ADAM.update(gradient, moments)
-            return optax.apply_updates(spectrum, updates), moments
+    def loss(spectrum: jax.Array, variables: Variables, targets: Any, key: jax.Array, step: jax.Array) -> jax.Array:
+        keys = jax.random.split(jax.random.fold_in(key, step), len(spectrum))
+        images = jax.vmap(_transform)(_decode(spectrum, size), keys)
+        with nn.intercept_methods(_redirect_relu(step < _REDIRECTED_STEPS)):
+            stages = endpoints(model, variables, normalise(images), branches=True)
+        values = jax.vmap(objective)(stages, targets)  # [n]
+        if values.ndim != 1:
+            raise ValueError(f"objective: expected a number for each image, got an array of shape {values.shape[1:]}")
+        return -values.sum()
 
-        return jax.lax.fori_loop(first, end, body, state)
+    def take_step(variables: Variables, targets: Any, key: jax.Array, state: _State, step: jax.Array) -> _State:
+        spectrum, moments = state
+        gradient = jax.grad(loss)(spectrum, variables, targets, key, step)
+        with jax.numpy_dtype_promotion("standard"):  # optax's Adam does not work with strict promotion
+            updates, moments = _ADAM.update(gradient, moments)
+        return optax.apply_updates(spectrum, updates), moments
 
-    return jit(advance)
+    return jit(take_step, donate_argnums=3)
 
 
 def _decode(spectrum: jax.Array, size: int) -> jax.Array:
