@@ -27,10 +27,11 @@ class ResponseNorm(NamedTuple):
     radius: int
     """Number of channels on each side of a channel whose squares are added to its own."""
     k: float
+    """Constant that is added to the weighted sum of squares."""
     alpha: float
     """Weight of each square. Caffe and PyTorch state it multiplied by the number of channels, TensorFlow as it is."""
     beta: float
-    """0.5 or 0.75."""
+    """Exponent of the divisor: 0.5 or 0.75."""
 
 
 class Network(NamedTuple):

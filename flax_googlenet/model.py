@@ -321,7 +321,7 @@ class GoogLeNet(nn.Module):
             return stage(name, conv_bn(features, **geometry, name=name)(x, trains(name)))
 
         def response_norm(name: str, x: jax.Array) -> jax.Array:
-            return stage(name, local_response_norm(x, *network.response_norm)) if network.response_norm else x
+            return stage(name, local_response_norm(x, network.response_norm)) if network.response_norm else x
 
         def pool(name: str, x: jax.Array, window: int = 3) -> jax.Array:
             return stage(name, max_pool(x, window, stride=2, padding=network.pool_padding))

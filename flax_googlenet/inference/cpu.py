@@ -106,12 +106,12 @@ def front(weights: Weights, images: Float[Array, "n h w 3"], variant: str = "tor
     x = _stem(images, weights["conv1"]["kernel"], network.conv1_padding)  # [n, 112, 112, 64]
     x = stages["maxpool1"] = _relu_after_bias(pool(x), weights["conv1"]["bias"])  # [n, 56, 56, 64]
     if network.response_norm:
-        x = stages["norm1"] = local_response_norm(x, *network.response_norm)
+        x = stages["norm1"] = local_response_norm(x, network.response_norm)
     x = stages["conv2"] = _dense_relu(x, weights["conv2"])
     x = winograd.conv3x3(x, weights["conv3"]["kernel"])  # [n, 56, 56, 192]
     if network.response_norm:
         x = _relu_after_bias(x, weights["conv3"]["bias"])
-        x = stages["norm2"] = local_response_norm(x, *network.response_norm)
+        x = stages["norm2"] = local_response_norm(x, network.response_norm)
         x = stages["maxpool2"] = pool(x)  # [n, 28, 28, 192]
     else:
         x = stages["maxpool2"] = _relu_after_bias(pool(x), weights["conv3"]["bias"])  # [n, 28, 28, 192]

@@ -97,7 +97,7 @@ def logits(
     pool = functools.partial(_max_pool, stride=2, padding=network.pool_padding)
 
     def response_norm(x: jax.Array) -> jax.Array:
-        return local_response_norm(x, *network.response_norm) if network.response_norm else x
+        return local_response_norm(x, network.response_norm) if network.response_norm else x
 
     x = conv(_cells(images, network.conv1_padding), weights["conv1"])  # [n, 112, 112, 64] at 224x224
     x = conv(response_norm(pool(x, 3)), weights["conv2"])  # [n, 56, 56, 64]

@@ -59,7 +59,7 @@ def logits(
     network = NETWORKS[variant]
 
     def response_norm(x: jax.Array) -> jax.Array:
-        return local_response_norm(x, *network.response_norm) if network.response_norm else x
+        return local_response_norm(x, network.response_norm) if network.response_norm else x
 
     def apply(block: Any, x: jax.Array) -> jax.Array:
         return block.apply({"params": weights[block.name]}, x, False)

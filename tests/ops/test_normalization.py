@@ -1,5 +1,6 @@
 """Local response normalisation against PyTorch's, forwards and backwards."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,6 +21,13 @@ def activations(request: pytest.FixtureRequest) -> np.ndarray:
     return np.random.default_rng(request.param).normal(0, 1000, (2, 5, 7, request.param))
 
 
+def response_norm(variant: str) -> Callable[[jax.Array], jax.Array]:
+    """Return the local response normalisation of a network."""
+    norm = NETWORKS[variant].response_norm
+    assert norm
+    return lambda x: local_response_norm(x, norm)
+
+
 CAFFE = torch.nn.LocalResponseNorm(5, alpha=1e-4, beta=0.75, k=1.0)
 INCEPTION5H = torch.nn.LocalResponseNorm(11, alpha=11e-4, beta=0.5, k=2.0)  # PyTorch divides alpha by 11
 
@@ -38,9 +46,7 @@ def test_values_and_gradients_are_pytorchs(
     variant: str, norm: torch.nn.LocalResponseNorm, activations: np.ndarray
 ) -> None:
     output_gradient = np.random.default_rng(0).standard_normal(activations.shape)
-    options = NETWORKS[variant].response_norm
-    assert options
-    output, pull_back = jax.vjp(jax.jit(lambda x: local_response_norm(x, *options)), jnp.asarray(activations))
+    output, pull_back = jax.vjp(jax.jit(response_norm(variant)), jnp.asarray(activations))
     for ours, theirs in zip(
         (output, pull_back(jnp.asarray(output_gradient))[0]), pytorch(norm, activations, output_gradient), strict=True
     ):
@@ -51,14 +57,14 @@ def test_values_and_gradients_are_pytorchs(
 @pytest.mark.parametrize("mode", ["fwd", "rev"])
 def test_both_modes_of_differentiation_agree_with_differences(mode: Any) -> None:
     x = jnp.asarray(np.random.default_rng(0).normal(0, 300, (1, 1, 2, 7)))
-    check_grads(jax.jit(local_response_norm), (x,), order=2, modes=[mode], eps=1e-2, rtol=1e-6, atol=1e-6)
+    check_grads(jax.jit(response_norm("bvlc")), (x,), order=2, modes=[mode], eps=1e-2, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(("dtype", "rounding"), [("float32", 3e-7), ("bfloat16", 4e-3), ("float16", 5e-4)])
 def test_short_dtypes_are_rounded_once(dtype: str, rounding: float) -> None:
     """A sum of squares of 300 would overflow float16."""
     x = jnp.asarray(np.random.default_rng(0).normal(0, 300, (2, 3, 3, 64)), dtype)
-    output = local_response_norm(x)
-    exact = local_response_norm(x.astype(jnp.float64))
+    normalise = response_norm("bvlc")
+    output, exact = normalise(x), normalise(x.astype(jnp.float64))
     assert output.dtype == x.dtype
     assert np.abs(output.astype(jnp.float64) / exact - 1).max() < rounding
