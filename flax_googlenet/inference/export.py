@@ -84,7 +84,7 @@ def export(
         uint8: Take uint8 RGB images [N, H, W, 3], which the file scales and normalises. By default it takes
             ImageNet-normalised RGB images, float32 [N, H, W, 3] (float64 for a float64 model), as ``preprocess``
             returns them. Without ``size``, an ONNX model first resizes and crops uint8 images to the size of the
-            training images, as ``preprocess`` does. At most one of 255 levels is different.
+            training images, as ``preprocess`` does. Pixels differ from its own by at most one of 255 levels.
         top: Return ``(probabilities, indices)`` of the ``top`` likeliest classes, float32 and int32 [N, top], the
             likeliest first, instead of the logits [N, num_classes].
         gradient: Keep the derivative with respect to the images, so that ``jax.grad`` works on the call. This doubles

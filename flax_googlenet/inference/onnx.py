@@ -1,4 +1,4 @@
-"""The folded network as an ONNX model, which runs where JAX is not: in ONNX Runtime, OpenVINO and others.
+"""The folded network as an ONNX model, for programs without JAX: ONNX Runtime, OpenVINO and others run it.
 
 The values in the graph have the names of ``endpoints``.
 """
@@ -65,23 +65,23 @@ def onnx_model(
     dtype = jnp.dtype(model.dtype).name
     shape: list[int | str] = ["n", *(size or ("h", "w"))]
     shape.insert(layout.index("C"), 3)
-    convention = f"{'uint8' if uint8 else 'float32'} RGB [{', '.join(map(str, shape))}]"
+    description = f"{'uint8' if uint8 else 'float32'} RGB [{', '.join(map(str, shape))}]"
 
     x = "images"
     if layout == "NHWC":
         x = graph.add("Transpose", x, perm=[0, 3, 1, 2])
-    if not uint8:
-        convention += f", in [0, 1], minus {IMAGENET_MEAN}, divided by {IMAGENET_STD}"
-    else:
+    if uint8:
         x = graph.cast(x, "float32")
         if size is None:
             x = _resize_and_crop(graph, x, weights.image_size)
-            convention += f", which the file resizes and crops to {weights.image_size}x{weights.image_size}"
-    if size is None and not uint8:
-        # In ONNX Runtime this fails for images that are too small, with a message that has both sizes.
-        min_size = NETWORKS[model.variant].min_size
-        least = np.array([0, 3, min_size, min_size])
-        x = graph.add("Reshape", x, graph.add("Max", graph.add("Shape", x), least), name="check_size")
+            description += f", which the file resizes and crops to {weights.image_size}x{weights.image_size}"
+    else:
+        description += f", in [0, 1], minus {IMAGENET_MEAN}, divided by {IMAGENET_STD}"
+        if size is None:
+            # In ONNX Runtime this fails for images that are too small, with a message that has both sizes.
+            min_size = NETWORKS[model.variant].min_size
+            smallest = np.array([0, 3, min_size, min_size])
+            x = graph.add("Reshape", x, graph.add("Max", graph.add("Shape", x), smallest), name="check_size")
     x = _to_network_input(graph, x, model, uint8)
     logits = _network(graph, graph.cast(x, dtype), fold_in_float64(model, variables), model)
     graph.cast(logits, "float32", name="logits")
@@ -105,7 +105,7 @@ def onnx_model(
         producer_name="flax-googlenet",
         producer_version=version("flax-googlenet"),
     )
-    properties = {"input": convention, "source": metadata.get("source"), "class_names": weights.class_names}
+    properties = {"input": description, "source": metadata.get("source"), "class_names": weights.class_names}
     helper.set_model_props(
         result, {k: v if isinstance(v, str) else json.dumps(v) for k, v in properties.items() if v is not None}
     )
@@ -167,7 +167,14 @@ def _to_network_input(graph: _Graph, x: str, model: GoogLeNet, uint8: bool) -> s
 
 
 def _network(graph: _Graph, x: str, params: Mapping[str, Any], model: GoogLeNet) -> str:
-    """Add the folded network, from its input [n, 3, h, w] to the logits, in the model's dtype."""
+    """Add the folded network in the model's dtype, and return the name of its logits [n, num_classes].
+
+    Args:
+        graph: The graph to add to.
+        x: Name of the network's input [n, 3, h, w].
+        params: The parameters of ``fold_in_float64``.
+        model: The network.
+    """
     network, dtype = NETWORKS[model.variant], jnp.dtype(model.dtype)
 
     def geometry(window: int, stride: int, padding: Padding, rounds_up: bool = False) -> dict[str, Any]:

@@ -167,6 +167,14 @@ def test_the_metadata_names_the_input_the_source_and_the_classes(small: tuple[Go
     assert "64x64" in properties["input"]
 
 
+def test_the_values_in_the_graph_have_the_names_of_endpoints(networks: dict[str, Network], tmp_path: Path) -> None:
+    model, variables, _ = networks["bvlc"]
+    flax_googlenet.export(tmp_path / "g.onnx", model, variables)
+    images = jax.ShapeDtypeStruct((1, 31, 31, 3), jnp.float32)
+    stages = jax.eval_shape(lambda v, x: flax_googlenet.endpoints(model, v, x, branches=True), variables, images)
+    assert stages.keys() <= {name for node in onnx.load(tmp_path / "g.onnx").graph.node for name in node.output}
+
+
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 @pytest.mark.parametrize("variant", ["torchvision", "bvlc"])
 @pytest.mark.parametrize("engine", ENGINES)
@@ -270,8 +278,8 @@ def test_the_command_prints_the_lines_that_run_its_file_without_jax(
     metadata = {"class_names": CLASS_NAMES, "recipe": {"image_size": 64}}  # a run of training names no source
     flax_googlenet.save("weights.safetensors", model, variables, metadata)
     assert main(["export", "--weights", "weights.safetensors", "--output", "it's.onnx", *options]) == 0
-    told, _, lines = capsys.readouterr().out.partition("\n\n")
-    assert told.startswith("wrote it's.onnx: ")
+    summary, _, lines = capsys.readouterr().out.partition("\n\n")
+    assert summary.startswith("wrote it's.onnx: ")
     assert lines.count("\n") == 3
 
     photographs = np.stack(reference.photographs())
