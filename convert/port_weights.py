@@ -122,10 +122,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     name = name_in_url(args.checkpoint) if "://" in args.checkpoint else args.checkpoint
     is_caffe = args.checkpoint == "bvlc" or name.endswith(".caffemodel")
     args.variant = "bvlc" if is_caffe else "inception5h" if name.endswith(".pb") else "torchvision"
-    is_others = args.variant != "torchvision"
-    if is_others and (args.diagnose or args.transform_input is not None):
+    is_torchvision = args.variant == "torchvision"
+    if not is_torchvision and (args.diagnose or args.transform_input is not None):
         parser.error("--diagnose and --transform-input are for torchvision's network alone")
-    if args.key and (is_others or args.checkpoint in ("imagenet", "random")):
+    if args.key and (not is_torchvision or args.checkpoint in ("imagenet", "random")):
         parser.error("--key needs a CHECKPOINT with several state dicts, a FILE.pth")
     if args.diagnose and (args.report or args.class_names or args.device):
         parser.error("--diagnose writes nothing: leave out --report, --class-names and --device")

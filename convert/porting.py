@@ -141,10 +141,11 @@ def port_to_caffe(
     weights = read_port(checkpoint)
     model = weights.model
     if model.variant != "bvlc":
-        message = f"{checkpoint} is not the paper's network, but torchvision's: use --to-torchvision"
-        if model.variant == "inception5h":
-            message = f"{checkpoint} is the paper's network as Google trained it, and Caffe's has other layers"
-        raise flax_googlenet.PortingError(message)
+        reason = {
+            "torchvision": "is not the paper's network, but torchvision's: use --to-torchvision",
+            "inception5h": "is the paper's network as Google trained it, and Caffe's has other layers",
+        }[model.variant]
+        raise flax_googlenet.PortingError(f"{checkpoint} {reason}")
     try:
         state_dict = to_arrays(weights.variables, shapes_by_path(model))
     except flax_googlenet.PortingError as error:
