@@ -200,20 +200,20 @@ def _layers(network: memoryview) -> Iterator[_Layer]:
                 yield layer
 
 
-def _layer(reader: Reader, message: memoryview, numbers: _Format) -> _Layer:
+def _layer(reader: Reader, message: memoryview, fields: _Format) -> _Layer:
     name, kind, blobs = "", None, []
     for number, value in reader.fields(message):
-        if number == numbers.name:
+        if number == fields.name:
             name = bytes(as_bytes(value)[: MAX_NAME + 1]).decode(errors="surrogateescape")
-        elif number == numbers.type:
+        elif number == fields.type:
             kind = bytes(value[:MAX_NAME]) if isinstance(value, memoryview) else value
-        elif number == numbers.blobs:
+        elif number == fields.blobs:
             blobs.append(_blob(reader, as_bytes(value)))
     if len(name) > MAX_NAME:
         raise StateDictError(f"a layer has a name of more than {MAX_NAME:,} characters")
-    if kind not in (numbers.convolution, numbers.inner_product):
+    if kind not in (fields.convolution, fields.inner_product):
         return _Layer(name, [_in_shape(blob, 0) for blob in blobs])  # not a layer of the network
-    axes = 4 if kind == numbers.convolution else 2
+    axes = 4 if kind == fields.convolution else 2
     return _Layer(name, [_in_shape(blob, axes if i == 0 else 1) for i, blob in enumerate(blobs)])
 
 

@@ -48,7 +48,7 @@ def read_message(path: str | os.PathLike[str], if_text: str) -> bytes:
 
 
 class Reader:
-    """Reads the messages of one file, and counts their fields."""
+    """Reads the messages of one file; raises StateDictError if one is damaged, or if the file has too many fields."""
 
     def __init__(self) -> None:
         self._fields = 0
@@ -91,6 +91,9 @@ def varint(message: memoryview, position: int) -> tuple[int, int]:
     """Return the integer at a position, and the position after it.
 
     Each byte has 7 bits of the integer, the lowest first, and a bit that says whether another byte follows.
+
+    Raises:
+        StateDictError: If the integer does not end within 10 bytes, or within the message.
     """
     value = 0
     for i, byte in enumerate(message[position : position + 10]):

@@ -1,9 +1,9 @@
 """Reads Google's GoogLeNet from a GraphDef without TensorFlow: a file is refused, or gives exactly its weights.
 
 A GraphDef is a message of Protocol Buffers: nodes with a name, an operation and attributes. A node of the operation
-``Const`` has a tensor. Google's file is ``tensorflow_inception_graph.pb`` in ``inception5h.zip``, from 2015. It has
-never been read here, because it was not at hand: its names, shapes and operations are those that the programs for it
-rely on. So the operations are checked, too: a file that computes another function is refused.
+``Const`` has a tensor. Google's file is ``tensorflow_inception_graph.pb`` in ``inception5h.zip``, from 2015. It was not
+at hand and has never been read here. Its names, shapes and operations are taken from the programs that read it. So the
+operations are checked, too: a file that computes another function is refused.
 
 References:
     https://github.com/tensorflow/tensorflow/tree/master/tensorflow/core/framework, graph.proto and what it imports
@@ -139,7 +139,7 @@ def _nodes(reader: Reader, graph: memoryview) -> Iterator[_Node]:
 
 
 def _part(message: Mapping[int, list[int | memoryview]], number: int) -> memoryview:
-    """Return the bytes of a field, or none of them if the message does not have it."""
+    """Return the bytes of a field, which are empty if the message does not have it."""
     return as_bytes(message[number][-1]) if message[number] else memoryview(b"")
 
 
