@@ -1,4 +1,4 @@
-"""GoogLeNet (Inception v1) as a Flax Linen module, for NHWC images: torchvision's network, and the paper's two.
+"""GoogLeNet (Inception v1) as a Flax Linen module for NHWC images: torchvision's network, and the paper's in two forms.
 
 ``architecture.NETWORKS`` says what sets them apart.
 
@@ -206,7 +206,7 @@ class InceptionAux(nn.Module):
     def __call__(self, x: Float[Array, "n h w c"], train: bool) -> Float[Array, "n {self.num_classes}"]:
         """Map ``x`` [N, H, W, C] to logits [N, num_classes], with dropout only in training."""
         if all(size in NETWORKS[self.variant].aux_pool_sizes for size in x.shape[1:3]):
-            # The four windows have 14 pixels. Of more, TensorFlow leaves out the rest.
+            # Four windows cover 14 pixels. TensorFlow leaves out the pixels after them.
             x = avg_pool(x[:, :14, :14], window=5, stride=3)  # [N, 4, 4, C]
         else:
             x = adaptive_avg_pool(x, 4)  # [N, 4, 4, C]
@@ -246,8 +246,8 @@ class GoogLeNet(nn.Module):
             computes them.
         transform_input: Whether to map ImageNet-normalised images to [-1, 1] first, as torchvision's ImageNet
             checkpoint needs. Only for the variant ``"torchvision"``.
-        dropout: Dropout rate before the last layer. Berkeley trained with 0.4, which ``from_caffe`` sets, and
-            ``from_tensorflow``, too.
+        dropout: Dropout rate before the last layer. Berkeley trained with 0.4, which ``from_caffe`` and
+            ``from_tensorflow`` set.
         dropout_aux: Dropout rate inside the auxiliary classifiers.
         batch_norm: False for the folded network, whose convolutions have a bias and no BatchNorm. It is always False
             for the variants ``"bvlc"`` and ``"inception5h"``.

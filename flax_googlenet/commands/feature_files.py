@@ -87,7 +87,7 @@ class FeatureFile(Growing):
         self._write(header + f"{json.dumps(images)}\n".encode() + features.astype(_DTYPE, copy=False).tobytes())
 
     def recover(self) -> None:
-        """Count the images of whole batches as done, and remove what a kill has left after the last of them."""
+        """Count the images of complete batches as done, and remove what a kill has left after the last of them."""
         self._file.seek(0)
         begun = self._file.read(len(self._header))
         if not self._header.startswith(begun):
@@ -129,7 +129,7 @@ class FeatureFile(Growing):
             yield from zip(images, features.reshape(-1, *self._source.shape), strict=True)
 
     def _batches(self) -> Iterator[tuple[list[str], int]]:
-        """Yield the images of each whole batch of the growing file, and the number of bytes of its features.
+        """Yield the images of each complete batch of the growing file, and the number of bytes of its features.
 
         The position of the file is then the end of the batch.
         """

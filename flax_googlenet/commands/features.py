@@ -32,9 +32,9 @@ def features(
     and shape in the metadata of its schema.
 
     Only the names of the images stay in memory: the features go to the disk batch by batch, and wait in FILE.part until
-    all are there. If the command is interrupted, run it again: it goes on after the last whole batch, and the file gets
-    the same bits as without the interruption. A finished file gets the features of new images, and unreadable images
-    are tried again.
+    all are there. If the command is interrupted, run it again: it goes on after the last complete batch, and the file
+    gets the same bits as without the interruption. A finished file gets the features of new images, and unreadable
+    images are tried again.
 
     Exit status:
       0    the features of all images are written
@@ -85,7 +85,8 @@ def features(
         return Status.NOT_DONE
     path, loaded = open_weights(weights, messages)
     require_finite(path, loaded)  # on a CPU, a ReLU that XLA fuses with the mean makes zeros of NaN
-    name, size = known_stage(stage, loaded.model.variant), loaded.image_size  # norm1 is a stage of one network alone
+    # Checked again, because torchvision's network has no stages norm1 and norm2.
+    name, size = known_stage(stage, loaded.model.variant), loaded.image_size
 
     @functools.partial(jax.jit, compiler_options=compiling.compiler_options(jax.default_backend()))
     def compute(variables: Any, pixels: jax.Array) -> jax.Array:

@@ -42,7 +42,7 @@ class ImageStream:
         found = find_images(arguments, messages.fail, self._unreadable)
         first = list(itertools.islice(found, 1))
         self.is_empty = not first
-        """Whether there are no images, as standard error then says."""
+        """Whether no image was found, which is then a message on standard error."""
         self._paths = itertools.chain(first, found)
 
     def compute(
@@ -129,7 +129,7 @@ class Growing(ABC):
         """Count the images of the growing file as done, and remove what a kill has left at its end.
 
         Raises:
-            OtherContentsError, ValueError, KeyError, TypeError: If the file holds anything else.
+            OtherContentsError, ValueError, KeyError, TypeError, RecursionError: If the file holds anything else.
         """
 
     @abstractmethod
@@ -172,7 +172,7 @@ def open_growing(
 
     Args:
         path: The file.
-        make: Makes the result from the file that grows.
+        make: Returns the object for the block, from the open file that grows.
         is_packed: Whether the file is written at the end of the block, from a growing one beside it.
         warn: Takes the warning that the file system has no locks.
 

@@ -164,7 +164,7 @@ def _stem(images: jax.Array, kernel: jax.Array, padding: Padding) -> jax.Array:
     The products are the same, in matrices with 6 channels instead of 3.
     """
     n, h, w, _ = images.shape
-    # TensorFlow's SAME pads 2 pixels before an even number of them, which has as many outputs.
+    # TensorFlow's SAME pads 2 pixels, not 3, before an even size. The number of outputs is the same.
     top, left = (same_padding(size, 7, 2)[0] if padding == "SAME" else padding for size in (h, w))
     pairs = (w + 1) // 2 + 3  # one for each output column, and three more under the last kernel
     x = jnp.pad(images, ((0, 0), (0, 0), (1 + left, 2 * pairs - w - 1 - left), (0, 0)))  # [n, h, 2 pairs, 3]

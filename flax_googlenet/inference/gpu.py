@@ -71,7 +71,7 @@ def _cells(images: Float[Array, "n h w 3"], conv1_padding: Padding) -> Float[Arr
     the network. On cells, conv1 is a 4x4 convolution with stride 1 and 16 channels: 1.25x.
     """
     n, h, w, _ = images.shape
-    # TensorFlow's SAME pads 2 pixels before an even number of them, which has as many outputs.
+    # TensorFlow's SAME pads 2 pixels, not 3, before an even size. The number of outputs is the same.
     top, left = (same_padding(size, 7, 2)[0] if conv1_padding == "SAME" else conv1_padding for size in (h, w))
     rows, columns = (h + 1) // 2 + 3, (w + 1) // 2 + 3  # one for each output, and three more under the last kernel
     padding = ((0, 0), (1 + top, 2 * rows - h - 1 - top), (1 + left, 2 * columns - w - 1 - left), (0, 1))

@@ -22,15 +22,15 @@ def max_pool(x: Float[Array, "n h w c"], window: int, stride: int, padding: Padd
     """Compute max pooling as ``torch.nn.MaxPool2d`` does with ``ceil_mode=True``, or as ``tf.nn.max_pool2d`` does.
 
     The output length is ``ceil((size + 2 * padding - window) / stride) + 1``, less one if the last window would start
-    in the padding on the right. Padding counts as minus infinity and never wins. The gradient of a tie goes to its
-    first pixel in row-major order, as in PyTorch. With TensorFlow's padding "SAME" it is ``ceil(size / stride)``.
+    in the padding on the right. With TensorFlow's padding "SAME" it is ``ceil(size / stride)``. Padding counts as minus
+    infinity and never wins. The gradient of a tie goes to its first pixel in row-major order, as in PyTorch.
 
     Args:
         x: The input, NHWC.
         window: Height and width of a window, in pixels.
         stride: Step between windows, in pixels.
         padding: Pixels added on each side, at most half a window, or "SAME", which adds as few as possible, half of
-            them on each side and an odd one at the end.
+            them on each side and an odd one at the end. "SAME" needs a stride of at most ``window``.
 
     Raises:
         ValueError: If the padding is more than half a window, or the input too small for one window. PyTorch refuses

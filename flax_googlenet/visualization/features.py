@@ -167,8 +167,8 @@ def optimize_images(
 def _step(model: GoogLeNet, objective: Objective, size: int) -> Callable[..., _State]:
     """Return the compiled step of all images.
 
-    The steps are not one compiled loop, because XLA does not rearrange convolutions inside of a loop for the library
-    that computes them on a CPU: there a step took twice as long.
+    The steps are not one compiled loop. Inside a loop, XLA does not rearrange convolutions for the library that
+    computes them on a CPU, and a step took twice as long.
     """
 
     def loss(spectrum: jax.Array, variables: Variables, targets: Any, key: jax.Array, step: jax.Array) -> jax.Array:
