@@ -190,6 +190,7 @@ def _read_npy_header(file: IO[bytes]) -> tuple[int, ...]:
 
 
 def _write_npz(file: BinaryIO, source: Source, count: int, rows: Rows) -> None:
+    """Write rows, of which there are ``count``, and what made them."""
     images = []
     with zipfile.ZipFile(file, "w") as archive:
         with archive.open("features.npy", "w", force_zip64=True) as member:
@@ -237,6 +238,7 @@ def _read_parquet(path: Path) -> tuple[Source, list[str], Rows]:
 
 
 def _write_parquet(file: BinaryIO, source: Source, count: int, rows: Rows) -> None:
+    """Do the same as ``_write_npz``. The rows are written in groups, which are all that is in memory."""
     import pyarrow
     from pyarrow import parquet
 

@@ -63,7 +63,7 @@ def open_weights(named: Path | None, messages: Messages) -> tuple[Path, "Weights
 
 
 def require_finite(path: Path, weights: "Weights") -> None:
-    """Raise a CheckpointError if a weight is not finite. Nobody would see it in a picture that is made with it."""
+    """Raise a CheckpointError if a weight is not finite, which pictures and features might hide."""
     import jax
     import numpy as np
 

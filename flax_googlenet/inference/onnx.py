@@ -61,7 +61,8 @@ def onnx_model(
     metadata: Mapping[str, Any],
 ) -> ModelProto:
     """Return the network with its weights as an ONNX model. The arguments are those of ``export``."""
-    graph, weights = _Graph(), Weights(model, {}, dict(metadata), "")
+    graph = _Graph()
+    checked = Weights(model, {}, dict(metadata), "")  # for its properties, which leave out what is invalid
     dtype = jnp.dtype(model.dtype).name
     shape: list[int | str] = ["n", *(size or ("h", "w"))]
     shape.insert(layout.index("C"), 3)
@@ -73,8 +74,8 @@ def onnx_model(
     if uint8:
         x = graph.cast(x, "float32")
         if size is None:
-            x = _resize_and_crop(graph, x, weights.image_size)
-            description += f", which the file resizes and crops to {weights.image_size}x{weights.image_size}"
+            x = _resize_and_crop(graph, x, checked.image_size)
+            description += f", which the file resizes and crops to {checked.image_size}x{checked.image_size}"
     else:
         description += f", in [0, 1], minus {IMAGENET_MEAN}, divided by {IMAGENET_STD}"
         if size is None:
@@ -105,7 +106,7 @@ def onnx_model(
         producer_name="flax-googlenet",
         producer_version=version("flax-googlenet"),
     )
-    properties = {"input": description, "source": metadata.get("source"), "class_names": weights.class_names}
+    properties = {"input": description, "source": metadata.get("source"), "class_names": checked.class_names}
     helper.set_model_props(
         result, {k: v if isinstance(v, str) else json.dumps(v) for k, v in properties.items() if v is not None}
     )

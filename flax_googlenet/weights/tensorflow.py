@@ -127,6 +127,7 @@ def _modules() -> dict[str, str]:
 
 
 def _nodes(reader: Reader, graph: memoryview) -> Iterator[_Node]:
+    """Yield the nodes of a GraphDef in the order of the file."""
     for number, value in reader.fields(graph):
         if number == 1:
             node = reader.message(as_bytes(value))
