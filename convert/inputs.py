@@ -39,7 +39,8 @@ class Request:
     transform_input: bool | None
     """Whether the network transforms its input; None means that only ``imagenet`` does."""
     variant: str
-    """The network that the checkpoint holds: ``bvlc`` for a file of Caffe, ``inception5h`` for one of TensorFlow."""
+    """The network that the checkpoint holds: ``bvlc`` for a file of Caffe, ``inception5h`` for one of TensorFlow, or
+    else ``torchvision``."""
 
 
 @dataclass(frozen=True)

@@ -113,8 +113,8 @@ def test_another_network_is_refused_with_all_that_is_wrong(
 
 def test_a_file_that_is_cut_anywhere_is_refused(valid: bytes, write: Callable[[bytes], Path]) -> None:
     rng = np.random.default_rng(0)
-    last = valid.rindex(b"mixed3a/concat_dim") - 10  # of the weights
-    for length in [0, 1, 5, 20, 100, last, *rng.integers(1, last, 20)]:
+    in_last_weight = valid.rindex(b"mixed3a/concat_dim") - 10  # the node after the weights begins a few bytes later
+    for length in [0, 1, 5, 20, 100, in_last_weight, *rng.integers(1, in_last_weight, 20)]:
         path = write(valid[:length])
         with pytest.raises((StateDictError, PortingError)) as error:
             from_tensorflow(path)
