@@ -5,7 +5,7 @@ from typing import Annotated, Any
 from tyro.conf import arg
 
 from flax_googlenet.commands.arguments import File, Flag, Number, OptionalWeights, Stage, known_stage
-from flax_googlenet.commands.status import Status, UsageError
+from flax_googlenet.commands.status import CommandError, Status, UsageError
 from flax_googlenet.commands.streaming import ImageStream
 from flax_googlenet.commands.terminal import Messages, require_folder_of
 from flax_googlenet.commands.weights import open_weights, require_finite
@@ -41,8 +41,8 @@ def features(
       1    some images could not be read; standard error names them, and the features of the others are written
       2    the command line is wrong
       3    nothing is written: there is no such file or no image, the weights cannot be read or downloaded, the output
-           cannot be written or has features of other weights, another stage or another shape, or JAX_PLATFORMS names a
-           device that this machine does not have
+           cannot be written or has features of other weights, another stage or another shape, the memory is too small
+           for --batch-size, or JAX_PLATFORMS names a device that this machine does not have
       70   an unexpected error; its traceback is in the file that the message names
       130  interrupted
 
@@ -103,11 +103,16 @@ def features(
         return compute(variables, jnp.asarray(np.pad(pixels, padding)))
 
     with open_features(output, source, messages.warn) as file:
-        stream.compute(
-            send,
-            lambda images, batch: file.append(images, np.asarray(batch)[: len(images)]),
-            image_size=size,
-            batch_size=batch_size,
-            claim=file.claim,
-        )
+        try:
+            stream.compute(
+                send,
+                lambda images, batch: file.append(images, np.asarray(batch)[: len(images)]),
+                image_size=size,
+                batch_size=batch_size,
+                claim=file.claim,
+            )
+        except (MemoryError, jax.errors.JaxRuntimeError) as error:
+            if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise CommandError("the memory is too small: choose a smaller --batch-size") from error
     return stream.conclude(file.skipped)

@@ -187,7 +187,9 @@ def open_growing(
     for file_to_write in (path, growing):
         with writing(file_to_write):
             require_replaceable(file_to_write)
-    with growing.open("a+b") as file:
+    with writing(growing):
+        file = growing.open("a+b")
+    with file:
         output, continued = make(file), growing
         try:
             lock(file, warn)

@@ -154,6 +154,17 @@ def test_what_cannot_be_done_is_refused_by_name(
     assert {path.name for path in Path().iterdir()} == {"weights.safetensors", "photos", "folder.npz"}
 
 
+def test_a_batch_that_no_memory_can_hold_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("photos", "--weights", "weights.safetensors", "--output", "features.npz")
+    assert features(*arguments, "--batch-size", "10000000000") == 3  # 491 TB: more than addresses
+    assert "--batch-size" in capsys.readouterr().err
+
+
+def test_a_part_that_cannot_be_created_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert features("photos", "--weights", "weights.safetensors", "--output", "/proc/features.npz") == 3
+    assert "cannot write /proc/features.npz.part" in capsys.readouterr().err
+
+
 def test_weights_that_are_not_finite_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     model, variables = flax_googlenet.load("weights.safetensors")
     variables["params"]["conv1"]["bn"]["bias"] = variables["params"]["conv1"]["bn"]["bias"] * np.nan
