@@ -18,6 +18,8 @@ def refuse_other_files(head: bytes) -> None:
         raise StateDictError(
             "this is an ONNX model, which ONNX Runtime and OpenVINO run: give the weights from which it was exported"
         )
+    if head.startswith(b"\x08\x01\x12"):
+        raise StateDictError("this is a SavedModel of TensorFlow: freeze its graph, and give the .pb of the GraphDef")
     if head.startswith(b"version https://git-lfs"):
         raise StateDictError("this is a Git LFS pointer, not the checkpoint: run `git lfs pull`")
     if head.startswith(b"\x1f\x8b"):

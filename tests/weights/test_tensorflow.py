@@ -212,6 +212,7 @@ def test_tensors_that_claim_more_than_the_file_has_take_no_memory(write: Callabl
         (b"<!doctype html><html>", "web page"),
         (b'node {\n  name: "input"\n}\n', r"pbtxt: give the \.pb"),
         (b"", "frozen"),
+        (b"\x08\x01\x12\x02\x0a\x00", "SavedModel of TensorFlow: freeze"),
     ],
 )
 def test_files_of_other_kinds_are_named(content: bytes, advice: str, write: Callable[[bytes], Path]) -> None:
