@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from tyro.conf import arg
 
 from flax_googlenet.commands.arguments import File, Flag, OptionalNumber, Weights
-from flax_googlenet.commands.status import CommandError, Status
+from flax_googlenet.commands.status import CommandError, Status, UsageError
 from flax_googlenet.commands.terminal import Messages, require_folder_of, write_output, writing
 from flax_googlenet.commands.weights import weights_file
 from flax_googlenet.errors import printable
@@ -68,11 +68,14 @@ def export(
     from flax_googlenet.weights.checkpoint import load_weights
 
     require_folder_of(output)
-    is_onnx = output.suffix == ".onnx"
+    is_onnx = output.suffix.lower() == ".onnx"
     if is_onnx and find_spec("onnx") is None:
         raise CommandError(MISSING_ONNX)
     require_backend()
-    loaded = load_weights(weights_file(weights, Messages()))
+    weights_path = weights_file(weights, Messages())
+    loaded = load_weights(weights_path)
+    if output.exists() and output.samefile(weights_path):
+        raise UsageError(f"{output} is the file of weights, which would be lost: name another --output")
     model = loaded.model.clone(dtype=jnp.dtype(dtype)) if dtype else loaded.model
     with writing(output):
         write_export(

@@ -111,7 +111,7 @@ def export(
     if gradient and size is None:  # JAX cannot transpose a strided convolution of unknown size
         raise ExportError("a gradient needs images of one size: add size, for example 224 by 224")
 
-    if Path(path).suffix == ".onnx":
+    if Path(path).suffix.lower() == ".onnx":
         if gradient:
             raise ExportError("an ONNX model has no gradient: leave it out, or name a file that does not end in .onnx")
         if layout not in ("NHWC", "NCHW"):

@@ -257,14 +257,18 @@ def test_the_command_prints_the_lines_that_run_its_file_and_top_is_numpys(
         (["--output", "g", "--weights", "other.safetensors"], 3, "other.safetensors is not a checkpoint"),
         (["--output", "no/g"], 3, "cannot write no/g: there is no folder no"),
         (["--output", "."], 3, "cannot write .: "),
+        (["--output", "link"], 2, "link is the file of weights"),
     ],
 )
 def test_what_goes_wrong_is_told_in_one_line_and_by_the_status(
     weights: Path, arguments: list[str], status: int, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("other.safetensors").write_bytes(b"not one")
+    content = weights.read_bytes()
+    Path("link").symlink_to(weights)
     before = set(os.listdir())
     assert main(["export", "--weights", str(weights), *arguments]) == status
+    assert weights.read_bytes() == content
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("error: ")

@@ -217,6 +217,7 @@ def test_the_same_input_makes_the_same_bytes_with_auxiliary_heads_or_without(
     [
         ("g.onnx", {"gradient": True, "size": (32, 32)}, "no gradient"),
         ("g.onnx", {"layout": "CHWN"}, "NHWC or NCHW, got CHWN"),
+        ("G.ONNX", {"layout": "CHWN"}, "NHWC or NCHW, got CHWN"),
         ("g.stablehlo", {"layout": "NCHW"}, "ends in .onnx"),
         ("g.onnx", {"size": (14, 40)}, "at least 15 by 15"),
     ],
