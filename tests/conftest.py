@@ -30,13 +30,12 @@ LONGEST_FILES = (
     "test_step.py",
     "test_loop.py",
     "test_port_weights.py",
-    "test_docs.py",
     "test_predictor.py",
     "test_classify.py",
+    "test_docs.py",
     "test_model.py",
-    "test_evaluate.py",
-    "test_export.py",
-    "test_torchvision.py",
+    "test_bvlc.py",
+    "test_inception5h.py",
     "test_checkpoint.py",
 )
 
