@@ -268,6 +268,7 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path) -> None:
     assert problems == [f"{tmp_path / 'c'}: No such file or directory"]
 
 
+@pytest.mark.slow
 def test_folders_of_any_size_are_walked_in_little_memory(tmp_path: Path) -> None:
     for i in range(100):
         (tmp_path / f"{i:03}").mkdir()
@@ -296,6 +297,7 @@ def test_no_more_images_are_decoded_ahead_than_asked_for(here: Path) -> None:
     assert given == asked == 100
 
 
+@pytest.mark.slow
 def test_an_image_that_cannot_be_read_is_named_and_the_others_are_done(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -543,6 +545,7 @@ def test_a_parquet_file_of_other_columns_is_refused_before_the_work(tmp_path: Pa
         pytest.fail("it was taken")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
 def test_a_row_cut_off_anywhere_is_written_anew(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"answers{suffix}"

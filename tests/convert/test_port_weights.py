@@ -618,6 +618,7 @@ def test_diagnose_finds_nothing_wrong_with_a_right_port(
     assert "right.safetensors agrees with random in every stage" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_diagnose_refuses_the_port_of_another_network(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = GoogLeNet(num_classes=2)
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), flax_googlenet.model.variable_shapes(model))

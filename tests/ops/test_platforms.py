@@ -39,6 +39,7 @@ def contents(traced: jax.stages.Traced, *lowering_platforms: str) -> set[re.Patt
     return {way for way in (WINOGRAD, XLA_POOL_GRADIENT, MASKS, BLOCKED_DOT) if way.search(program)}
 
 
+@pytest.mark.slow
 def test_a_training_step_has_the_ways_of_the_platform_it_is_lowered_for(step: jax.stages.Traced) -> None:
     assert {platform: contents(step, platform) for platform in PLATFORMS} == {
         "cpu": {WINOGRAD, MASKS, BLOCKED_DOT},

@@ -306,6 +306,7 @@ def test_a_run_whose_worker_is_killed_names_its_last_checkpoint(train: Training,
     assert error.endswith(f"; the last checkpoint is {tmp_path}/checkpoints/step_{last_step(tmp_path):08}")
 
 
+@pytest.mark.slow
 def test_data_without_a_readable_image_stop_the_run(
     train: Training, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

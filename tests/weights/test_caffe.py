@@ -152,6 +152,7 @@ def test_what_is_encoded_is_read_again_and_by_opencv_too(
         assert relative_error(opencv_stages(path, image, 7)["fc"], logits) < 1e-5
 
 
+@pytest.mark.slow
 @needs_real
 @pytest.mark.parametrize("size", [(224, 224), (225, 223), (97, 131)])
 def test_every_stage_of_berkeleys_weights_is_opencvs(size: tuple[int, int]) -> None:
@@ -171,6 +172,7 @@ PHOTOGRAPHS: dict[str, tuple[Callable[[], Any], str, float]] = {
 """Photographs with the answer of Berkeley's weights and its probability, which OpenCV computes, too."""
 
 
+@pytest.mark.slow
 @needs_real
 def test_photographs_get_the_answers_that_berkeleys_weights_give_in_opencv() -> None:
     path = Path(str(REAL))
@@ -198,6 +200,7 @@ def test_a_file_that_is_cut_anywhere_is_refused_in_one_line(valid: bytes, write:
         assert isinstance(error.value, PortingError) or "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_is_refused_or_leaves_all_names_and_shapes(
     deployed: dict[str, np.ndarray], valid: bytes, write: Callable[[bytes], Path]
 ) -> None:

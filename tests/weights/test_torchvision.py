@@ -40,6 +40,7 @@ def test_from_torchvision_is_a_bijection_with_init(state_dict: StateDict, variab
     assert set(keys) == set(without(state_dict, "num_batches_tracked"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dropped", "num_classes", "keys"),
     [
