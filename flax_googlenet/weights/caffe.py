@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flax_googlenet.architecture import BRANCHES, WIDTHS
-from flax_googlenet.errors import printable
 from flax_googlenet.model import GoogLeNet
+from flax_googlenet.weights import protobuf
 from flax_googlenet.weights.pickles import MAX_NAME, StateDictError
 from flax_googlenet.weights.protobuf import (
     Reader,
@@ -25,7 +25,6 @@ from flax_googlenet.weights.protobuf import (
     integer,
     integers,
     numbers,
-    read_message,
 )
 from flax_googlenet.weights.pth import Checkpoint
 from flax_googlenet.weights.torchvision import shapes_by_path, to_variables
@@ -121,12 +120,9 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
     Raises:
         StateDictError, OSError: For the same reasons as ``from_caffe``.
     """
-    try:
-        data = read_message(path, "this is text, such as a .prototxt: give the .caffemodel, which has the weights")
-        state_dict = _state_dict(list(_layers(memoryview(data))))
-    except StateDictError as error:
-        raise StateDictError(f"{os.fspath(path)}: {printable(str(error))}") from error
-    return Checkpoint(state_dict, hashlib.sha256(data).hexdigest(), [])
+    return protobuf.read(
+        path, _state_dict, "this is text, such as a .prototxt: give the .caffemodel, which has the weights"
+    )
 
 
 def encode(state_dict: Mapping[str, np.ndarray]) -> bytes:
@@ -156,7 +152,8 @@ def has_bvlc_classes(state_dict: dict[str, np.ndarray]) -> bool:
     return hashlib.sha256(weight.data).hexdigest().startswith(_BVLC_CLASSIFIER)
 
 
-def _state_dict(layers: list[_Layer]) -> dict[str, np.ndarray]:
+def _state_dict(message: memoryview) -> dict[str, np.ndarray]:
+    layers = list(_layers(message))
     if not layers:
         raise StateDictError(
             "it has no layers with weights, or is damaged; Caffe's upgrade_net_proto_binary upgrades files from 2013"

@@ -6,33 +6,49 @@ and the time that reading it takes. The format has no checksum, so only a hash o
 Reference: https://protobuf.dev/programming-guides/encoding/
 """
 
+import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from flax_googlenet.errors import printable
 from flax_googlenet.files import read_regular_file
 from flax_googlenet.weights.layouts import MAX_BYTES
 from flax_googlenet.weights.other_formats import refuse_other_files
 from flax_googlenet.weights.pickles import StateDictError
+from flax_googlenet.weights.pth import Checkpoint
 
 _MAX_FIELDS = 2**17  # in the messages that are read; a network in training has 3,000
 _VARINT, _LENGTH = 0, 2  # kinds of values on the wire; the others have 8 bytes (1) and 4 bytes (5)
 _FIXED_SIZES = {1: 8, 5: 4}
 
 
-def read_message(path: str | os.PathLike[str], if_text: str) -> bytes:
-    """Return the bytes of a file, after a look at whether they could be a message of Protocol Buffers.
+def read(
+    path: str | os.PathLike[str], parse: Callable[[memoryview], dict[str, np.ndarray]], if_text: str
+) -> Checkpoint:
+    """Read the weights of a file that is one message of Protocol Buffers.
 
     Args:
         path: File to read.
+        parse: Returns the weights in a message, or raises a StateDictError.
         if_text: What to say about a file of text.
 
     Raises:
-        StateDictError: If the file is of another known format.
+        StateDictError: If the file is damaged or of another known format. The message names it.
         OSError: If it cannot be read.
     """
+    try:
+        data = _read_message(path, if_text)
+        state_dict = parse(memoryview(data))
+    except StateDictError as error:
+        raise StateDictError(f"{os.fspath(path)}: {printable(str(error))}") from error
+    return Checkpoint(state_dict, hashlib.sha256(data).hexdigest(), [])
+
+
+def _read_message(path: str | os.PathLike[str], if_text: str) -> bytes:
+    """Return the bytes of a file, after a look at whether they could be a message of Protocol Buffers."""
     data = read_regular_file(path, MAX_BYTES)
     refuse_other_files(data[:512])
     if data and data[:512].isascii() and data[:512].decode().replace("\n", " ").replace("\r", " ").isprintable():

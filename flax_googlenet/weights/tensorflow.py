@@ -10,7 +10,6 @@ References:
     https://github.com/tensorflow/tensorflow/blob/v1.0.0/tensorflow/examples/tutorials/deepdream/deepdream.ipynb
 """
 
-import hashlib
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -19,12 +18,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flax_googlenet.architecture import BRANCHES, NETWORKS, WIDTHS
-from flax_googlenet.errors import listing, printable
+from flax_googlenet.errors import listing
 from flax_googlenet.model import GoogLeNet
-from flax_googlenet.weights import caffe
+from flax_googlenet.weights import caffe, protobuf
 from flax_googlenet.weights.layouts import MAX_BYTES
 from flax_googlenet.weights.pickles import MAX_AXES, MAX_NAME, StateDictError
-from flax_googlenet.weights.protobuf import Reader, as_bytes, integer, integers, numbers, read_message
+from flax_googlenet.weights.protobuf import Reader, as_bytes, integer, integers, numbers
 from flax_googlenet.weights.pth import Checkpoint
 from flax_googlenet.weights.torchvision import TORCH_AXES
 
@@ -83,12 +82,7 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
     Raises:
         StateDictError, OSError: For the same reasons as ``from_tensorflow``.
     """
-    try:
-        data = read_message(path, "this is text, such as a .pbtxt: give the .pb, which has the weights")
-        state_dict = _state_dict(memoryview(data))
-    except StateDictError as error:
-        raise StateDictError(f"{os.fspath(path)}: {printable(str(error))}") from error
-    return Checkpoint(state_dict, hashlib.sha256(data).hexdigest(), [])
+    return protobuf.read(path, _state_dict, "this is text, such as a .pbtxt: give the .pb, which has the weights")
 
 
 def _state_dict(graph: memoryview) -> dict[str, np.ndarray]:
