@@ -47,7 +47,7 @@ def train(
            in use or holds a run of another recipe, JAX_PLATFORMS names a device that this machine does not have, or
            --distributed does not find the other processes
       4    the run stopped itself: losses that are not finite, unreadable images, a full disk, a worker process that
-           died, no batch of images for 10 minutes, or another process of the run that is gone
+           died or was suspended, no batch of images for 10 minutes, or another process of the run that is gone
       70   an unexpected error; its traceback is in the file in FOLDER that the message names
       130  Ctrl-C: the run finished its step and saved a checkpoint. A second Ctrl-C, or one before the first step,
            ends it at once

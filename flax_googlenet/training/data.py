@@ -40,6 +40,7 @@ def train_batches(
     start: int = 0,
     *,
     stopped: Callable[[], bool] = lambda: False,
+    report: Callable[[str], None] = print,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Reader:
@@ -53,6 +54,7 @@ def train_batches(
         recipe: The recipe; its ``batch_size`` counts the images of all processes.
         start: Number of the first batch, to go on after as many batches.
         stopped: Returns whether to stop waiting for a batch; the iterator then raises a ``WaitStoppedError``.
+        report: Takes a message, when a batch has not come for 10 seconds.
         process_index: Index of this process, which gets an equal share of the rows of each batch.
         process_count: Number of processes.
 
@@ -60,7 +62,7 @@ def train_batches(
         An iterator over batches with ``image`` float32 [b, size, size, 3], normalised; ``label`` int32 [b]; ``index``
         int64 [b], the indices in the dataset that the shuffled order asks for; and ``used`` int64 [b], the indices of
         the images that were read. Its ``close()`` ends its threads and worker processes. It raises a DataError if 100
-        images in a row cannot be read, if a worker process died, or if no batch comes for 10 minutes.
+        images in a row cannot be read, if a worker process died or was suspended, or if no batch comes for 10 minutes.
 
     Raises:
         DataError: If there are fewer images than a batch needs, or the processes cannot share a batch evenly.
@@ -78,7 +80,7 @@ def train_batches(
         .map_with_index(partial(_train_batch, dataset, recipe, rows, steps))
         .repeat()
     )
-    return _iterate(batches.slice(slice(start, None)), recipe.workers, stopped)
+    return _iterate(batches.slice(slice(start, None)), recipe.workers, stopped, report)
 
 
 def eval_batches(
@@ -87,6 +89,7 @@ def eval_batches(
     *,
     fail: Fail,
     stopped: Callable[[], bool] = lambda: False,
+    report: Callable[[str], None] = print,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[HostBatch]:
@@ -97,6 +100,7 @@ def eval_batches(
         recipe: The recipe, from which ``batch_size``, ``image_size`` and ``workers`` are used.
         fail: Takes the message about an image of this process that cannot be read.
         stopped: As for ``train_batches``.
+        report: As for ``train_batches``.
         process_index: As for ``train_batches``.
         process_count: Number of processes. All of them get the same number of batches.
 
@@ -106,15 +110,15 @@ def eval_batches(
         last batch; their index is -1, too.
 
     Raises:
-        DataError: If the processes cannot share a batch evenly, if a worker process died, or if no batch comes for 10
-            minutes.
+        DataError: If the processes cannot share a batch evenly, if a worker process died or was suspended, or if no
+            batch comes for 10 minutes.
     """
     rows = _rows(recipe.batch_size, process_index, process_count)
     indices = np.pad(np.arange(len(dataset)), (0, -len(dataset) % recipe.batch_size), constant_values=-1)
     batches = grain.MapDataset.source(indices.reshape(-1, recipe.batch_size)[:, rows]).map(
         partial(_eval_batch, dataset, recipe.image_size)
     )
-    with closing(_iterate(batches, recipe.workers, stopped)) as iterator:
+    with closing(_iterate(batches, recipe.workers, stopped, report)) as iterator:
         for batch in iterator:
             for message in batch.pop("failures"):
                 fail(message)
@@ -165,10 +169,12 @@ def _eval_batch(dataset: Dataset, image_size: int, index: np.ndarray) -> dict[st
     return {"image": images, "label": labels, "index": index, "failures": failures}
 
 
-def _iterate(batches: grain.MapDataset, workers: int, stopped: Callable[[], bool]) -> Reader:
+def _iterate(
+    batches: grain.MapDataset, workers: int, stopped: Callable[[], bool], report: Callable[[str], None]
+) -> Reader:
     if workers == 0:
         options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_THREADS)
-        return Reader(iter(batches.to_iter_dataset(options)), workers, stopped)
+        return Reader(iter(batches.to_iter_dataset(options)), workers, stopped, report)
     dataset = batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)).mp_prefetch(
         grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1), _start_worker
     )
@@ -183,7 +189,7 @@ def _iterate(batches: grain.MapDataset, workers: int, stopped: Callable[[], bool
         iterator = iter(dataset)
         iterator.get_state()  # creates the iterators of the workers, which the next line starts
         iterator.start_prefetch()
-        return Reader(iterator, workers, stopped)
+        return Reader(iterator, workers, stopped, report)
     except OSError as error:  # the semaphores of the workers are files in /dev/shm, which may be full
         raise explained(error) from error
     finally:

@@ -150,6 +150,7 @@ class Run:
                 recipe,
                 fail=self.report_unreadable,
                 stopped=self.signals.end_wait,
+                report=self.report,
                 **self.devices.share,
             ):
                 arrays = self.devices.split({"image": batch["image"], "label": batch["label"]})

@@ -9,9 +9,11 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 
 import grain
 import numpy as np
+import psutil
 
 from flax_googlenet.errors import GoogLeNetError
 from flax_googlenet.training.datasets import DataError
@@ -22,6 +24,8 @@ HostBatch = dict[str, np.ndarray]
 HANG_SECONDS = 600.0
 """Seconds after which a batch is taken never to come, because the input hangs."""
 
+_NOTICE_SECONDS = 10.0  # until the user is told that the run waits
+_SUSPENDED_SECONDS = 5.0  # until a suspended worker process is taken never to go on
 _POLL_SECONDS = 0.2
 _GRACE_SECONDS = 2.0  # for the current batch when a reader is closed
 _START_SECONDS = 60.0  # for a worker process to start, however busy the machine is
@@ -44,14 +48,22 @@ class Reader(Iterator[HostBatch]):
         batches: Grain's iterator.
         workers: The number of its worker processes.
         stopped: Returns whether to stop waiting. The iterator then raises a WaitStoppedError.
+        report: Takes one message, when a batch has not come for 10 seconds.
 
     Raises:
-        DataError: From the iterator, if a worker process died, if ``/dev/shm`` is full, or if no batch comes within 10
-            minutes.
+        DataError: From the iterator, if a worker process died or has been suspended for 5 seconds, if ``/dev/shm`` is
+            full, or if no batch comes within 10 minutes, in which a network drive may come back.
     """
 
-    def __init__(self, batches: grain.DatasetIterator, workers: int, stopped: Callable[[], bool]) -> None:
-        self._batches, self._workers, self._stopped, self._closed = batches, workers, stopped, False
+    def __init__(
+        self,
+        batches: grain.DatasetIterator,
+        workers: int,
+        stopped: Callable[[], bool],
+        report: Callable[[str], None],
+    ) -> None:
+        self._batches, self._workers, self._stopped, self._report = batches, workers, stopped, report
+        self._closed = self._reported = False
         self._requests: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[HostBatch | BaseException] = queue.SimpleQueue()
         self._thread = threading.Thread(
@@ -61,22 +73,36 @@ class Reader(Iterator[HostBatch]):
 
     def __next__(self) -> HostBatch:
         self._requests.put(True)
-        deadline = time.monotonic() + HANG_SECONDS
+        waited = suspended = 0.0  # the sums of the waits, so that time in which Ctrl-Z suspends the run does not count
         while True:
             try:
                 answer = self._answers.get(timeout=_POLL_SECONDS)
             except queue.Empty:
-                if self._stopped():
-                    raise WaitStoppedError from None
-                if time.monotonic() > deadline:
-                    raise DataError(
-                        f"no batch came for {HANG_SECONDS / 60:g} minutes: reading the images hangs, for example on a "
-                        "network drive that is gone"
-                    ) from None
+                waited += _POLL_SECONDS
+                suspended = suspended + _POLL_SECONDS if any(map(_is_suspended, _workers())) else 0.0
+                self._check_wait(waited, suspended)
                 continue
             if isinstance(answer, BaseException):
                 raise explained(answer)
             return answer
+
+    def _check_wait(self, waited: float, suspended: float) -> None:
+        """Raise an error if the wait must end, after so many seconds in all and with a suspended worker process."""
+        if self._stopped():
+            raise WaitStoppedError
+        if suspended > _SUSPENDED_SECONDS:
+            raise DataError("a worker process that reads images is suspended (SIGSTOP), and does not go on by itself")
+        if waited > HANG_SECONDS:
+            raise DataError(
+                f"no batch came for {HANG_SECONDS / 60:g} minutes: reading the images hangs, for example on a network "
+                "drive that is gone"
+            )
+        if waited > _NOTICE_SECONDS and not self._reported:
+            self._reported = True
+            self._report(
+                f"waiting for images: no batch came for {_NOTICE_SECONDS:g} seconds; the run ends if none comes within "
+                f"{HANG_SECONDS / 60:g} minutes"
+            )
 
     def close(self) -> None:
         """End the threads and worker processes. Worker processes that hang are killed."""
@@ -87,9 +113,8 @@ class Reader(Iterator[HostBatch]):
         self._thread.join(_GRACE_SECONDS)
         deadline = time.monotonic() + (_START_SECONDS if self._workers else 0)
         while self._thread.is_alive() and time.monotonic() < deadline:
-            for worker in multiprocessing.active_children():  # a worker that is starting is not listed yet
-                if "prefetch" in worker.name:
-                    worker.kill()
+            for worker in _workers():
+                worker.kill()
             self._thread.join(_POLL_SECONDS)
         if not self._thread.is_alive():  # else Grain itself would wait for ever
             self._batches.close()
@@ -104,6 +129,18 @@ def hangs() -> bool:
     for thread in threads:
         thread.join(max(deadline - time.monotonic(), 0))
     return any(thread.is_alive() for thread in threads)
+
+
+def _workers() -> list[BaseProcess]:
+    """Return Grain's worker processes of all readers; one that is starting is not among them yet."""
+    return [process for process in multiprocessing.active_children() if "prefetch" in process.name]
+
+
+def _is_suspended(worker: BaseProcess) -> bool:
+    try:
+        return psutil.Process(worker.pid).status() == psutil.STATUS_STOPPED
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _take(

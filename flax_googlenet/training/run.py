@@ -155,7 +155,9 @@ def _begin(
     # In a distributed run the other processes wait for this one's step: a signal ends the wait for an input only if
     # that hangs.
     signals = StopSignals(patience=0.0 if jax.process_count() == 1 else 10.0)
-    batches = train_batches(plan.train_data, recipe, counts.step, stopped=signals.end_wait, **devices.share)
+    batches = train_batches(
+        plan.train_data, recipe, counts.step, stopped=signals.end_wait, report=report, **devices.share
+    )
     stack.enter_context(closing(batches))
     log = None
     if is_first:

@@ -262,17 +262,16 @@ def test_no_worker_is_left_after_its_iterator(photographs: Dataset) -> None:
             "was killed by SIGKILL, as the kernel does when memory runs out: choose fewer workers",
         ),
         (signal.SIGBUS, r"/dev/shm, .*, is full at \d+ MiB: choose fewer workers, .* \(docker run --shm-size"),
-        (signal.SIGSTOP, "no batch came for 0.05 minutes: reading the images hangs"),
+        (signal.SIGSTOP, r"is suspended \(SIGSTOP\), and does not go on by itself"),
     ],
 )
 def test_a_worker_that_dies_or_hangs_is_noticed_and_none_is_left(
-    signal_number: signal.Signals, message: str, photographs: Dataset, monkeypatch: pytest.MonkeyPatch
+    signal_number: signal.Signals, message: str, photographs: Dataset
 ) -> None:
     before = set(multiprocessing.active_children())
     with closing(train_batches(photographs, replace(RECIPE, workers=1))) as batches:
         next(batches)
         (worker,) = set(multiprocessing.active_children()) - before
-        monkeypatch.setattr(reader, "HANG_SECONDS", 3.0)
         start = time.monotonic()
         os.kill(worker.pid, signal_number)  # SIGBUS is what writing to a full /dev/shm gives
         with pytest.raises(DataError, match=message):
@@ -281,8 +280,10 @@ def test_a_worker_that_dies_or_hangs_is_noticed_and_none_is_left(
     assert set(multiprocessing.active_children()) == before
 
 
-def test_waiting_for_an_image_that_never_comes_ends_when_the_run_stops() -> None:
-    asked = threading.Event()
+@pytest.fixture
+def hanging() -> Iterator[tuple[Dataset, threading.Event]]:
+    """Return a dataset whose images do not come, and an event that is set when one is asked for."""
+    asked, released = threading.Event(), threading.Event()
 
     class Hanging(Dataset):
         def read(self, index: int) -> Image.Image:
@@ -290,12 +291,30 @@ def test_waiting_for_an_image_that_never_comes_ends_when_the_run_stops() -> None
             released.wait()
             return Image.new("RGB", (1, 1))
 
-    released = threading.Event()
-    dataset = Hanging(("any",), np.zeros(4, np.int32), ("0", "1", "2", "3"))
-    with closing(train_batches(dataset, RECIPE, stopped=asked.is_set)) as batches:
-        with pytest.raises(WaitStoppedError):
-            next(batches)
-        released.set()
+    yield Hanging(("any",), np.zeros(4, np.int32), ("0", "1", "2", "3")), asked
+    released.set()
+
+
+def test_waiting_for_an_image_that_never_comes_ends_when_the_run_stops(
+    hanging: tuple[Dataset, threading.Event],
+) -> None:
+    dataset, asked = hanging
+    batches = train_batches(dataset, RECIPE, stopped=asked.is_set)
+    with pytest.raises(WaitStoppedError):
+        next(batches)
+
+
+def test_waiting_for_an_image_that_never_comes_is_reported_once_and_ends_with_an_error(
+    hanging: tuple[Dataset, threading.Event], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader, "_NOTICE_SECONDS", 0.5)
+    monkeypatch.setattr(reader, "HANG_SECONDS", 1.5)
+    messages: list[str] = []
+    batches = train_batches(hanging[0], RECIPE, report=messages.append)
+    with pytest.raises(DataError, match=r"no batch came for 0\.025 minutes: reading the images hangs"):
+        next(batches)
+    assert len(messages) == 1
+    assert "no batch came for 0.5 seconds" in messages[0]
 
 
 def test_a_worker_cannot_use_a_gpu_and_has_not_started_jax() -> None:
