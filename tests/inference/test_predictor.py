@@ -50,9 +50,8 @@ def test_predictor_computes_torchvisions_logits_in_float64(
     assert relative_error(logits, reference.stages(network, images)["fc"]) < 1e-13  # measured: 1.2e-14
 
 
-@pytest.mark.parametrize(
-    ("n", "size"), [(2, 15), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(8, 224), (1, 224), (4, 64)])]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("n", "size"), [(2, 15), (8, 224), (1, 224), (4, 64)])
 def test_float32_error_is_at_most_three_times_pytorchs(
     n: int,
     size: int,

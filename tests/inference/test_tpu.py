@@ -28,6 +28,7 @@ def test_conv1_and_its_pool_are_the_models_in_float64(
     assert relative_error(pooled, stage) < 1e-14  # measured: 6e-16
 
 
+@pytest.mark.slow
 def test_the_logits_are_the_models_in_float64(
     variables64: dict[str, Any], random_images: Callable[..., np.ndarray]
 ) -> None:

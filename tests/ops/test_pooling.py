@@ -71,6 +71,7 @@ def force(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platforms, "XLA_POOL_GRADIENT", PLATFORMS if way == "by XLA" else ())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 @settings(max_examples=20, deadline=None)
 @given(st.integers(3, 12), st.integers(3, 12), pools(largest=3))

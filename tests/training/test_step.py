@@ -573,6 +573,7 @@ def test_the_loss_is_float32_at_least_and_not_a_number_for_a_label_that_is_no_cl
     )
 
 
+@pytest.mark.slow
 def test_debug_nans_stops_at_a_label_that_is_no_class_and_at_no_sound_batch() -> None:
     logits = np.random.default_rng(0).standard_normal((4, 17))
     for labels in (np.arange(4), np.full((4, 17), 1 / 17)):
