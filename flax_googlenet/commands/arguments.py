@@ -28,6 +28,14 @@ OptionalNumber = Annotated[int | None, arg(metavar="N", help_behavior_hint="")]
 Stage = Annotated[str, arg(metavar="STAGE")]
 Flag = Annotated[bool, arg(help_behavior_hint=""), FlagCreatePairsOff]
 
+_MAX_BATCH_SIZE = 2**16
+
+
+def require_batch_size(batch_size: int) -> None:
+    """Raise a UsageError unless it is a number of images that a program can be compiled for."""
+    if not 1 <= batch_size <= _MAX_BATCH_SIZE:
+        raise UsageError(f"--batch-size must be at least 1 and at most {_MAX_BATCH_SIZE}")
+
 
 def known_stage(name: str, variant: str | None = None) -> str:
     """Return the name of a stage as ``stage_name`` does, but raise UsageError if there is no such stage."""

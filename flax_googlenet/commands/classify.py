@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import arg
 
-from flax_googlenet.commands.arguments import Flag, Number, OptionalFile, OptionalWeights
+from flax_googlenet.commands.arguments import Flag, Number, OptionalFile, OptionalWeights, require_batch_size
 from flax_googlenet.commands.results import SUFFIXES, Row, open_results, rank
 from flax_googlenet.commands.status import Status, UsageError
 from flax_googlenet.commands.streaming import ImageStream
@@ -57,8 +57,9 @@ def classify(
     """
     if not images:
         raise UsageError("no images: name files, folders or globs")
-    if top < 1 or batch_size < 1:
-        raise UsageError("--top and --batch-size must be at least 1")
+    if top < 1:
+        raise UsageError("--top must be at least 1")
+    require_batch_size(batch_size)
     if output and output.suffix not in SUFFIXES:
         raise UsageError(f"{output}: --output must end in one of {', '.join(SUFFIXES)}")
     if output and json:

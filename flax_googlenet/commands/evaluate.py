@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import arg
 
-from flax_googlenet.commands.arguments import Flag, Number, OptionalFile
+from flax_googlenet.commands.arguments import Flag, Number, OptionalFile, require_batch_size
 from flax_googlenet.commands.status import CommandError, Status, UsageError
 from flax_googlenet.commands.terminal import Messages, require_picture, write_output, writing
 from flax_googlenet.commands.train import require_training_packages
@@ -70,8 +70,7 @@ def evaluate(
             raise UsageError(f"{path} is a folder: {_ORDER}")
     if data != "digits" and Path(data).is_file():
         raise UsageError(f"{data} is a file: {_ORDER}")
-    if batch_size < 1:
-        raise UsageError("--batch-size must be at least 1")
+    require_batch_size(batch_size)
     if confusion:
         require_picture(confusion)
 

@@ -4,7 +4,15 @@ from typing import Annotated, Any
 
 from tyro.conf import arg
 
-from flax_googlenet.commands.arguments import File, Flag, Number, OptionalWeights, Stage, known_stage
+from flax_googlenet.commands.arguments import (
+    File,
+    Flag,
+    Number,
+    OptionalWeights,
+    Stage,
+    known_stage,
+    require_batch_size,
+)
 from flax_googlenet.commands.status import CommandError, Status, UsageError
 from flax_googlenet.commands.streaming import ImageStream
 from flax_googlenet.commands.terminal import Messages, require_folder_of
@@ -61,8 +69,7 @@ def features(
 
     if not images:
         raise UsageError("no images: name files, folders or globs")
-    if batch_size < 1:
-        raise UsageError("--batch-size must be at least 1")
+    require_batch_size(batch_size)
     if output.suffix not in SUFFIXES:
         raise UsageError(f"{output}: --output must end in one of {', '.join(SUFFIXES)}")
     require_folder_of(output)

@@ -352,8 +352,9 @@ def test_what_steers_a_terminal_is_escaped_and_every_other_character_stays() -> 
     ("arguments", "status", "message"),
     [
         ([], 2, "no images: name files, folders or globs"),
-        (["photos", "--top", "0"], 2, "--top and --batch-size must be at least 1"),
-        (["photos", "--batch-size", "0"], 2, "--top and --batch-size must be at least 1"),
+        (["photos", "--top", "0"], 2, "--top must be at least 1"),
+        (["photos", "--batch-size", "0"], 2, "--batch-size must be at least 1"),
+        (["photos", "--batch-size", "99999999999999999999"], 2, "--batch-size must be at least 1 and at most 65536"),
         (["photos", "--output", "answers.xlsx"], 2, "must end in one of .csv, .jsonl, .parquet"),
         (["missing.jpg", "no*.jpg"], 3, "missing.jpg: no such file"),
         (["photos", "--weights", "missing.safetensors"], 3, "missing.safetensors: No such file or directory"),
