@@ -101,6 +101,15 @@ class BVLCGoogLeNet(nn.Module):
         return self.fc(self.avgpool(x).flatten(1))
 
 
+class BVLCGoogLeNetFloor(BVLCGoogLeNet):
+    """The network with max pools whose sizes round down, as in the file ``inception_v1`` of ONNX's model zoo."""
+
+    def __init__(self, num_classes: int, aux_logits: bool) -> None:
+        super().__init__(num_classes, aux_logits)
+        for pool in (self.maxpool1, self.maxpool2, self.maxpool3, self.maxpool4):
+            pool.ceil_mode = False
+
+
 def random_weights(
     num_classes: int = 1000, seed: int = 0, network: type[BVLCGoogLeNet] = BVLCGoogLeNet
 ) -> dict[str, np.ndarray]:

@@ -32,6 +32,12 @@ FLOAT32_FLOOR = 8 * float(np.finfo(np.float32).eps)
 """Smallest relative error granted to PyTorch in float32, which can be exact by chance."""
 HEAD_CLASSES = 256
 """Number of classes to which the proof widens smaller heads; see ``widen_heads``."""
+NETWORKS = {
+    "bvlc": bvlc.BVLCGoogLeNet,
+    "bvlc_floor": bvlc.BVLCGoogLeNetFloor,
+    "inception5h": inception5h.Inception5h,
+}
+"""Variant of the paper's network -> the network in PyTorch."""
 HEADS = {"fc": ("fc",), "aux1": ("aux1", "fc2"), "aux2": ("aux2", "fc2")}
 """Stage -> path of its last layer."""
 
@@ -97,7 +103,7 @@ def prove(
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     device: jax.Device | None = None,
 ) -> Proof:
-    """Compare a port with the same network in PyTorch: torchvision's, ``BVLCGoogLeNet`` or ``Inception5h``.
+    """Compare a port with the same network in PyTorch: torchvision's, or one of ``NETWORKS``.
 
     Both compute on the CPU. JAX must have 64 bits enabled.
 
@@ -118,8 +124,7 @@ def prove(
         if model.variant == "torchvision":
             pytorch = reference.build(state_dict, transform_input=model.transform_input, dtype=torch_dtype)
         else:
-            network = inception5h.Inception5h if model.variant == "inception5h" else bvlc.BVLCGoogLeNet
-            pytorch = bvlc.build(state_dict, torch_dtype, network)
+            pytorch = bvlc.build(state_dict, torch_dtype, NETWORKS[model.variant])
         engines = [functools.partial(reference.stages, pytorch), functools.partial(flax_stages, model, variables)]
         if device is not None and dtype is np.float32:
             engines.append(functools.partial(flax_stages, model, variables, device=device))

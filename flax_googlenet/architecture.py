@@ -7,6 +7,10 @@ from typing import Literal, NamedTuple
 Padding = int | Literal["SAME"]
 """Pixels on each side of an image, or TensorFlow's SAME: as few as possible, and an odd one at the end."""
 
+PoolPadding = Padding | Literal["VALID"]
+"""The padding of a max pool. With an integer, its size is rounded up as in PyTorch and Caffe. With TensorFlow's VALID,
+there is no padding, and the size is rounded down."""
+
 WIDTHS = {
     # Output channels of branch1 1x1 | branch2 1x1, 3x3 | branch3 1x1, 3x3 | branch4 1x1 (table 1 of the paper).
     "inception3a": (64, 96, 128, 16, 32, 32),
@@ -47,8 +51,8 @@ class Network(NamedTuple):
     """Local response normalisation after ``maxpool1`` and ``conv3``, or None."""
     conv1_padding: Padding
     """Pixels on each side of the images, or TensorFlow's SAME."""
-    pool_padding: Padding
-    """Padding of the four max pools between the stages: 0, with sizes rounded up as in PyTorch and Caffe, or SAME."""
+    pool_padding: PoolPadding
+    """Padding of the four max pools between the stages."""
     branch3_kernel: int
     """Height and width of the large kernel in the third branch of an inception block."""
     maxpool4_window: int
@@ -117,6 +121,9 @@ NETWORKS = {
     ),
 }
 """The networks by the name of their variant."""
+
+# The file inception_v1 of ONNX's model zoo (onnx/models#11): Berkeley's network, exported without Caffe's rounding.
+NETWORKS["bvlc_floor"] = NETWORKS["bvlc"]._replace(min_size=61, pool_padding="VALID")
 
 MIN_SIZE = min(network.min_size for network in NETWORKS.values())
 """Smallest height and width of an image that any of the networks takes, in pixels."""

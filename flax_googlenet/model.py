@@ -1,4 +1,4 @@
-"""GoogLeNet (Inception v1) as a Flax Linen module for NHWC images: torchvision's network, and the paper's in two forms.
+"""GoogLeNet (Inception v1) as a Flax Linen module for NHWC images: torchvision's network and three of the paper's.
 
 ``architecture.NETWORKS`` says what sets them apart.
 
@@ -223,9 +223,10 @@ class GoogLeNet(nn.Module):
 
     The paper's network, as Berkeley trained it with Caffe, is the variant ``"bvlc"``. It has local response
     normalisation, biases and 5x5 convolutions, and no BatchNorm. As Google trained it with TensorFlow, for DeepDream
-    and Lucid, it is ``"inception5h"``: two widths, the padding and the normalisation differ. Images are the same for
-    all variants: the network ``"bvlc"`` maps them to the pixels that Caffe's networks read, BGR in [0, 255] minus
-    (104, 117, 123), and ``"inception5h"`` to RGB in [0, 255] minus 117.
+    and Lucid, it is ``"inception5h"``: two widths, the padding and the normalisation differ. As ``inception_v1`` of
+    ONNX's model zoo, it is ``"bvlc_floor"``: the max pools round their sizes down, not up. Images are the same for all
+    variants: the networks ``"bvlc"`` and ``"bvlc_floor"`` map them to the pixels that Caffe's networks read, BGR in
+    [0, 255] minus (104, 117, 123), and ``"inception5h"`` to RGB in [0, 255] minus 117.
 
     In training on a CPU, ``winograd.convolution`` computes large 3x3 convolutions by Winograd's algorithm.
 
@@ -240,17 +241,17 @@ class GoogLeNet(nn.Module):
         output, updates = model.apply(variables, images, train=True, rngs={"dropout": key}, mutable=["batch_stats"])
 
     Attributes:
-        variant: Name of the network, ``"torchvision"``, ``"bvlc"`` or ``"inception5h"``.
+        variant: Name of the network, ``"torchvision"``, ``"bvlc"``, ``"inception5h"`` or ``"bvlc_floor"``.
         num_classes: Number of logits.
         aux_logits: Whether the two auxiliary classifiers exist. ``init`` always makes their variables; only training
             computes them.
         transform_input: Whether to map ImageNet-normalised images to [-1, 1] first, as torchvision's ImageNet
             checkpoint needs. Only for the variant ``"torchvision"``.
-        dropout: Dropout rate before the last layer. Berkeley trained with 0.4, which ``from_caffe`` and
-            ``from_tensorflow`` set.
+        dropout: Dropout rate before the last layer. Berkeley trained with 0.4, which ``from_caffe``,
+            ``from_tensorflow`` and ``from_onnx`` set.
         dropout_aux: Dropout rate inside the auxiliary classifiers.
         batch_norm: False for the folded network, whose convolutions have a bias and no BatchNorm. It is always False
-            for the variants ``"bvlc"`` and ``"inception5h"``.
+            for the other variants than ``"torchvision"``.
         dtype: Dtype of the computation. BatchNorm computes in float32 at least.
         param_dtype: Dtype of the parameters. BatchNorm statistics start in float32 at least.
         precision: Precision of convolutions and matrix products. GPUs and TPUs compute float32 in TF32 or bfloat16
@@ -290,7 +291,8 @@ class GoogLeNet(nn.Module):
         """Compute the logits.
 
         Args:
-            images: Floating point [N, H, W, 3], RGB, ImageNet-normalised; H and W at least 15, or 31 for ``"bvlc"``.
+            images: Floating point [N, H, W, 3], RGB, ImageNet-normalised; H and W at least 15, 31 for
+                ``"bvlc"`` or 61 for ``"bvlc_floor"``.
             train: Whether to normalise by the statistics of the batch, to drop out, and to compute the auxiliary
                 logits. Training needs ``mutable=["batch_stats"]`` and, for dropout rates above 0,
                 ``rngs={"dropout": key}``.
@@ -400,7 +402,7 @@ def endpoints(
     Returns:
         ``{"conv1": ..., "maxpool1": ..., ..., "inception5b": ..., "avgpool": ..., "fc": ...}``, by torchvision's module
         names and in the order of computation (``jax.jit`` sorts them by name). Stages are NHWC. ``avgpool`` is
-        [N, 1, 1, 1024] and ``fc``, the logits, [N, num_classes]. The variants ``"bvlc"`` and ``"inception5h"`` also
+        [N, 1, 1, 1024] and ``fc``, the logits, [N, num_classes]. The other variants than ``"torchvision"`` also
         have the results of local response normalisation, ``norm1`` after ``maxpool1`` and ``norm2`` after ``conv3``.
 
     Raises:

@@ -20,7 +20,7 @@ import flax_googlenet
 from flax_googlenet import GoogLeNet, endpoints
 from flax_googlenet.architecture import BLOCKS
 from flax_googlenet.inference import gpu, tpu
-from flax_googlenet.inference.predictor import _inference_graph
+from flax_googlenet.inference.predictor import _inference_graph, _tuned_graph
 from flax_googlenet.model import InceptionAux, variable_shapes
 from flax_googlenet.training import RecipeError, train
 from flax_googlenet.training.recipe import PRESETS
@@ -133,7 +133,7 @@ def test_it_starts_as_caffes_xavier_filler_with_biases_of_a_fifth() -> None:
 
 
 def test_another_name_and_transform_input_are_refused_with_the_way_out() -> None:
-    with pytest.raises(ValueError, match=r"'torchvision', 'bvlc' and 'inception5h', got 'caffe'.*num_classes="):
+    with pytest.raises(ValueError, match=r"'bvlc', 'inception5h' and 'bvlc_floor', got 'caffe'.*num_classes="):
         GoogLeNet(variant="caffe")
     with pytest.raises(ValueError, match=r"transform_input.*'bvlc' has an input of its own"):
         GoogLeNet(variant="bvlc", transform_input=True)
@@ -181,6 +181,26 @@ def test_predictor_and_exported_file_compute_its_logits(
     flax_googlenet.export(tmp_path / "bvlc.stablehlo", MODEL64, variables64, ["cpu"])  # for images of any size
     program = jax.export.deserialize(bytearray((tmp_path / "bvlc.stablehlo").read_bytes()))
     assert relative_error(program.call(images), expected) < 1e-12
+
+
+@pytest.mark.slow
+def test_with_pools_that_round_down_stages_predictor_and_exported_file_are_pytorchs(
+    variables64: dict[str, Any], state_dict: dict[str, np.ndarray], random_images: Images, tmp_path: Path
+) -> None:
+    model = MODEL64.clone(variant="bvlc_floor")
+    images = random_images(2, 61, 76)
+    expected = reference.stages(bvlc.build(state_dict, torch.float64, bvlc.BVLCGoogLeNetFloor), images)
+    assert expected["inception5b"].shape == (2, 1, 1, 1024)
+    for name, stage in jax.jit(lambda v, x: endpoints(model, v, x))(variables64, images).items():
+        assert relative_error(stage, expected[name]) < 1e-12, name
+    logits = jax.jit(_inference_graph(model, "gpu"))(gpu.prepare(variables64["params"]), images)
+    assert relative_error(logits, expected["fc"]) < 1e-12
+    assert _tuned_graph(model, "tpu") is None
+    flax_googlenet.export(tmp_path / "floor.stablehlo", model, variables64, ["cpu"])  # for images of any size
+    program = jax.export.deserialize(bytearray((tmp_path / "floor.stablehlo").read_bytes()))
+    assert relative_error(program.call(images), expected["fc"]) < 1e-12
+    with pytest.raises(ValueError, match="H and W at least 61"):
+        model.apply(variables64, np.zeros((1, 61, 60, 3)))
 
 
 @pytest.mark.slow

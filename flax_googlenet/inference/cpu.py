@@ -14,7 +14,7 @@ from jax import lax
 from jax import numpy as jnp
 from jaxtyping import Array, Float
 
-from flax_googlenet.architecture import NETWORKS, WIDTHS, Padding
+from flax_googlenet.architecture import NETWORKS, WIDTHS, Padding, PoolPadding
 from flax_googlenet.ops import winograd
 from flax_googlenet.ops.normalization import local_response_norm
 from flax_googlenet.ops.pooling import max_pool_padding, per_channel, same_padding, strided_slices
@@ -172,7 +172,7 @@ def _stem(images: jax.Array, kernel: jax.Array, padding: Padding) -> jax.Array:
     return _convolution(x, kernel, (2, 1), padding=((top, 3), (0, 0)))  # [n, ceil(h / 2), ceil(w / 2), 64]
 
 
-def _max_pool(x: jax.Array, window: int, stride: int, padding: Padding = 0) -> jax.Array:
+def _max_pool(x: jax.Array, window: int, stride: int, padding: PoolPadding = 0) -> jax.Array:
     """Compute ``ops.pooling.max_pool`` as maxima of shifted slices, which the compiler vectorises: 1.2x.
 
     The gradient of a tie is another one.

@@ -80,7 +80,7 @@ def export(
         variables: Its variables, as concrete arrays. Those of the auxiliary heads are left out.
         platforms: Some of "cpu", "cuda", "rocm" and "tpu". It has no effect on an ONNX model.
         size: Height and width of the images, in pixels. By default the file takes images of any size from 15 up,
-            or from 31 up for the variant "bvlc".
+            or from 31 up for the variant "bvlc" and from 61 up for "bvlc_floor".
         uint8: Take uint8 RGB images [N, H, W, 3], which the file scales and normalises. By default it takes
             ImageNet-normalised RGB images, float32 [N, H, W, 3] (float64 for a float64 model), as ``preprocess``
             returns them. Without ``size``, an ONNX model first resizes and crops uint8 images to the size of the

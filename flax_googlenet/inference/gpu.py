@@ -14,7 +14,7 @@ from jax import lax
 from jax import numpy as jnp
 from jaxtyping import Array, Float
 
-from flax_googlenet.architecture import NETWORKS, WIDTHS, Padding
+from flax_googlenet.architecture import NETWORKS, WIDTHS, Padding, PoolPadding
 from flax_googlenet.ops.normalization import local_response_norm
 from flax_googlenet.ops.pooling import max_pool_padding, per_channel, same_padding, strided_slices
 
@@ -128,7 +128,7 @@ def _convolution(
     return jax.nn.relu(x + per_channel(layer["bias"], x))
 
 
-def _max_pool(x: jax.Array, window: int, stride: int, padding: Padding = 0) -> jax.Array:
+def _max_pool(x: jax.Array, window: int, stride: int, padding: PoolPadding = 0) -> jax.Array:
     """Compute ``ops.pooling.max_pool`` as a maximum of shifted slices, whose gradient at a tie is another one.
 
     XLA computes a pool of bfloat16 in float32, in two kernels; slices stay in bfloat16, in one. The barrier keeps the

@@ -12,7 +12,7 @@ import numpy as np
 from jax import numpy as jnp
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
-from flax_googlenet.architecture import IMAGENET_MEAN, IMAGENET_STD, NETWORKS, WIDTHS, Padding
+from flax_googlenet.architecture import IMAGENET_MEAN, IMAGENET_STD, NETWORKS, WIDTHS, PoolPadding
 from flax_googlenet.images.preprocessing import CROP, RESIZE
 from flax_googlenet.inference.folding import fold_in_float64
 from flax_googlenet.model import GoogLeNet, Variables, input_scale_and_shift
@@ -178,10 +178,10 @@ def _network(graph: _Graph, x: str, params: Mapping[str, Any], model: GoogLeNet)
     """
     network, dtype = NETWORKS[model.variant], jnp.dtype(model.dtype)
 
-    def geometry(window: int, stride: int, padding: Padding, rounds_up: bool = False) -> dict[str, Any]:
+    def geometry(window: int, stride: int, padding: PoolPadding, rounds_up: bool = False) -> dict[str, Any]:
         shape = {"kernel_shape": [window] * 2, "strides": [stride] * 2}
-        if padding == "SAME":
-            return {**shape, "auto_pad": "SAME_UPPER"}
+        if isinstance(padding, str):
+            return {**shape, "auto_pad": "SAME_UPPER" if padding == "SAME" else padding}
         return {**shape, "pads": [padding] * 2 + [padding + (stride - 1 if rounds_up else 0)] * 2}
 
     def conv(name: str, x: str, stride: int = 1) -> str:
@@ -202,7 +202,9 @@ def _network(graph: _Graph, x: str, params: Mapping[str, Any], model: GoogLeNet)
         )
         return graph.add("Relu", x, name=name)
 
-    def max_pool(name: str, x: str, window: int = 3, stride: int = 2, padding: Padding = network.pool_padding) -> str:
+    def max_pool(
+        name: str, x: str, window: int = 3, stride: int = 2, padding: PoolPadding = network.pool_padding
+    ) -> str:
         # With this padding after the input, the windows are those of ``ceil_mode``. With ``ceil_mode`` itself, OpenVINO
         # refuses inputs that are smaller than a window.
         return graph.add("MaxPool", x, name=name, **geometry(window, stride, padding, rounds_up=True))

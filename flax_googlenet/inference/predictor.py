@@ -54,8 +54,8 @@ class Predictor:
     It takes any number of images, splits them into batches of a few sizes, and compiles each size when it first occurs.
     On a CPU it computes the graph of ``flax_googlenet.inference.cpu``, one batch after the other, and
     ``model.precision`` has no effect; on a GPU and a TPU it computes the graphs of ``flax_googlenet.inference.gpu`` and
-    ``tpu``, except that on a TPU the variant "inception5h" has the model's own graph. Any number of threads may call it
-    at once.
+    ``tpu``, except that on a TPU the variants "inception5h" and "bvlc_floor" have the model's own graph. Any number of
+    threads may call it at once.
 
     On a single GPU or TPU, the call returns before the logits are computed, and images that lie there are not copied to
     the host. Each number of images that is not a power of two up to 256 compiles a small program once there.
@@ -194,8 +194,8 @@ def _tuned_graph(model: GoogLeNet, platform: str) -> ModuleType | None:
     """Return the module with the fastest graph for a platform, or None where that is the model's own."""
     if platform == "cpu" and winograd.is_precise(model.dtype):
         return cpu
-    if platform == "tpu" and NETWORKS[model.variant].pool_padding == "SAME":
-        return None  # the windows of its first pool do not start at the pairs of columns that tpu.logits computes
+    if platform == "tpu" and isinstance(NETWORKS[model.variant].pool_padding, str):
+        return None  # tpu.logits has the windows of Caffe's pools
     return {"gpu": gpu, "tpu": tpu}.get(platform)
 
 

@@ -52,7 +52,7 @@ def logits(
     Args:
         weights: The weights from ``prepare``.
         images: The input of the first convolution, as ``transform_input`` of the model's module returns it.
-        variant: The network, "torchvision" or "bvlc". The first pool of "inception5h" has other windows.
+        variant: The network, "torchvision" or "bvlc". The pools of the others have other windows.
         precision: As for ``jax.lax.conv_general_dilated``.
     """
     options: Any = {"variant": variant, "batch_norm": False, "dtype": images.dtype, "precision": precision}

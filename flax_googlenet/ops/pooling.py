@@ -12,25 +12,29 @@ from jax import lax
 from jax import numpy as jnp
 from jaxtyping import Array, Float
 
-from flax_googlenet.architecture import Padding
+from flax_googlenet.architecture import PoolPadding
 from flax_googlenet.ops import platforms
 
 Size = Any  # an int, or a symbolic dimension in an export for images of any size
 
 
-def max_pool(x: Float[Array, "n h w c"], window: int, stride: int, padding: Padding = 0) -> Float[Array, "n h2 w2 c"]:
+def max_pool(
+    x: Float[Array, "n h w c"], window: int, stride: int, padding: PoolPadding = 0
+) -> Float[Array, "n h2 w2 c"]:
     """Compute max pooling as ``torch.nn.MaxPool2d`` does with ``ceil_mode=True``, or as ``tf.nn.max_pool2d`` does.
 
     The output length is ``ceil((size + 2 * padding - window) / stride) + 1``, less one if the last window would start
-    in the padding on the right. With TensorFlow's padding "SAME" it is ``ceil(size / stride)``. Padding counts as minus
-    infinity and never wins. The gradient of a tie goes to its first pixel in row-major order, as in PyTorch.
+    in the padding on the right. With TensorFlow's padding "SAME" it is ``ceil(size / stride)``, and with "VALID"
+    ``floor((size - window) / stride) + 1``. Padding counts as minus infinity and never wins. The gradient of a tie goes
+    to its first pixel in row-major order, as in PyTorch.
 
     Args:
         x: The input, NHWC.
         window: Height and width of a window, in pixels.
         stride: Step between windows, in pixels.
-        padding: Pixels added on each side, at most half a window, or "SAME", which adds as few as possible, half of
-            them on each side and an odd one at the end. "SAME" needs a stride of at most ``window``.
+        padding: Pixels added on each side, at most half a window; or "SAME", which adds as few as possible, half of
+            them on each side and an odd one at the end; or "VALID", which adds none. "SAME" needs a stride of at most
+            ``window``.
 
     Raises:
         ValueError: If the padding is more than half a window, or the input too small for one window. PyTorch refuses
@@ -38,7 +42,7 @@ def max_pool(x: Float[Array, "n h w c"], window: int, stride: int, padding: Padd
 
     Reference: https://docs.pytorch.org/docs/stable/generated/torch.nn.MaxPool2d.html
     """
-    if padding != "SAME" and not 0 <= 2 * padding <= window:
+    if isinstance(padding, int) and not 0 <= 2 * padding <= window:
         raise ValueError(f"padding must be between 0 and half the window, got padding {padding} and window {window}")
     rows, columns = (max_pool_padding(size, window, stride, padding) for size in x.shape[1:3])
     return _max_pool(x, window, stride, (rows, columns))
@@ -183,7 +187,7 @@ def strided_slices(x: jax.Array, window: int, stride: int, axis: int) -> list[ja
     return [lax.slice_in_dim(x, i, i + last + 1, stride, axis) for i in range(window)]
 
 
-def max_pool_padding(size: Size, window: int, stride: int, padding: Padding) -> tuple[Size, Size]:
+def max_pool_padding(size: Size, window: int, stride: int, padding: PoolPadding) -> tuple[Size, Size]:
     """Return the padding before and after ``size`` pixels with which a plain pool gives the results of ``max_pool``.
 
     Raises:
@@ -191,13 +195,18 @@ def max_pool_padding(size: Size, window: int, stride: int, padding: Padding) -> 
     """
     if padding == "SAME":
         return same_padding(size, window, stride)
-    length = -((window - size - 2 * padding) // stride) + 1
-    if (length - 1) * stride >= size + padding:  # the last window would start in the padding: PyTorch drops it
-        length -= 1
+    if padding == "VALID":
+        length = (size - window) // stride + 1
+    else:
+        length = -((window - size - 2 * padding) // stride) + 1
+        if (length - 1) * stride >= size + padding:  # the last window would start in the padding: PyTorch drops it
+            length -= 1
     if length < 1:
         raise ValueError(
             f"{size} pixels are too few for a max pool of window {window}, stride {stride} and padding {padding}"
         )
+    if padding == "VALID":
+        return 0, 0
     after = (length - 1) * stride + window - size - padding
     # With a stride larger than the window, the last window can end before the input does: nothing to pad. Other pools
     # skip the comparison, which jax.export could not decide for images of symbolic size.

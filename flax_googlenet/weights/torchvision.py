@@ -222,7 +222,7 @@ def _advice(problems: Mapping[str, list[str]]) -> str:
     if any(re.search(r"conv[./]bias\Z", name) for name in unexpected):
         return (
             "torchvision's network has BatchNorm where this one has biases of convolutions: "
-            "a folded network and the variants bvlc and inception5h cannot be converted"
+            "a folded network and the variants of the paper's network cannot be converted"
         )
     if any(name.endswith(("_orig", "_mask")) for name in unexpected):
         return "it was pruned: call torch.nn.utils.prune.remove(module, 'weight') for each module and save it again"

@@ -44,9 +44,14 @@ def networks() -> dict[str, Network]:
     state_dict = {key: tensor.numpy() for key, tensor in reference.random_checkpoint(num_classes=3).items()}
     model, variables = GoogLeNet(num_classes=3, transform_input=True), flax_googlenet.from_torchvision(state_dict)
     caffes, googles = bvlc.random_weights(), bvlc.random_weights(network=Inception5h)
+    floor = bvlc.BVLCGoogLeNetFloor
     return {
         "torchvision": (model, variables, reference.build(state_dict, transform_input=True, dtype=torch.float64)),
         "bvlc": (*caffe.network("random weights", caffes), bvlc.build(caffes, torch.float64)),
+        "bvlc_floor": (
+            *caffe.network("random weights", caffes, "bvlc_floor"),
+            bvlc.build(caffes, torch.float64, floor),
+        ),
         "inception5h": (
             *caffe.network("random weights", googles, "inception5h"),
             bvlc.build(googles, torch.float64, Inception5h),
@@ -84,7 +89,10 @@ def logits_of(network: torch.nn.Module, images: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize(("variant", "layout"), [("torchvision", "NHWC"), ("bvlc", "NCHW"), ("inception5h", "NHWC")])
+@pytest.mark.parametrize(
+    ("variant", "layout"),
+    [("torchvision", "NHWC"), ("bvlc", "NCHW"), ("inception5h", "NHWC"), ("bvlc_floor", "NCHW")],
+)
 def test_the_logits_are_pytorchs_for_images_of_any_number_and_size(
     networks: dict[str, Network],
     variant: str,
@@ -99,7 +107,10 @@ def test_the_logits_are_pytorchs_for_images_of_any_number_and_size(
     onnx.checker.check_model(tmp_path / "g.onnx", full_check=True)
     predict = engine(tmp_path / "g.onnx")
     least = NETWORKS[variant].min_size
-    for images in (photographs, *(random_images(*shape) for shape in [(3, least, least), (1, 97, 131), (2, 33, 50)])):
+    for images in (
+        photographs,
+        *(random_images(*shape) for shape in [(3, least, least), (1, 97, 131), (2, least + 2, 83)]),
+    ):
         pixels = images.astype(np.float32)
         given = pixels if layout == "NHWC" else pixels.transpose(0, 3, 1, 2)
         [logits] = predict(np.ascontiguousarray(given))

@@ -66,6 +66,19 @@ def test_same_padding_has_a_window_for_each_stride_and_an_odd_pixel_after_the_im
     np.testing.assert_array_equal(max_pool(jnp.asarray(images(h, w)), window, stride, "SAME"), expected)
 
 
+@pytest.mark.parametrize(("h", "w", "window", "stride"), [(12, 9, 3, 2), (4, 11, 2, 3), (3, 3, 3, 2)])
+def test_valid_padding_leaves_out_the_pixels_after_the_last_window(h: int, w: int, window: int, stride: int) -> None:
+    x = images(h, w)
+    with pytest.raises(ValueError, match="too few"):
+        max_pool(jnp.asarray(x[:, : window - 1]), window, stride, "VALID")
+    tensor = nchw(x).requires_grad_()
+    expected = torch.nn.functional.max_pool2d(tensor, window, stride)
+    expected.sum().backward()
+    np.testing.assert_array_equal(max_pool(jnp.asarray(x), window, stride, "VALID"), nhwc(expected))
+    gradient = jax.grad(lambda x: max_pool(x, window, stride, "VALID").sum())(jnp.asarray(x))
+    np.testing.assert_array_equal(gradient, nhwc(tensor.grad))
+
+
 def force(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make this machine compute the gradient of a max pool in the way of a TPU, or of all other platforms."""
     monkeypatch.setattr(platforms, "XLA_POOL_GRADIENT", PLATFORMS if way == "by XLA" else ())
