@@ -17,7 +17,7 @@ from flax_googlenet.commands.terminal import Messages
 from flax_googlenet.errors import listing, printable, url_without_secrets
 from flax_googlenet.images.files import display_name
 from flax_googlenet.model import Variables
-from flax_googlenet.weights import caffe, download, pth, tensorflow
+from flax_googlenet.weights import caffe, download, onnx, pth, tensorflow
 from flax_googlenet.weights.checkpoint import Weights, check_class_names, load_weights
 from flax_googlenet.weights.layouts import MAX_BYTES
 from flax_googlenet.weights.pretrained import PRETRAINED
@@ -38,9 +38,8 @@ class Request:
     """Whether to leave out the auxiliary heads."""
     transform_input: bool | None
     """Whether the network transforms its input; None means that only ``imagenet`` does."""
-    variant: str
-    """The network that the checkpoint holds: ``bvlc`` for a file of Caffe, ``inception5h`` for one of TensorFlow, or
-    else ``torchvision``."""
+    format: str
+    """Format of the file: ``caffe``, ``tensorflow``, ``onnx`` or else ``pytorch``."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +70,10 @@ def read_source(request: Request, messages: Messages) -> Source:
     if checkpoint == "random":
         name = checkpoint
         state_dict = {name: tensor.numpy() for name, tensor in reference.random_checkpoint().items()}
+        variant = "torchvision"
     else:
         name = url_without_secrets(checkpoint) if "://" in checkpoint else display_name(checkpoint)
-        state_dict, sha256, notes = _read_file(request, messages)
+        state_dict, sha256, notes, variant = _read_file(request, messages)
         if sha256.startswith(IMAGENET_HASH):
             class_names = reference.IMAGENET.meta["categories"]
             if checkpoint != "imagenet" and transform_input is None:
@@ -83,8 +83,8 @@ def read_source(request: Request, messages: Messages) -> Source:
     if request.without_aux:
         state_dict = {name: array for name, array in state_dict.items() if not name.startswith(("aux1.", "aux2."))}
     try:
-        if request.variant != "torchvision":
-            model, variables = caffe.network(name, state_dict, request.variant)
+        if variant != "torchvision":
+            model, variables = caffe.network(name, state_dict, variant)
             class_names = reference.IMAGENET.meta["categories"] if caffe.has_bvlc_classes(state_dict) else None
             return Source(name, sha256, state_dict, model, variables, class_names)
         variables = from_torchvision(state_dict)
@@ -110,8 +110,8 @@ def _read_file(request: Request, messages: Messages) -> pth.Checkpoint:
         else:
             path = Path(checkpoint)
         try:
-            others = {"bvlc": caffe.read, "inception5h": tensorflow.read}
-            found = others[request.variant](path) if request.variant in others else pth.read(path, request.key)
+            others = {"caffe": caffe.read, "tensorflow": tensorflow.read, "onnx": onnx.read}
+            found = others[request.format](path) if request.format in others else pth.read(path, request.key)
         except OSError as error:
             advice = "" if os.path.exists(path) else ": give a file, a URL, imagenet, bvlc or random"
             raise InputError(f"cannot read {path}: {error.strerror}{advice}") from error

@@ -1,4 +1,4 @@
-"""Ports a GoogLeNet checkpoint of PyTorch, Caffe or TensorFlow to Flax, and proves that the port computes the same."""
+"""Ports a GoogLeNet of PyTorch, Caffe, TensorFlow or ONNX to Flax, and proves that the port computes the same."""
 
 import argparse
 import json
@@ -13,8 +13,8 @@ from flax_googlenet.errors import printable
 from flax_googlenet.weights.download import name_in_url
 
 DESCRIPTION = """\
-Port a GoogLeNet checkpoint of torchvision's, Caffe's or TensorFlow's to Flax,
-and prove that the port is right: the same network in PyTorch and the Flax
+Port a GoogLeNet checkpoint of PyTorch, Caffe, TensorFlow or ONNX to Flax, and
+prove that the port is right: the same network in PyTorch and the Flax
 network run on the same photographs and random images, in float64 and in
 float32, and every stage is compared. The port is written only if all stages
 agree.
@@ -38,6 +38,8 @@ CHECKPOINT is one of
   FILE.caffemodel   weights of Berkeley's network for Caffe, with any number of
                     classes
   FILE.pb           weights of Google's network, inception5h, for TensorFlow
+  FILE.onnx         Berkeley's network as ONNX's model zoo has it: googlenet, or
+                    inception-v1, whose max pools round their sizes down
   http(s)://...     a file to download; if its name contains a hash, as in
                     googlenet-1378be20.pth, the file is checked against it
 
@@ -120,12 +122,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         if args.checkpoint in ("imagenet", "bvlc", "random") or "://" in args.checkpoint:
             parser.error(f"{back} needs a CHECKPOINT that this command wrote, a FILE.safetensors")
     name = name_in_url(args.checkpoint) if "://" in args.checkpoint else args.checkpoint
-    is_caffe = args.checkpoint == "bvlc" or name.endswith(".caffemodel")
-    args.variant = "bvlc" if is_caffe else "inception5h" if name.endswith(".pb") else "torchvision"
-    is_torchvision = args.variant == "torchvision"
-    if not is_torchvision and (args.diagnose or args.transform_input is not None):
+    formats = {".caffemodel": "caffe", ".pb": "tensorflow", ".onnx": "onnx"}
+    args.format = "caffe" if args.checkpoint == "bvlc" else formats.get(Path(name).suffix, "pytorch")
+    if args.format != "pytorch" and (args.diagnose or args.transform_input is not None):
         parser.error("--diagnose and --transform-input are for torchvision's network alone")
-    if args.key and (not is_torchvision or args.checkpoint in ("imagenet", "random")):
+    if args.key and (args.format != "pytorch" or args.checkpoint in ("imagenet", "random")):
         parser.error("--key needs a CHECKPOINT with several state dicts, a FILE.pth")
     if args.diagnose and (args.report or args.class_names or args.device):
         parser.error("--diagnose writes nothing: leave out --report, --class-names and --device")
@@ -192,7 +193,7 @@ def _run(args: argparse.Namespace, messages: Messages) -> Result:
         return port_back(Path(args.checkpoint), args.to_torchvision, args.report, device, screen, messages)
     if args.to_caffe:
         return port_to_caffe(Path(args.checkpoint), args.to_caffe, args.report, device, screen, messages)
-    request = Request(args.checkpoint, args.key, args.without_aux, args.transform_input, args.variant)
+    request = Request(args.checkpoint, args.key, args.without_aux, args.transform_input, args.format)
     if args.diagnose:
         return diagnose_port(request, args.output, screen, messages)
     return port(request, args.output, args.report, args.class_names, device, screen, messages)

@@ -29,14 +29,20 @@ from flax_googlenet.errors import listing, printable
 from flax_googlenet.files import write_atomically
 from flax_googlenet.images.files import display_name
 from flax_googlenet.model import Variables
-from flax_googlenet.weights import caffe, tensorflow
+from flax_googlenet.weights import caffe, onnx, tensorflow
 from flax_googlenet.weights.checkpoint import Weights
 from flax_googlenet.weights.download import name_in_url
 from flax_googlenet.weights.torchvision import shapes_by_path, to_arrays
 
 jax.config.update("jax_enable_x64", True)  # the proof needs float64
 
-_INPUTS = {"bvlc": caffe.INPUT, "inception5h": tensorflow.INPUT}
+_FACTS = {
+    "torchvision": {},
+    "bvlc": {"input": caffe.INPUT},
+    "bvlc_floor": {"input": caffe.INPUT, "pools": onnx.FLOOR_POOLS},
+    "inception5h": {"input": tensorflow.INPUT},
+}
+"""Variant -> what the metadata of files and the report say about it."""
 
 
 def port(
@@ -68,7 +74,7 @@ def port(
     source = read_source(request, messages)
     model = source.model
     names = read_class_names(class_names, model.num_classes) if class_names else source.class_names
-    is_known = request.variant != "torchvision" or checkpoint in ("imagenet", "random") or source.class_names
+    is_known = model.variant != "torchvision" or checkpoint in ("imagenet", "random") or source.class_names
     if request.transform_input is None and not is_known:
         advice = "add --transform-input if the network was built with it, as fine-tuned ImageNet weights are"
         messages.note(f"note: transform_input is assumed to be off: {advice}")
@@ -95,7 +101,7 @@ def port_back(
     weights = read_port(checkpoint)
     model = weights.model
     if model.variant != "torchvision":
-        advice = {"bvlc": "use --to-caffe", "inception5h": "it goes back to no other format"}[model.variant]
+        advice = "use --to-caffe" if model.variant == "bvlc" else "it goes back to no other format"
         raise flax_googlenet.PortingError(f"{checkpoint} is not torchvision's network, but the paper's: {advice}")
     try:
         state_dict = flax_googlenet.to_torchvision(weights.variables)
@@ -143,6 +149,7 @@ def port_to_caffe(
     if model.variant != "bvlc":
         reason = {
             "torchvision": "is not the paper's network, but torchvision's: use --to-torchvision",
+            "bvlc_floor": "has max pools that round their sizes down, and Caffe's round up",
             "inception5h": "is the paper's network as Google trained it, and Caffe's has other layers",
         }[model.variant]
         raise flax_googlenet.PortingError(f"{checkpoint} {reason}")
@@ -214,7 +221,7 @@ def _facts(source: str, source_sha256: str | None, model: GoogLeNet, proof: Proo
         "num_classes": model.num_classes,
         "aux_logits": model.aux_logits,
         "transform_input": model.transform_input,
-        **({"input": _INPUTS[model.variant]} if model.variant in _INPUTS else {}),
+        **_FACTS[model.variant],
         "parity": summary(proof),
         **({"device": proof.device} if proof.device else {}),
         "versions": {"python": platform.python_version()}

@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # "as" the same name tells type checkers that the name is pub
     from flax_googlenet.weights.checkpoint import load_metadata as load_metadata
     from flax_googlenet.weights.checkpoint import save as save
     from flax_googlenet.weights.download import DownloadError as DownloadError
+    from flax_googlenet.weights.onnx import from_onnx as from_onnx
     from flax_googlenet.weights.pretrained import pretrained as pretrained
     from flax_googlenet.weights.pth import StateDictError as StateDictError
     from flax_googlenet.weights.pth import read_state_dict as read_state_dict
@@ -48,6 +49,7 @@ else:  # hidden from type checkers, which would accept any name because of __get
         "weights.download": ("DownloadError",),
         "weights.pretrained": ("pretrained",),
         "weights.pth": ("StateDictError", "read_state_dict"),
+        "weights.onnx": ("from_onnx",),
         "weights.tensorflow": ("from_tensorflow",),
         "weights.torchvision": ("PortingError", "from_torchvision", "to_torchvision"),
         "training": (),

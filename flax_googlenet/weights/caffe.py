@@ -152,7 +152,7 @@ def has_bvlc_classes(state_dict: dict[str, np.ndarray]) -> bool:
     return hashlib.sha256(weight.data).hexdigest().startswith(_BVLC_CLASSIFIER)
 
 
-def _state_dict(message: memoryview) -> dict[str, np.ndarray]:
+def _state_dict(message: memoryview) -> tuple[dict[str, np.ndarray], str]:
     layers = list(_layers(message))
     if not layers:
         raise StateDictError(
@@ -170,7 +170,7 @@ def _state_dict(message: memoryview) -> dict[str, np.ndarray]:
             if key in state_dict:
                 raise StateDictError(f"it has two layers with the name {name[:60]}")
             state_dict[key] = blob
-    return state_dict
+    return state_dict, "bvlc"
 
 
 def _modules(has_aux: bool) -> dict[str, str]:

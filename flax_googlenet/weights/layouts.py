@@ -110,9 +110,11 @@ def read_structure(file: io.BufferedReader, suffix: str) -> Contents:
         raise StateDictError("this is a file of Caffe: flax_googlenet.from_caffe reads it")
     if suffix == ".pb":
         raise StateDictError("this is a file of TensorFlow: flax_googlenet.from_tensorflow reads it")
+    if suffix == ".onnx":
+        raise StateDictError("this is an ONNX model: flax_googlenet.from_onnx reads those of the model zoo")
     raise StateDictError(
         "this is neither a file from torch.save nor a .safetensors, or its first bytes are damaged; "
-        "the name of a file of TensorFlow must end in .pb, and of one of Caffe in .caffemodel"
+        "the name of a file of TensorFlow must end in .pb, of Caffe in .caffemodel, and of ONNX in .onnx"
     )
 
 

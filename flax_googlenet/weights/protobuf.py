@@ -1,4 +1,4 @@
-"""Reads and writes messages of Protocol Buffers, of which the files of Caffe and TensorFlow consist.
+"""Reads and writes messages of Protocol Buffers, of which the files of Caffe, TensorFlow and ONNX consist.
 
 Files are untrusted. Each number in one is checked before it has any effect, and the size of a file limits the memory
 and the time that reading it takes. The format has no checksum, so only a hash of the file shows a damaged weight.
@@ -9,7 +9,7 @@ Reference: https://protobuf.dev/programming-guides/encoding/
 import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
@@ -26,13 +26,13 @@ _FIXED_SIZES = {1: 8, 5: 4}
 
 
 def read(
-    path: str | os.PathLike[str], parse: Callable[[memoryview], dict[str, np.ndarray]], if_text: str
+    path: str | os.PathLike[str], parse: Callable[[memoryview], tuple[dict[str, np.ndarray], str]], if_text: str
 ) -> Checkpoint:
     """Read the weights of a file that is one message of Protocol Buffers.
 
     Args:
         path: File to read.
-        parse: Returns the weights in a message, or raises a StateDictError.
+        parse: Returns the weights in a message and their variant, or raises a StateDictError.
         if_text: What to say about a file of text.
 
     Raises:
@@ -41,10 +41,10 @@ def read(
     """
     try:
         data = _read_message(path, if_text)
-        state_dict = parse(memoryview(data))
+        state_dict, variant = parse(memoryview(data))
     except StateDictError as error:
         raise StateDictError(f"{os.fspath(path)}: {printable(str(error))}") from error
-    return Checkpoint(state_dict, hashlib.sha256(data).hexdigest(), [])
+    return Checkpoint(state_dict, hashlib.sha256(data).hexdigest(), [], variant)
 
 
 def _read_message(path: str | os.PathLike[str], if_text: str) -> bytes:
@@ -101,6 +101,11 @@ class Reader:
         for number, value in self.fields(message):
             values[number].append(value)
         return values
+
+
+def part(message: Mapping[int, list[int | memoryview]], number: int) -> memoryview:
+    """Return the bytes of a field, which are empty if the message does not have it."""
+    return as_bytes(message[number][-1]) if message[number] else memoryview(b"")
 
 
 def varint(message: memoryview, position: int) -> tuple[int, int]:

@@ -38,6 +38,8 @@ class Checkpoint(NamedTuple):
     """SHA-256 digest of the file, in hexadecimal digits."""
     notes: list[str]
     """Notes on how the state dict was found and on what was left out, one line each."""
+    variant: str = "torchvision"
+    """Name of the network, as for ``GoogLeNet``."""
 
 
 def read_state_dict(path: str | os.PathLike[str], key: str | None = None) -> dict[str, np.ndarray]:

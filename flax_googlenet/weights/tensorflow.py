@@ -12,7 +12,7 @@ References:
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +23,7 @@ from flax_googlenet.model import GoogLeNet
 from flax_googlenet.weights import caffe, protobuf
 from flax_googlenet.weights.layouts import MAX_BYTES
 from flax_googlenet.weights.pickles import MAX_AXES, MAX_NAME, StateDictError
-from flax_googlenet.weights.protobuf import Reader, as_bytes, integer, integers, numbers
+from flax_googlenet.weights.protobuf import Reader, as_bytes, integer, integers, numbers, part
 from flax_googlenet.weights.pth import Checkpoint
 from flax_googlenet.weights.torchvision import TORCH_AXES
 
@@ -85,7 +85,7 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
     return protobuf.read(path, _state_dict, "this is text, such as a .pbtxt: give the .pb, which has the weights")
 
 
-def _state_dict(graph: memoryview) -> dict[str, np.ndarray]:
+def _state_dict(graph: memoryview) -> tuple[dict[str, np.ndarray], str]:
     reader, modules = Reader(), _modules()
     state_dict: dict[str, np.ndarray] = {}
     differences: list[str] = []
@@ -105,7 +105,7 @@ def _state_dict(graph: memoryview) -> dict[str, np.ndarray]:
         raise StateDictError("it has no nodes with weights: it is not a frozen GraphDef, or is damaged")
     if differences:
         raise StateDictError(f"its operations are not those of inception5h: {listing(differences, 3)}")
-    return state_dict
+    return state_dict, "inception5h"
 
 
 def _modules() -> dict[str, str]:
@@ -125,25 +125,20 @@ def _nodes(reader: Reader, graph: memoryview) -> Iterator[_Node]:
     for number, value in reader.fields(graph):
         if number == 1:
             node = reader.message(as_bytes(value))
-            name = bytes(_part(node, 1)[: MAX_NAME + 1]).decode(errors="surrogateescape")
+            name = bytes(part(node, 1)[: MAX_NAME + 1]).decode(errors="surrogateescape")
             if len(name) > MAX_NAME:
                 raise StateDictError(f"a node has a name of more than {MAX_NAME:,} characters")
             entries = [reader.message(as_bytes(entry)) for entry in node[5]]
-            attributes = {bytes(_part(entry, 1)[:MAX_NAME]): _part(entry, 2) for entry in entries}
-            yield _Node(name, bytes(_part(node, 2)[:MAX_NAME]), attributes)
-
-
-def _part(message: Mapping[int, list[int | memoryview]], number: int) -> memoryview:
-    """Return the bytes of a field, which are empty if the message does not have it."""
-    return as_bytes(message[number][-1]) if message[number] else memoryview(b"")
+            attributes = {bytes(part(entry, 1)[:MAX_NAME]): part(entry, 2) for entry in entries}
+            yield _Node(name, bytes(part(node, 2)[:MAX_NAME]), attributes)
 
 
 def _constant(reader: Reader, node: _Node) -> np.ndarray | None:
     """Return the tensor of a ``Const``, or None if its numbers are not float32 or float64."""
-    tensor = reader.message(_part(reader.message(node.attributes.get(b"value", memoryview(b""))), 8))
+    tensor = reader.message(part(reader.message(node.attributes.get(b"value", memoryview(b""))), 8))
     if not tensor[1] or tensor[1][-1] not in _DTYPES:
         return None
-    dims = [reader.message(as_bytes(dim)) for dim in reader.message(_part(tensor, 2))[2]]
+    dims = [reader.message(as_bytes(dim)) for dim in reader.message(part(tensor, 2))[2]]
     if len(dims) > MAX_AXES:
         raise StateDictError(f"a tensor has more than {MAX_AXES} axes")
     shape = [integer(dim[1][-1]) if dim[1] else 0 for dim in dims]

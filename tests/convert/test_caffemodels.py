@@ -1,4 +1,4 @@
-"""The command with files of Caffe and TensorFlow: every stage of a port is proven, and wrong files are refused."""
+"""The command with files of Caffe, TensorFlow and ONNX: every stage is proven, and wrong files are refused."""
 
 import json
 import zipfile
@@ -12,6 +12,7 @@ import pytest
 from caffe_files import caffemodel
 from flax.traverse_util import flatten_dict
 from inception5h import Inception5h
+from onnx_files import zoo
 from tensorflow_files import graph
 
 import flax_googlenet
@@ -81,6 +82,28 @@ def test_a_graph_of_tensorflow_is_ported_proven_and_written_with_its_heads(
     assert "RGB in [0, 255] minus 117" in flax_googlenet.load_metadata("graph.safetensors")["input"]
 
 
+@pytest.mark.slow
+def test_a_model_of_the_zoo_whose_pools_round_down_is_ported_as_what_it_is(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("inception-v1.onnx").write_bytes(zoo(bvlc.random_weights(num_classes=7), floor=True).SerializeToString())
+    assert port_weights.main(["inception-v1.onnx", "--json", "--report", "report.html"]) == 0
+    out, err = capsys.readouterr()
+    assert err.startswith("note: the max pools round their sizes down")
+    result = json.loads(out)
+    assert result["variant"] == "bvlc_floor"
+    assert len(result["parity"]) == 20
+    assert all(errors["float64"] < 1e-12 for errors in result["parity"].values())
+    model, variables = flax_googlenet.load("inception-v1.safetensors")
+    expected_model, expected = flax_googlenet.from_onnx("inception-v1.onnx")
+    assert model == expected_model
+    jax.tree.map(np.testing.assert_array_equal, variables, expected)
+    metadata = flax_googlenet.load_metadata("inception-v1.safetensors")
+    assert "BGR" in metadata["input"]
+    for pools in (result["pools"], metadata["pools"], Path("report.html").read_text()):
+        assert "round their sizes down" in pools
+
+
 def test_a_zip_with_a_graph_is_refused_with_the_way_out(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with zipfile.ZipFile("inception5h.zip", "w") as archive:
         archive.writestr("tensorflow_inception_graph.pb", b"graph")
@@ -89,7 +112,7 @@ def test_a_zip_with_a_graph_is_refused_with_the_way_out(here: Path, capsys: pyte
 
 
 def test_each_network_goes_back_to_its_own_format_alone(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for variant in ("torchvision", "bvlc", "inception5h"):
+    for variant in ("torchvision", "bvlc", "inception5h", "bvlc_floor"):
         model = flax_googlenet.GoogLeNet(variant=variant, num_classes=1, aux_logits=False)
         zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), flax_googlenet.model.variable_shapes(model))
         flax_googlenet.save(f"{variant}.safetensors", model, zeros)
@@ -101,16 +124,20 @@ def test_each_network_goes_back_to_its_own_format_alone(here: Path, capsys: pyte
     assert "goes back to no other format" in capsys.readouterr().err
     assert port_weights.main(["inception5h.safetensors", "--to-caffe", "no.caffemodel"]) == 4
     assert "as Google trained it" in capsys.readouterr().err
+    assert port_weights.main(["bvlc_floor.safetensors", "--to-caffe", "no.caffemodel"]) == 4
+    assert "round their sizes down, and Caffe's round up" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         port_weights.main(["torchvision.safetensors", "--to-caffe", "no.caffemodel", "--to-torchvision", "no.pth"])
     assert not [*here.glob("no.*")]
 
 
-def test_a_wrong_caffemodel_is_refused_in_one_line(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_file_is_refused_in_one_line(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights = bvlc.random_weights(num_classes=2)
     contents = {
         "cut.caffemodel": caffemodel(weights)[:10_000],
         "page.caffemodel": b"<!doctype html>",
+        "cut.onnx": zoo(weights).SerializeToString()[:10_000],
+        "pointer.onnx": b"version https://git-lfs.github.com/spec/v1",
         "heads.caffemodel": caffemodel({**weights, "aux1.fc2.bias": np.zeros(3)}),
     }
     for name, content in contents.items():
@@ -124,7 +151,7 @@ def test_a_wrong_caffemodel_is_refused_in_one_line(here: Path, capsys: pytest.Ca
 
 
 @pytest.mark.parametrize(
-    "checkpoint", ["bvlc", "network.caffemodel", "http://host/network.caffemodel?download=true", "graph.pb"]
+    "checkpoint", ["bvlc", "network.caffemodel", "http://host/network.caffemodel?download=true", "graph.pb", "net.onnx"]
 )
 @pytest.mark.parametrize("option", ["--diagnose", "--transform-input", "--no-transform-input", "--key=model"])
 def test_options_of_torchvisions_network_are_refused(

@@ -329,6 +329,7 @@ def test_the_public_names_are_those_of_the_contract() -> None:
         "export",
         "fold_batch_norm",
         "from_caffe",
+        "from_onnx",
         "from_tensorflow",
         "from_torchvision",
         "load",
