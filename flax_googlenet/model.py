@@ -143,8 +143,7 @@ class ConvBN(nn.Module):
             use_bias=not self.batch_norm,
             kernel_init=self.kernel_init,
             bias_init=nn.initializers.constant(0.2 if NETWORKS[self.variant].caffe_init else 0.0),
-            # Not at inference: ports are proven with plain convolutions, and make_predictor has a graph of its own.
-            conv_general_dilated=winograd.convolution if train else None,
+            conv_general_dilated=self.convolution(train),
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             precision=self.precision,  # type: ignore[arg-type]  # Flax's annotation is narrower than JAX's
@@ -153,6 +152,13 @@ class ConvBN(nn.Module):
         if self.batch_norm:
             x = BatchNorm(dtype=self.dtype, param_dtype=self.param_dtype, name="bn")(x, train)
         return self.relu(_stage(self, "pre_relu", x))
+
+    def convolution(self, train: bool) -> Callable[..., jax.Array] | None:
+        """Return what computes the convolution. This is a method so that ``intercept_methods`` can change it.
+
+        At inference it is JAX's: ports are proven with plain convolutions, and make_predictor has a graph of its own.
+        """
+        return winograd.convolution if train else None
 
     def relu(self, x: jax.Array) -> jax.Array:
         """Return max(x, 0). This is a method so that ``flax.linen.intercept_methods`` can change its gradient."""

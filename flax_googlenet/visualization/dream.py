@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
+from flax import linen as nn
 from jax import numpy as jnp
 from jaxtyping import Array, Float
 
@@ -15,7 +16,7 @@ from flax_googlenet.architecture import NETWORKS, stage_name
 from flax_googlenet.images.preprocessing import ImageError, ImageSource, rgb
 from flax_googlenet.inference.compiling import jit
 from flax_googlenet.model import GoogLeNet, Variables, endpoints
-from flax_googlenet.visualization.features import normalise
+from flax_googlenet.visualization.features import convolve_as_in_training, normalise
 
 
 def deep_dream(
@@ -99,7 +100,8 @@ def _step(
 ) -> Callable[[Variables, jax.Array, jax.Array, float | jax.Array], jax.Array]:
     def step(variables: Variables, picture: jax.Array, key: jax.Array, step_size: float | jax.Array) -> jax.Array:
         def objective(part: jax.Array) -> jax.Array:
-            features = endpoints(model, variables, normalise(part[None]), branches=True)[stage]
+            with nn.intercept_methods(convolve_as_in_training):
+                features = endpoints(model, variables, normalise(part[None]), branches=True)[stage]
             return jnp.square(features.astype(jnp.float32)).mean()
 
         height, width, _ = picture.shape
