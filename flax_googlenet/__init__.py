@@ -12,6 +12,8 @@ if TYPE_CHECKING:  # "as" the same name tells type checkers that the name is pub
     from flax_googlenet.images.preprocessing import ImageError as ImageError
     from flax_googlenet.images.preprocessing import preprocess as preprocess
     from flax_googlenet.images.preprocessing import preprocess_batch as preprocess_batch
+    from flax_googlenet.inference.batches import BatchPredictor as BatchPredictor
+    from flax_googlenet.inference.batches import decode_batch as decode_batch
     from flax_googlenet.inference.export import ExportError as ExportError
     from flax_googlenet.inference.export import export as export
     from flax_googlenet.inference.folding import fold_batch_norm as fold_batch_norm
@@ -40,6 +42,7 @@ else:  # hidden from type checkers, which would accept any name because of __get
     _MODULES = {
         "errors": ("GoogLeNetError",),
         "images.preprocessing": ("ImageError", "preprocess", "preprocess_batch"),
+        "inference.batches": ("BatchPredictor", "decode_batch"),
         "inference.export": ("ExportError", "export"),
         "inference.folding": ("fold_batch_norm",),
         "inference.predictor": ("Predictor", "make_predictor"),

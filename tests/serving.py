@@ -1,4 +1,4 @@
-"""A local server that misbehaves as servers do, for the tests of downloads."""
+"""Local servers: one that misbehaves as servers do, for the tests of downloads, and an object store."""
 
 import re
 import sys
@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+from xml.sax.saxutils import escape
 
 Answer = Callable[["Handler"], object]
 
@@ -92,5 +94,50 @@ def serve(content: bytes) -> Iterator[Server]:
             yield server
         finally:
             server.is_over.set()
+            server.shutdown()
+            thread.join()
+
+
+class ObjectStoreHandler(BaseHTTPRequestHandler):
+    """What reading needs of the protocol of Amazon's S3: objects, and the list of a bucket. It checks no signature."""
+
+    protocol_version = "HTTP/1.1"
+    bucket: str
+    objects: dict[str, bytes]
+
+    def do_GET(self) -> None:
+        url = urlsplit(self.path)
+        _, bucket, key = (unquote(url.path) + "/").split("/", 2)
+        content, status, headers = self.objects.get(key.rstrip("/")), 200, {"ETag": '"1"'}
+        if bucket == self.bucket and "list-type=2" in url.query:
+            prefix = parse_qs(url.query).get("prefix", [""])[0]
+            keys = [key for key in self.objects if key.startswith(prefix)]
+            sizes = [(escape(key), len(self.objects[key])) for key in keys]
+            entries = "".join(f"<Contents><Key>{key}</Key><Size>{size}</Size></Contents>" for key, size in sizes)
+            content = f"<ListBucketResult><KeyCount>{len(keys)}</KeyCount>{entries}</ListBucketResult>".encode()
+            headers["Content-Type"] = "application/xml"
+        elif content is None:
+            status, content = 404, b"<Error><Code>NoSuchKey</Code></Error>" if self.command == "GET" else b""
+        elif match := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")):
+            headers["Content-Range"] = f"bytes {match[1]}-{match[2]}/{len(content)}"
+            status, content = 206, content[int(match[1]) : int(match[2]) + 1]
+        send(self, status, b"" if self.command == "HEAD" else content, headers | {"Content-Length": str(len(content))})
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
+        pass
+
+
+@contextmanager
+def serve_objects(bucket: str, objects: dict[str, bytes]) -> Iterator[str]:
+    """Serve objects, by key, for the time of a block; yield the query with which PyArrow's ``s3://`` URLs find them."""
+    handler = type("Handler", (ObjectStoreHandler,), {"bucket": bucket, "objects": objects})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield f"endpoint_override=127.0.0.1:{server.server_port}&scheme=http&region=us-east-1"
+        finally:
             server.shutdown()
             thread.join()

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import arg
 
 from flax_googlenet.commands.arguments import Flag, Number, OptionalFile, OptionalWeights, require_batch_size
-from flax_googlenet.commands.results import SUFFIXES, Row, open_results, rank
+from flax_googlenet.commands.results import SUFFIXES, Row, open_results
 from flax_googlenet.commands.status import Status, UsageError
 from flax_googlenet.commands.streaming import ImageStream
 from flax_googlenet.commands.terminal import Messages, require_folder_of, write_output
@@ -72,7 +72,7 @@ def classify(
     from rich.console import Console
 
     from flax_googlenet.inference.compiling import require_backend, use_compilation_cache
-    from flax_googlenet.inference.predictor import make_predictor, probabilities
+    from flax_googlenet.inference.predictor import make_predictor, probabilities, rank
 
     use_compilation_cache()
     require_backend()

@@ -8,7 +8,7 @@ from tyro.conf import arg
 from flax_googlenet.commands.arguments import Number, OptionalWeights, Picture, Stage, known_stage
 from flax_googlenet.commands.status import CommandError, Status, UsageError
 from flax_googlenet.commands.terminal import Messages, require_picture, write_output, writing
-from flax_googlenet.commands.weights import open_weights, require_finite
+from flax_googlenet.commands.weights import open_weights
 from flax_googlenet.errors import printable
 
 
@@ -63,6 +63,7 @@ def dream(
     from flax_googlenet.inference.compiling import require_backend, use_compilation_cache
     from flax_googlenet.visualization import deep_dream
     from flax_googlenet.visualization.pictures import to_picture, write_picture
+    from flax_googlenet.weights.checkpoint import require_finite
 
     use_compilation_cache()
     require_backend()

@@ -7,7 +7,6 @@ from typing import Annotated
 from tyro.conf import arg
 
 from flax_googlenet.commands.arguments import Number, OptionalWeights, Picture, Stage, known_stage
-from flax_googlenet.commands.results import rank
 from flax_googlenet.commands.status import CommandError, Status, UsageError
 from flax_googlenet.commands.terminal import Messages, require_picture, write_output, writing
 from flax_googlenet.commands.weights import open_weights
@@ -59,7 +58,7 @@ def explain(
 
     from flax_googlenet.images.preprocessing import denormalise, preprocess, rgb
     from flax_googlenet.inference.compiling import require_backend, use_compilation_cache
-    from flax_googlenet.inference.predictor import make_predictor, probabilities
+    from flax_googlenet.inference.predictor import make_predictor, probabilities, rank
     from flax_googlenet.visualization import grad_cam
     from flax_googlenet.visualization.pictures import draw_explanation
 

@@ -1,6 +1,6 @@
 """``flax-googlenet features``."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from tyro.conf import arg
 
@@ -16,7 +16,7 @@ from flax_googlenet.commands.arguments import (
 from flax_googlenet.commands.status import CommandError, Status, UsageError
 from flax_googlenet.commands.streaming import ImageStream
 from flax_googlenet.commands.terminal import Messages, require_folder_of
-from flax_googlenet.commands.weights import open_weights, require_finite
+from flax_googlenet.commands.weights import open_weights
 
 
 def features(
@@ -75,14 +75,13 @@ def features(
     require_folder_of(output)
     known_stage(stage)
 
-    import functools
-
     import jax
     import numpy as np
     from jax import numpy as jnp
 
     from flax_googlenet.inference import compiling
-    from flax_googlenet.model import endpoints
+    from flax_googlenet.inference.stages import feature_function
+    from flax_googlenet.weights.checkpoint import require_finite
 
     compiling.use_compilation_cache()
     compiling.require_backend()
@@ -95,11 +94,7 @@ def features(
     # Checked again, because torchvision's network has no stages norm1 and norm2.
     name, size = known_stage(stage, loaded.model.variant), loaded.image_size
 
-    @functools.partial(jax.jit, compiler_options=compiling.compiler_options(jax.default_backend()))
-    def compute(variables: Any, pixels: jax.Array) -> jax.Array:
-        value = endpoints(loaded.model, variables, pixels, branches=True)[name]  # [N, H, W, C] or [N, C]
-        return value if positions or value.ndim == 2 else value.mean((1, 2))
-
+    compute = feature_function(loaded.model, name, positions=positions)
     variables = jax.device_put(loaded.variables)
     pixels = jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.float32)
     source = Source(loaded.digest, name, compute.eval_shape(variables, pixels).shape[1:])

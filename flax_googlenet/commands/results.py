@@ -17,18 +17,14 @@ import io
 import json
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 from flax_googlenet.commands.streaming import Growing, OtherContentsError, open_growing, open_parquet, whole_lines
 from flax_googlenet.errors import printable
 from flax_googlenet.files import write_atomically
-
-if TYPE_CHECKING:
-    import numpy as np
-    from jaxtyping import Float64
 
 SUFFIXES = (".csv", ".jsonl", ".parquet")
 
@@ -40,20 +36,6 @@ _FORMULA = re.compile("'*[=+@\uff1d\uff0b\uff0d\uff20-]")
 Apostrophes may come first: a name that begins with an apostrophe and such a sign gets a second apostrophe, so that
 ``_text`` never removes one that belongs to the name.
 """
-
-
-def rank(
-    probabilities: "Float64[np.ndarray, 'num_classes']", top: int, class_names: Sequence[str] | None
-) -> list[dict[str, int | str | float | None]]:
-    """Return the predictions of a row: the ``top`` likeliest classes, the likeliest first."""
-    return [
-        {
-            "index": int(index),
-            "label": class_names[index] if class_names else None,
-            "probability": float(f"{probabilities[index]:.6g}"),  # the logits are float32
-        }
-        for index in (-probabilities).argsort(kind="stable")[:top]
-    ]
 
 
 class Results(Growing):
@@ -206,9 +188,10 @@ def _csv_rows(file: BinaryIO, top: int) -> Iterator[Row | None]:
 def _parquet_schema() -> Any:
     import pyarrow
 
+    from flax_googlenet.inference.predictor import predictions_type
+
     text = pyarrow.string()
-    prediction = pyarrow.struct({"index": pyarrow.int64(), "label": text, "probability": pyarrow.float64()})
-    return pyarrow.schema({"image": text, "predictions": pyarrow.list_(prediction), "weights": text})
+    return pyarrow.schema({"image": text, "predictions": predictions_type(), "weights": text})
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:

@@ -62,17 +62,6 @@ def open_weights(named: Path | None, messages: Messages) -> tuple[Path, "Weights
     return path, weights
 
 
-def require_finite(path: Path, weights: "Weights") -> None:
-    """Raise a CheckpointError if a weight is not finite, which pictures and features might hide."""
-    import jax
-    import numpy as np
-
-    from flax_googlenet.weights.checkpoint import CheckpointError
-
-    if not all(np.isfinite(array).all() for array in jax.tree.leaves(weights.variables)):
-        raise CheckpointError(f"{path} is damaged: some of its weights are not finite")
-
-
 def default_weights(messages: Messages) -> Path:
     """Return the file of weights in the working folder, or else the name ``imagenet``, and say that it is taken."""
     for path in DEFAULTS:

@@ -5,6 +5,7 @@ The preset is ``torchvision.models.GoogLeNet_Weights.IMAGENET1K_V1.transforms()`
 """
 
 import errno
+import io
 import os
 import stat
 import struct
@@ -28,7 +29,7 @@ CROP = 224
 
 INSTALL_HEIF = "pip install pillow-heif"
 
-ImageSource = str | os.PathLike[str] | Image.Image | np.ndarray
+ImageSource = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
 
 _MARGIN = (RESIZE - CROP) // 2
 # Of a longer side only the part in the crop is enlarged: 1x20000 pixels would become 256x5120000.
@@ -74,9 +75,9 @@ def preprocess(image: ImageSource, size: int = CROP) -> Float32[np.ndarray, "siz
     unless all are below 256. Only the first frame of an animation is used.
 
     Args:
-        image: The path of a file that Pillow reads, a Pillow image, or a uint8 RGB array [H, W, 3]. HEIC is read where
-            the package pillow-heif is installed. Files that only another program can decode, such as EPS, are refused:
-            if you trust one, open it with Pillow and pass the image.
+        image: The path of a file that Pillow reads, the bytes of such a file, a Pillow image, or a uint8 RGB array
+            [H, W, 3]. HEIC is read where the package pillow-heif is installed. Files that only another program can
+            decode, such as EPS, are refused: if you trust one, open it with Pillow and pass the image.
         size: Height and width of the result, in pixels: those of the training images. The result shows the same part
             of the image at any size: the middle 224 / 256 of the short side, and as much of the long side.
 
@@ -87,13 +88,18 @@ def preprocess(image: ImageSource, size: int = CROP) -> Float32[np.ndarray, "siz
         ImageError: If there is no such file, if it is damaged or not an image, if it has more pixels than
             ``PIL.Image.MAX_IMAGE_PIXELS``, or if the array has another dtype or shape.
     """
+    return normalise(crop(image, size))
+
+
+def crop(image: ImageSource, size: int = CROP) -> Image.Image:
+    """Return the pixels of ``preprocess`` before they are normalised, in RGB; raise the same errors."""
     picture = rgb(image)
     if size == CROP:
-        return normalise(_resize_and_crop(picture))
+        return _resize_and_crop(picture)
     side = min(picture.size) * CROP / RESIZE
     left, top = (picture.width - side) / 2, (picture.height - side) / 2
     box = (left, top, left + side, top + side)
-    return normalise(picture.resize((size, size), Image.Resampling.BILINEAR, box=box))
+    return picture.resize((size, size), Image.Resampling.BILINEAR, box=box)
 
 
 def preprocess_batch(
@@ -144,28 +150,36 @@ def rgb(source: ImageSource) -> Image.Image:
         return _from_array(source)
     if isinstance(source, Image.Image):
         name = str(getattr(source, "filename", "") or "the image")
+    elif isinstance(source, bytes):
+        name = "the image"
     elif isinstance(source, str | os.PathLike):
         name = os.fsdecode(source)
     else:
         raise ImageError(
-            f"an image must be a path, a PIL.Image or a uint8 array [H, W, 3], not {type(source).__name__}: "
-            "use numpy.asarray for an array, PIL.Image.open(io.BytesIO(data)) for the bytes of a file"
+            "an image must be a path, the bytes of a file, a PIL.Image or a uint8 array [H, W, 3], not "
+            f"{type(source).__name__}: use numpy.asarray for an array"
         )
     try:
         if isinstance(source, Image.Image):
             return _to_rgb(source, name, from_file=False)
-        # Opening a pipe would wait for its writer.
-        if not stat.S_ISREG((status := os.stat(source)).st_mode):
-            raise ImageError(f"{name} is {'a folder' if stat.S_ISDIR(status.st_mode) else 'no file'}: name an image")
-        if status.st_size == 0:
+        if isinstance(source, bytes):
+            is_empty = not source
+        else:
+            # Opening a pipe would wait for its writer.
+            if not stat.S_ISREG((status := os.stat(source)).st_mode):
+                kind = "a folder" if stat.S_ISDIR(status.st_mode) else "no file"
+                raise ImageError(f"{name} is {kind}: name an image")
+            is_empty = status.st_size == 0
+        if is_empty:
             raise ImageError(f"{name} is empty: get a new copy")
         Image.init()  # fills Image.ID with all formats
-        with Image.open(source, formats=[name for name in Image.ID if name not in _NOT_OPENED]) as image:
+        file = io.BytesIO(source) if isinstance(source, bytes) else source
+        with Image.open(file, formats=[name for name in Image.ID if name not in _NOT_OPENED]) as image:
             return _to_rgb(image, name, from_file=True)
     except ImageError:
         raise
     except UnidentifiedImageError as error:
-        if _is_heif(name) and not reads_heif():
+        if _is_heif(source if isinstance(source, bytes) else name) and not reads_heif():
             raise ImageError(f"{name} is in HEIC, which Pillow cannot read alone: {INSTALL_HEIF}") from error
         raise ImageError(f"{name} is not an image that Pillow can read: convert it to PNG or JPEG") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -250,9 +264,9 @@ def _to_8_bits(image: Image.Image, name: str) -> UInt8[np.ndarray, "h w"]:
     return ((grey + 128) // 257).astype(np.uint8)
 
 
-def _is_heif(path: str) -> bool:
+def _is_heif(source: str | bytes) -> bool:
     """Return whether a file starts like HEIF, whatever its name is: phones also send HEIC as .jpg."""
-    with suppress(OSError), open(path, "rb") as file:
+    with suppress(OSError), io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
         start = file.read(12)
         return start[4:8] == b"ftyp" and start[8:] in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
     return False

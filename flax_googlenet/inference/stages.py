@@ -1,5 +1,6 @@
-"""The stages of a network: their output shapes, parameters and multiply-adds."""
+"""The stages of a network: their output shapes, parameters and multiply-adds, and their values as features."""
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -8,7 +9,8 @@ from flax.traverse_util import flatten_dict
 from jax import numpy as jnp
 
 from flax_googlenet.images.preprocessing import CROP
-from flax_googlenet.model import GoogLeNet
+from flax_googlenet.inference import compiling
+from flax_googlenet.model import GoogLeNet, Variables, endpoints
 
 
 class Stage(NamedTuple):
@@ -53,3 +55,20 @@ def summarize(model: GoogLeNet, size: int = CROP) -> list[Stage]:
         return Stage(name, output.shape[1:], sum(leaf.size for leaf in own.values()), multiply_adds)
 
     return [stage(name) for name in order + [name for name in ("aux1", "aux2") if model.aux_logits]]
+
+
+def feature_function(model: GoogLeNet, stage: str, *, positions: bool = False) -> Any:
+    """Return a function from variables and images [N, H, W, 3] to the features of a stage, compiled by ``jax.jit``.
+
+    Args:
+        model: The network.
+        stage: The name of a stage or branch in the result of ``endpoints``.
+        positions: Whether to return the features of every position, [N, H, W, C]. Otherwise their mean, [N, C].
+    """
+
+    @functools.partial(jax.jit, compiler_options=compiling.compiler_options(jax.default_backend()))
+    def compute(variables: Variables, images: jax.Array) -> jax.Array:
+        value = endpoints(model, variables, images, branches=True)[stage]  # [N, H, W, C] or [N, C]
+        return value if positions or value.ndim == 2 else value.mean((1, 2))
+
+    return compute

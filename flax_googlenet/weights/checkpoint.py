@@ -181,6 +181,12 @@ def load_weights(path: str | os.PathLike[str], *, dtype: Dtype | None = None) ->
         raise CheckpointError(f"cannot read {os.fspath(path)}: {error.strerror}") from error
 
 
+def require_finite(path: str | os.PathLike[str], weights: Weights) -> None:
+    """Raise a CheckpointError if a weight is not finite, which pictures and features might hide."""
+    if not all(np.isfinite(array).all() for array in jax.tree.leaves(weights.variables)):
+        raise CheckpointError(f"{os.fspath(path)} is damaged: some of its weights are not finite")
+
+
 def _load(path: str | os.PathLike[str], dtype: Dtype | None) -> Weights:
     if dtype is not None:
         dtype = _float_dtype(dtype)

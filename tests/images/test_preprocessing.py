@@ -299,8 +299,9 @@ def test_no_file_starts_another_program(
     iptc = b"".join(struct.pack(">BBBH", 0x1C, *field[:2], len(field[2])) + field[2] for field in fields)
     (tmp_path / "picture.jpg").write_bytes(iptc + b"\x1c\x03\x3c\0\0")
     for name in ("picture.eps", "picture.jpg"):
-        with pytest.raises(ImageError, match=f"{name} .*: convert it to PNG"):
-            preprocess(tmp_path / name)
+        for source in (tmp_path / name, (tmp_path / name).read_bytes()):
+            with pytest.raises(ImageError, match=f"({name}|the image) .*: convert it to PNG"):
+                preprocess(source)
         assert not (tmp_path / "log").exists()
         with Image.open(tmp_path / name) as image, pytest.raises(ImageError):  # this one the caller has asked for
             preprocess(image)
@@ -393,7 +394,7 @@ def test_a_user_can_allow_larger_images(photograph: Image.Image, monkeypatch: py
         (np.zeros((9, 9, 1), np.uint8), r"got uint8 \[9, 9, 1\]"),
         (np.zeros((2, 9, 9, 3), np.uint8), "use preprocess_batch for several images"),
         (np.zeros((0, 9, 3), np.uint8), r"got uint8 \[0, 9, 3\]"),
-        (b"\x89PNG", r"not bytes: use .*PIL.Image.open\(io.BytesIO\(data\)\)"),
+        (bytearray(b"\x89PNG"), r"the bytes of a file, .* not bytearray: use numpy.asarray"),
         (None, "not NoneType"),
     ],
 )

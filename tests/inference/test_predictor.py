@@ -23,7 +23,7 @@ from torchvision.models import GoogLeNet as TorchGoogLeNet
 import flax_googlenet
 from flax_googlenet import fold_batch_norm, make_predictor
 from flax_googlenet.inference import cpu
-from flax_googlenet.inference.predictor import sent_ahead
+from flax_googlenet.inference.predictor import rank, sent_ahead
 
 Images = Callable[..., np.ndarray]
 MODEL = flax_googlenet.GoogLeNet()
@@ -261,3 +261,10 @@ def test_the_next_batch_is_sent_before_logits_are_awaited(logits: list[Any], exp
 def test_a_cpu_computes_a_batch_within_the_call(variables: dict[str, Any]) -> None:
     predict = make_predictor(MODEL, variables, devices=jax.local_devices(backend="cpu")[:1])
     assert predict(np.zeros((1, 15, 15, 3), np.float32)).is_ready()
+
+
+@pytest.mark.parametrize("top", [1, 5, 30])
+def test_the_first_of_equally_likely_classes_comes_first(top: int) -> None:
+    for probabilities in np.random.default_rng(0).integers(0, 8, (100, 30)) / 8:
+        expected = sorted(range(30), key=lambda index: -probabilities[index])[:top]
+        assert [prediction["index"] for prediction in rank(probabilities, top, None)] == expected
