@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -29,14 +29,16 @@ from flax_googlenet.commands.cli import main
 pytest.importorskip("ray", reason='Ray is not installed: pip install -e ".[ray]"')
 
 ROOT = Path(__file__).parents[1]
+LOG = "ray.log"  # in the working folder
 UNREADABLE = {"photos/cut.jpg": "cut off", "photos/empty.jpg": "is empty", "photos/text.jpg": "not an image"}
 
 # Four slots, so that reading and writing have some beside the workers on a machine with two cores.
 DRIVER = """
-import sys, ray, tyro
-ray.init(num_cpus=4, object_store_memory=100 * 2**20, include_dashboard=False, _temp_dir=sys.argv.pop(1))
+import json, sys, ray, tyro
+ray.init(num_cpus=4, object_store_memory=100 * 2**20, include_dashboard=False, _temp_dir=sys.argv[1])
 from score_with_ray import score
-tyro.cli(score)
+for arguments in json.loads(sys.argv[2]):
+    tyro.cli(score, args=arguments)
 """
 
 
@@ -63,22 +65,23 @@ def add_images(folder: Path, start: int, stop: int) -> None:
 
 
 @pytest.fixture
-def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Start the example in a Ray of its own, with two workers and files of four rows."""
+def start() -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
+    """Start the example in a Ray of its own, for one command line or more, with two workers and files of four rows."""
     temporary = tempfile.mkdtemp(prefix="ray")  # pytest's folders have names that are too long for Ray's sockets
-    processes: list[subprocess.Popen[str]] = []
+    processes: list[subprocess.Popen[bytes]] = []
 
-    def start(source: str, output: str, *options: str) -> subprocess.Popen[str]:
-        arguments = (source, output, "--weights", "weights.safetensors", "--workers", "2", "--rows-per-file", "4")
+    def start(*command_lines: list[str]) -> subprocess.Popen[bytes]:
+        options = ["--weights", "weights.safetensors", "--workers", "2", "--rows-per-file", "4"]
+        jobs = json.dumps([[*arguments, *options] for arguments in command_lines])
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join([str(ROOT / "examples"), os.environ.get("PYTHONPATH", "")]),
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_AUTH_MODE": "disabled",  # Ray would write a token into the user's home
             "RAY_worker_niceness": "0",
         }
-        command = [sys.executable, "-c", DRIVER, temporary, *arguments, *options]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        process = subprocess.Popen(command, env=environment, **pipes, text=True)
+        command = [sys.executable, "-c", DRIVER, temporary, jobs]
+        with open(LOG, "w") as log:  # into a pipe that nobody reads, Ray would soon wait
+            process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
         processes.append(process)
         return process
 
@@ -86,33 +89,31 @@ def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
     for process in processes:
         process.kill()
         process.wait()
-        process.stdout.close()
     shutil.rmtree(temporary)
 
 
-def finish(process: subprocess.Popen[str]) -> str:
-    output, _ = process.communicate()
-    assert process.returncode == 0, output
-    return output
+def finish(process: subprocess.Popen[bytes]) -> None:
+    assert process.wait() == 0, Path(LOG).read_text()
 
 
-def wait_for(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
+def wait_for(condition: Callable[[], object], process: subprocess.Popen[bytes]) -> None:
     while not condition():
         if process.poll() is not None:
-            pytest.fail(process.communicate()[0])
+            pytest.fail(Path(LOG).read_text())
         time.sleep(0.01)
 
 
-@contextmanager
-def whole_family(process: subprocess.Popen[str]) -> Iterator[list[psutil.Process]]:
-    """Yield the processes of a Ray, and wait for their end after the block."""
-    family = psutil.Process(process.pid).children(recursive=True)
-    yield family
-    _, alive = psutil.wait_procs(family, timeout=60)
-    assert not alive
+def kill_all(process: subprocess.Popen[bytes]) -> None:
+    """Kill every process of a Ray, as a power cut does."""
+    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for member in family:
+        with suppress(psutil.NoSuchProcess):
+            member.kill()
+    process.wait()
+    psutil.wait_procs(family)
 
 
-def workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
+def workers(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
     """Return the processes that have a network."""
     found = []
     for child in psutil.Process(process.pid).children(recursive=True):
@@ -137,11 +138,11 @@ def answers_of_classify(output: str) -> dict[str, object]:
 
 
 def test_each_image_has_one_row_with_the_answer_of_classify_after_any_kill(
-    folder: Path, start: Callable[..., subprocess.Popen[str]]
+    folder: Path, start: Callable[..., subprocess.Popen[bytes]]
 ) -> None:
     """A worker is killed, and Ray goes on; then the whole of Ray is killed, and the next run goes on."""
-    process = start("photos", "scores")
-    wait_for(lambda: done("scores") >= 5, process)
+    process = start(["photos", "scores"])
+    wait_for(lambda: done("scores") >= 5 and len(workers(process)) == 2, process)
     victim, survivor = workers(process)
     victim.kill()  # kill -9
     assert done("scores") < 75
@@ -157,12 +158,11 @@ def test_each_image_has_one_row_with_the_answer_of_classify_after_any_kill(
     files = {file: file.read_bytes() for file in Path("scores", "rows").iterdir()}
     add_images(folder / "photos", 400, 560)
     done_before = done("scores")
-    process = start("photos", "scores")
+    process = start(["photos", "scores"])
     wait_for(lambda: done("scores") >= done_before + 5, process)
-    with whole_family(process):
-        process.kill()
+    kill_all(process)
     assert done("scores") < done_before + 30
-    finish(start("photos", "scores"))
+    finish(start(["photos", "scores"]))
     answers = {row["image"]: row["predictions"] for row in rows("scores") if row["error"] is None}
     assert answers == answers_of_classify("second.parquet")
     assert len(rows("scores")) == 563
@@ -170,7 +170,7 @@ def test_each_image_has_one_row_with_the_answer_of_classify_after_any_kill(
 
 
 def test_images_come_from_parquet_and_from_an_object_store(
-    folder: Path, start: Callable[..., subprocess.Popen[str]], monkeypatch: pytest.MonkeyPatch
+    folder: Path, start: Callable[..., subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import pyarrow
 
@@ -178,12 +178,11 @@ def test_images_come_from_parquet_and_from_an_object_store(
     contents = [(folder / name).read_bytes() for name in names]
     parquet.write_table(pyarrow.table({"image": names, "bytes": contents}), "bytes.parquet")
     parquet.write_table(pyarrow.table({"path": [str(folder / name) for name in names]}), "paths.parquet")
-    finish(start("bytes.parquet", "of_bytes", "--stage", "avgpool"))
-    finish(start("paths.parquet", "of_paths", "--stage", "avgpool"))
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "user")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "password")
     with serve_objects("bucket", dict(zip(names, contents, strict=True)) | {"photos/.hidden.jpg": b""}) as query:
-        finish(start(f"s3://bucket/photos?{query}", "of_objects", "--stage", "avgpool"))
+        jobs = {"of_bytes": "bytes.parquet", "of_paths": "paths.parquet", "of_objects": f"s3://bucket/photos?{query}"}
+        finish(start(*([source, output, "--stage", "avgpool"] for output, source in jobs.items())))
     features = {row["image"]: row["features"] for row in rows("of_bytes")}
     assert features.keys() == set(names)
     assert np.array(list(features.values())).shape == (8, 1024)
@@ -195,11 +194,11 @@ def test_images_come_from_parquet_and_from_an_object_store(
     }
 
 
-def test_rows_of_other_weights_are_never_mixed(folder: Path, start: Callable[..., subprocess.Popen[str]]) -> None:
+def test_rows_of_other_weights_are_never_mixed(folder: Path, start: Callable[..., subprocess.Popen[bytes]]) -> None:
     (folder / "scores").mkdir()
     (folder / "scores" / "run.json").write_text(json.dumps({"weights": "0123", "top": 5, "stage": None}))
-    process = start("photos", "scores")
-    output, _ = process.communicate()
-    assert process.returncode == 1
-    assert "run.json" in output
-    assert "name another" in output
+    process = start(["photos", "scores"])
+    assert process.wait() == 1
+    message = Path(LOG).read_text().splitlines()[-1]
+    assert "run.json" in message
+    assert "name another" in message
