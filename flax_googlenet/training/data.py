@@ -54,7 +54,7 @@ def train_batches(
         recipe: The recipe; its ``batch_size`` counts the images of all processes.
         start: Number of the first batch, to go on after as many batches.
         stopped: Returns whether to stop waiting for a batch; the iterator then raises a ``WaitStoppedError``.
-        report: Takes a message, when a batch has not come for 10 seconds.
+        report: Takes a message, once, if a batch has not come for 10 seconds.
         process_index: Index of this process, which gets an equal share of the rows of each batch.
         process_count: Number of processes.
 

@@ -48,11 +48,11 @@ class Reader(Iterator[HostBatch]):
         batches: Grain's iterator.
         workers: The number of its worker processes.
         stopped: Returns whether to stop waiting. The iterator then raises a WaitStoppedError.
-        report: Takes one message, when a batch has not come for 10 seconds.
+        report: Takes a message, once, if a batch has not come for 10 seconds.
 
     Raises:
         DataError: From the iterator, if a worker process died or has been suspended for 5 seconds, if ``/dev/shm`` is
-            full, or if no batch comes within 10 minutes, in which a network drive may come back.
+            full, or if no batch comes within 10 minutes, the time that a network drive has to come back.
     """
 
     def __init__(
@@ -87,11 +87,19 @@ class Reader(Iterator[HostBatch]):
             return answer
 
     def _check_wait(self, waited: float, suspended: float) -> None:
-        """Raise an error if the wait must end, after so many seconds in all and with a suspended worker process."""
+        """Raise an error if the wait must end, and report once that it is long.
+
+        Args:
+            waited: Seconds since the batch was asked for.
+            suspended: Seconds for which a worker process has been suspended.
+        """
         if self._stopped():
             raise WaitStoppedError
         if suspended > _SUSPENDED_SECONDS:
-            raise DataError("a worker process that reads images is suspended (SIGSTOP), and does not go on by itself")
+            raise DataError(
+                f"a worker process that reads images has been suspended (SIGSTOP) for {_SUSPENDED_SECONDS:g} seconds: "
+                "end what suspends it, or choose 0 workers to read the images in the run itself"
+            )
         if waited > HANG_SECONDS:
             raise DataError(
                 f"no batch came for {HANG_SECONDS / 60:g} minutes: reading the images hangs, for example on a network "

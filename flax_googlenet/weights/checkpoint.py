@@ -297,7 +297,8 @@ def _read(path: str | os.PathLike[str]) -> tuple[bytes, dict[str, Any]]:
     if Path(path).suffix == ".onnx":
         raise CheckpointError(
             f"{os.fspath(path)} is an ONNX model, which ONNX Runtime and OpenVINO run: give the weights from which it "
-            "was exported"
+            "was exported; convert/port_weights.py, in the repository of this project, ports GoogLeNets of ONNX's "
+            "model zoo"
         )
     _, stored, computed = _digest(data, path)
     if stored != computed:

@@ -6,7 +6,7 @@ nodes, each with an operation, attributes and the names of the values that it re
 graph from its output to its input, so that neither names nor the order of the weights matter, and refuses a graph with
 other operations.
 
-The zoo's files were not at hand and have never been read here. What is in them is taken from programs that read them.
+The zoo's files were not at hand and have never been read here. Their content is known from programs that print them.
 
 References:
     https://github.com/onnx/onnx/blob/main/onnx/onnx.proto and docs/Operators.md
@@ -29,17 +29,20 @@ from flax_googlenet.weights.pickles import MAX_AXES, MAX_NAME, StateDictError
 from flax_googlenet.weights.protobuf import Reader, as_bytes, integer, integers, numbers, part
 from flax_googlenet.weights.pth import Checkpoint
 
-FLOOR_POOLS = "the max pools round their sizes down: another function than Berkeley's network with the same weights"
-"""What sets ``inception_v1`` apart, for notes and the metadata of files."""
+FLOOR_POOLS = "the max pools round their sizes down, so that the answers differ from those of Berkeley's network"
+"""How ``inception_v1`` differs, for notes and the metadata of files."""
 
 _DTYPES = {1: ("<f4", 4), 11: ("<f8", 10)}
 """FLOAT and DOUBLE -> the numbers in memory, and the field that lists them where there are no raw bytes."""
 
-_POOL = {"auto_pad": b"NOTSET", "ceil_mode": 0, "dilations": [1, 1], "pads": [0] * 4, "strides": [1, 1]}
+_FLOAT, _INT = 1, 2
+"""Types of attributes."""
+
+_POOL = {"auto_pad": "NOTSET", "ceil_mode": 0, "dilations": [1, 1], "pads": [0] * 4, "strides": [1, 1]}
 _ATTRIBUTES: dict[str, dict[str, Any]] = {
     "AveragePool": _POOL | {"count_include_pad": 0},
     "Concat": {"axis": 1},
-    "Conv": {"auto_pad": b"NOTSET", "dilations": [1, 1], "group": 1, "pads": [0] * 4, "strides": [1, 1]},
+    "Conv": {"auto_pad": "NOTSET", "dilations": [1, 1], "group": 1, "pads": [0] * 4, "strides": [1, 1]},
     "Gemm": {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0},
     "LRN": {"alpha": 1e-4, "beta": 0.75, "bias": 1.0},
     "MaxPool": _POOL,
@@ -54,13 +57,13 @@ class _Node(NamedTuple):
 
 
 def from_onnx(path: str | os.PathLike[str]) -> tuple[GoogLeNet, dict[str, Any]]:
-    """Read the paper's GoogLeNet from an ONNX model as the model zoo has it, without the package ``onnx``.
+    """Read the paper's GoogLeNet from a file of ONNX's model zoo, without the package ``onnx``.
 
     The zoo has Berkeley's network as ``bvlc_googlenet`` and as ``inception_v1``. The latter has max pools that round
-    their sizes down, which makes it another function with other answers: the variant ``"bvlc_floor"``. Files with the
-    same operations and other weights are read, too, with any number of classes. The network reads BGR pixels in
+    their sizes down, so that it gives other answers: it is the variant ``"bvlc_floor"``. Files with the same operations
+    and other weights are read, too, with any number of classes. The network reads BGR pixels in
     [0, 255] minus (104, 117, 123), to which it maps the images itself. A file does not say whether its network was
-    trained with another mean. It returns logits, and the files return probabilities.
+    trained with another mean. The network returns logits, where the files return probabilities.
 
     This reader was tested with ONNX Runtime on files that were made as the zoo's are, but never with the zoo's own.
 
@@ -108,8 +111,8 @@ def _network(model: memoryview) -> tuple[dict[str, np.ndarray], str]:
     x = graph.conv("conv2", graph.conv("conv3", x, size=3))
     x = graph.max_pool("maxpool1", graph.response_norm("norm1", x))
     x = graph.conv("conv1", x, size=7, stride=2)
-    if x in graph.nodes:
-        graph.differences.append(f"conv1 reads the result of {graph.nodes[x].operation}, not the images")
+    if x not in graph.inputs:
+        graph.differences.append(f"conv1 reads {graph.source(x)}, not the images")
     if graph.differences:
         raise _other_network(listing(graph.differences, 3))
     return graph.weights, graph.variant()
@@ -130,6 +133,8 @@ class _Graph:
         self._tensors = {_name(part(tensor, 8)): tensor for tensor in tensors}
         if not (self.nodes and self._tensors and graph[12]):
             raise StateDictError("it has no graph with weights and an output: it is not an ONNX model, or is damaged")
+        inputs = {_name(part(self._reader.message(as_bytes(value)), 1)) for value in graph[11]}
+        self.inputs = inputs - {*self._tensors}  # files with ir_version 3 list the weights as inputs, too
         self.output = _name(part(self._reader.message(as_bytes(graph[12][0])), 1))
         self.weights: dict[str, np.ndarray] = {}
         self.differences: list[str] = []
@@ -139,10 +144,16 @@ class _Graph:
         attributes = [self._reader.message(as_bytes(attribute)) for attribute in fields[5]]
         domain, operation = _name(part(fields, 7)), _name(part(fields, 4))
         return _Node(
-            f"{domain}.{operation}" if domain else operation,
+            operation if domain in ("", "ai.onnx") else f"{domain}.{operation}",
             [_name(value) for value in fields[1]],
             {_name(part(attribute, 1)): _value(attribute) for attribute in attributes},
         )
+
+    def source(self, value: str) -> str:
+        """Return in words where a value comes from."""
+        if value in self.nodes:
+            return f"the result of {self.nodes[value].operation[:60]}"
+        return "the input" if value in self.inputs else "a constant or a second result of a node"
 
     def skip(self, value: str, *operations: str) -> str:
         """Return the value before the nodes of these operations, of which each may be there once."""
@@ -195,8 +206,9 @@ class _Graph:
         """Return the node that writes a value, which must have this operation and these attributes (None: any)."""
         node = self.nodes.get(value)
         if node is None or node.operation != operation:
-            source = "the input or a weight" if node is None else f"the result of {node.operation[:60]}"
-            raise _other_network(f"{stage} should be the result of {operation}, and {value[:60]} is {source}")
+            raise _other_network(
+                f"{stage} should be the result of {operation}, and {value[:60]} is {self.source(value)}"
+            )
         for name, right in (_ATTRIBUTES.get(operation, {}) | expected).items():
             found = node.attributes.get(name, _ATTRIBUTES[operation].get(name))
             if isinstance(found, float) and isinstance(right, float):
@@ -209,8 +221,8 @@ class _Graph:
         """Keep the weights that a node reads, under PyTorch's names, and return the value that it reads."""
         for kind, name in zip(("weight", "bias"), node.inputs[1:], strict=False):
             if name not in self._tensors:
-                reason = "is not in the file, or belongs to another layer as well"
-                raise StateDictError(f"the {kind} of {module}, {name[:60]}, {reason}")
+                reason = "is not a tensor of the file, or belongs to another layer as well"
+                raise _other_network(f"the {kind} of {module}, {name[:60]}, {reason}")
             # Each is taken only once, so that a file cannot claim memory that it does not have itself.
             self.weights[f"{module}.{kind}"] = _array(self._tensors.pop(name), name[:60])
         return node.inputs[0]
@@ -239,8 +251,8 @@ class _Graph:
 
 
 def _other_network(reason: str) -> StateDictError:
-    advice = "give the .caffemodel or the checkpoint from which it was exported"
-    return StateDictError(f"its operations are not those of Berkeley's network: {reason}; {advice}")
+    advice = "give the file from before it was quantised or optimised, or the checkpoint from which it was exported"
+    return StateDictError(f"it does not compute what Berkeley's network does: {reason}; {advice}")
 
 
 def _windows(pool: _Node, size: int, window: int, stride: int) -> list[int]:
@@ -257,14 +269,19 @@ def _name(value: int | memoryview) -> str:
 
 
 def _value(attribute: Mapping[int, list[int | memoryview]]) -> Any:
-    """Return the value of an attribute: a float, an integer, bytes, a list of integers, or None for anything else."""
+    """Return the value of an attribute: a float, an integer, a text, a list of integers, or None for anything else.
+
+    Programs that write by the rules of proto3 leave out a value of zero. The type (field 20) then says what it is.
+    """
     if attribute[8]:
         return [value for packed in attribute[8][:9] for value in integers(packed, most=8)][:9]
     if attribute[2]:
         return float(numbers(as_bytes(attribute[2][-1]), "<f4")[0])
     if attribute[3]:
         return integer(attribute[3][-1])
-    return bytes(part(attribute, 4)[:20]) if attribute[4] else None
+    if attribute[4]:
+        return _name(part(attribute, 4)[:20])
+    return {_FLOAT: 0.0, _INT: 0}.get(integer(attribute[20][-1])) if attribute[20] else None
 
 
 def _array(tensor: Mapping[int, list[int | memoryview]], name: str) -> np.ndarray:

@@ -262,7 +262,7 @@ def test_no_worker_is_left_after_its_iterator(photographs: Dataset) -> None:
             "was killed by SIGKILL, as the kernel does when memory runs out: choose fewer workers",
         ),
         (signal.SIGBUS, r"/dev/shm, .*, is full at \d+ MiB: choose fewer workers, .* \(docker run --shm-size"),
-        (signal.SIGSTOP, r"is suspended \(SIGSTOP\), and does not go on by itself"),
+        (signal.SIGSTOP, r"suspended \(SIGSTOP\) for 5 seconds: .* 0 workers"),
     ],
 )
 def test_a_worker_that_dies_or_hangs_is_noticed_and_none_is_left(
