@@ -55,8 +55,8 @@ class Run:
     """The log of the run, in the first process."""
     report: Callable[[str], None]
     """Reports a message, in the first process."""
-    report_unreadable: Callable[[str], None]
-    """Reports a held-out image, in the process that cannot read it, and only once, not again in each epoch."""
+    report_once: Callable[[str], None]
+    """Reports a message about held-out images, in the process that reads them, and not again in each epoch."""
     counts: RunCounts
     state: TrainState
     checkpoint: Path | None
@@ -148,9 +148,9 @@ class Run:
             for batch in eval_batches(
                 self.plan.held_out,
                 recipe,
-                fail=self.report_unreadable,
+                fail=self.report_once,
                 stopped=self.signals.end_wait,
-                report=self.report,
+                report=self.report_once,
                 **self.devices.share,
             ):
                 arrays = self.devices.split({"image": batch["image"], "label": batch["label"]})

@@ -176,8 +176,8 @@ def _begin(
     if counts.step:
         report_first(f"continuing from the checkpoint of step {counts.step}")
     checkpoint = checkpoint_path(workdir / CHECKPOINTS, counts.step) if resumed else None
-    report_unreadable = functools.cache(report)
-    run = Run(workdir, plan, devices, signals, log, report_first, report_unreadable, counts, state, checkpoint)
+    report_once = functools.cache(report)
+    run = Run(workdir, plan, devices, signals, log, report_first, report_once, counts, state, checkpoint)
     return run, batches
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from flax_googlenet.weights.pickles import StateDictError
 
-_WEIGHTS = (".pth", ".pt", ".bin", ".ckpt", ".tar", ".safetensors", ".pb")
+_WEIGHTS = (".pth", ".pt", ".bin", ".ckpt", ".tar", ".safetensors", ".pb", ".caffemodel", ".onnx")
 
 
 def refuse_other_files(head: bytes) -> None:

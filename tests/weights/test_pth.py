@@ -541,6 +541,9 @@ def test_a_folder_is_named_for_what_it_is_with_the_step_that_helps(
     (folder := tmp_path / "hub").mkdir()
     (folder / "pytorch_model.bin").touch()
     assert f"give the file in it: {folder / 'pytorch_model.bin'}" in advice(folder)
+    (zoo := tmp_path / "googlenet").mkdir()
+    (zoo / "model.onnx").touch()
+    assert f"give the file in it: {zoo / 'model.onnx'}" in advice(zoo)
     (folder / "model-00001-of-00002.safetensors").touch()
     assert "several files" in advice(folder)
 
