@@ -13,7 +13,7 @@ from jaxtyping import Int32, UInt8
 from PIL import Image
 
 from flax_googlenet.errors import GoogLeNetError
-from flax_googlenet.images.preprocessing import rgb
+from flax_googlenet.images.preprocessing import CROP, RESIZE, rgb
 
 
 class DataError(GoogLeNetError, ValueError):
@@ -98,6 +98,9 @@ def has_idx_files(folder: str) -> bool:
 def read_idx_files(folder: str) -> tuple[Dataset, Dataset]:
     """Return the training images and the test images of a data set in IDX files; their classes are numbers.
 
+    Each image gets a black border, 28 x 28 pixels become 32 x 32: images of such data sets fill their frame, and the
+    centre crop of an evaluation takes 7/8 of the height and width, which is then the whole original.
+
     Raises:
         DataError: If one of the four files is missing or damaged, or if they do not belong together.
     """
@@ -128,7 +131,9 @@ def _read_idx_part(folder: str, part: str) -> Dataset:
         raise DataError(f"{images_path} has no pixels: its shape is {list(pixels.shape)}")
     class_names = tuple(map(str, range(labels.max() + 1)))
     names = tuple(f"{part}-images-idx3-ubyte[{i}]" for i in range(len(labels)))
-    return Dataset(class_names, labels, names, folder, pixels)
+    borders = [round(size * (RESIZE / CROP - 1) / 2) for size in pixels.shape[1:]]
+    bordered = np.pad(pixels, [(0, 0), *((border, border) for border in borders)])
+    return Dataset(class_names, labels, names, folder, bordered)
 
 
 def _read_idx(path: str, ndim: int) -> UInt8[np.ndarray, "..."]:

@@ -235,13 +235,13 @@ PRESETS = {
         checkpoint_every=200,
     ),
     "small": Recipe(
-        epochs=12,
+        epochs=8,
         batch_size=64,
-        image_size=48,
+        image_size=64,
         learning_rate=0.05,
         weight_decay=5e-4,
-        warmup_epochs=1.0,
-        crop_area=(0.6, 1.0),
+        warmup_epochs=0.5,
+        crop_area=(0.65, 1.0),
         crop_aspect=(0.9, 1.1),
     ),
     "digits": Recipe(

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from flax_googlenet import ImageError
+from flax_googlenet import ImageError, preprocess
+from flax_googlenet.images.preprocessing import normalise
 from flax_googlenet.training.class_folders import read_class_folders
 from flax_googlenet.training.datasets import DataError, read_idx_files
 from flax_googlenet.training.splits import open_data
@@ -73,6 +74,15 @@ def test_idx_files_are_read_as_they_were_written(idx: Path) -> None:
         for i, array in enumerate(pixels):
             np.testing.assert_array_equal(np.asarray(dataset.read(i)), np.stack([array] * 3, axis=-1))
     assert train.name(5) == f"{idx}/train-images-idx3-ubyte[5]"
+
+
+def test_the_centre_crop_of_an_idx_image_is_the_whole_original(idx: Path) -> None:
+    originals = np.random.default_rng(0).integers(0, 256, (2, 28, 28), dtype=np.uint8)
+    write_idx(idx / "t10k-images-idx3-ubyte.gz", originals)
+    test = read_idx_files(str(idx))[1]
+    for i, original in enumerate(originals):
+        expected = normalise(Image.fromarray(original).convert("RGB"))
+        np.testing.assert_array_equal(preprocess(test.read(i), size=28), expected)
 
 
 @pytest.mark.parametrize("name", IDX)
