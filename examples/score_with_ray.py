@@ -1,13 +1,13 @@
 """Score any number of images with Ray Data: a row of Parquet for each of them.
 
-    pip install "flax-googlenet[ray]"
+    pip install -e ".[ray]"
     python examples/score_with_ray.py photos/ scores --weights imagenet
 
 SOURCE is a folder, the URL of one in an object store (s3://bucket/photos), or a Parquet file or folder of them whose
 name ends in .parquet, with the column path, or with image and bytes. OUTPUT, a folder or a URL, gets the rows in
 OUTPUT/rows. The same command continues after a stop, and adds the rows of images that are new.
 
-On a cluster, set RAY_ADDRESS, and name an OUTPUT, and weights, that every machine can reach.
+On a cluster, set RAY_ADDRESS, and name a SOURCE, an OUTPUT and weights that every machine can reach.
 """
 
 import json
@@ -25,7 +25,7 @@ from ray.data import ActorPoolStrategy, DataContext
 from ray.data.checkpoint import CheckpointConfig
 
 from flax_googlenet import BatchPredictor, decode_batch
-from flax_googlenet.images.files import display_name, find_images, is_hidden, is_image
+from flax_googlenet.images.files import describe_unreadable, display_name, find_images, is_hidden, is_image
 from flax_googlenet.weights.checkpoint import load_weights
 from flax_googlenet.weights.pretrained import PRETRAINED, pretrained_file
 
@@ -50,7 +50,8 @@ def score(
         top: Number of classes in a row.
         stage: Stage whose features the rows have in place of the classes, such as avgpool.
         workers: Number of workers with a network, by default one for each GPU, or else for each machine.
-        rows_per_file: Number of rows in a file of OUTPUT/rows. A stop loses no more of a worker's work than this.
+        rows_per_file: Number of rows in a file of OUTPUT/rows. A stop loses the files that are not complete, one or a
+            few for each worker.
     """
     filesystem, folder = fs.FileSystem.from_uri(location(output))
     filesystem.create_dir(folder)
@@ -58,6 +59,8 @@ def score(
     require_same_run(filesystem, f"{folder}/run.json", {"weights": loaded.digest, "top": top, "stage": stage})
 
     images = list_images(source)
+    if not len(images):
+        sys.exit(f"{source} has no images")
     if compute.count_distinct(images["image"]).as_py() < len(images):
         sys.exit(f"{source} has two images with the same name: give each its own")
     images_file, images_filesystem = f"{folder}/images.parquet", filesystem
@@ -76,7 +79,7 @@ def score(
     )
     rows = ray.data.read_parquet(images_file, filesystem=images_filesystem)
     rows = rows.repartition(target_num_rows_per_block=rows_per_file, strict=True)
-    batch_size = min(256, rows_per_file)  # of more, Ray would make one file
+    batch_size = min(256, rows_per_file)  # a larger batch would make a larger file
     gpus = int(ray.cluster_resources().get("GPU", 0))
     if gpus:  # a GPU is faster than the cores beside it can decode: those of all machines do
         rows = rows.map_batches(decode_batch, batch_size=batch_size, fn_kwargs={"size": loaded.image_size})
@@ -85,9 +88,9 @@ def score(
         fn_constructor_args=[weights if weights in PRETRAINED else os.path.abspath(weights)],
         fn_constructor_kwargs={"top": top, "stage": stage, "batch_size": 256 if gpus else 32},
         batch_size=batch_size,
-        compute=ActorPoolStrategy(size=workers or gpus or len(ray.nodes())),
+        compute=ActorPoolStrategy(size=workers or gpus or sum(node["Alive"] for node in ray.nodes())),
         num_gpus=1 if gpus else 0,
-        num_cpus=0,  # XLA uses all cores, whatever is reserved; what is reserved lacks for reading and writing
+        num_cpus=0,  # XLA uses all cores anyway; a reservation would take them from reading and writing
     )
     rows.write_parquet(f"{folder}/rows", filesystem=filesystem)
 
@@ -99,13 +102,13 @@ def location(path: str) -> str:
 
 def require_same_run(filesystem: fs.FileSystem, path: str, run: dict[str, object]) -> None:
     """Exit if the output has rows of other weights, or other rows."""
-    if filesystem.get_file_info(path).type == fs.FileType.NotFound:
+    if not filesystem.get_file_info(path).size:  # no such file, or an empty one of a run that was killed here
         with filesystem.open_output_stream(path) as file:
             file.write(json.dumps(run).encode())
     with filesystem.open_input_stream(path) as file:
         before = json.loads(file.read())
     if before != run:
-        sys.exit(f"{path} says that the output was made with {before}, not {run}: name another")
+        sys.exit(f"{path} says that the output was made with {before}, not {run}: name another output")
 
 
 def list_images(source: str) -> pyarrow.Table:
@@ -123,7 +126,10 @@ def list_images(source: str) -> pyarrow.Table:
         url, question_mark, query = source.partition("?")
         urls = [f"{url.rstrip('/')}/{quote(name)}" for name in names]
         return pyarrow.table({"image": urls, "path": [f"{url}{question_mark}{query}" for url in urls]})
-    paths = list(find_images([source], sys.exit, Counter()))
+    unreadable = Counter[str]()
+    paths = list(find_images([source], sys.exit, unreadable))
+    if unreadable:
+        print(f"{source}: {describe_unreadable(unreadable)}", file=sys.stderr)
     # In bytes, because the name of a file need not be UTF-8.
     return pyarrow.table(
         {
