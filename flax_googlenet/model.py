@@ -154,9 +154,10 @@ class ConvBN(nn.Module):
         return self.relu(_stage(self, "pre_relu", x))
 
     def convolution(self, train: bool) -> Callable[..., jax.Array] | None:
-        """Return what computes the convolution. This is a method so that ``intercept_methods`` can change it.
+        """Return the function that computes the convolution, or None for JAX's own.
 
         At inference it is JAX's: ports are proven with plain convolutions, and make_predictor has a graph of its own.
+        This is a method so that ``flax.linen.intercept_methods`` can change it.
         """
         return winograd.convolution if train else None
 

@@ -50,7 +50,8 @@ def export(
         output: File to write, for example googlenet.stablehlo or googlenet.onnx. An existing file is replaced.
         platforms: Platforms that the file runs on: some of cpu, cuda, rocm and tpu. This machine need not have them. An
             ONNX model is not for particular platforms.
-        size: Height and width of the images, in pixels. By default the file takes images of any size from 15 up.
+        size: Height and width of the images, in pixels. By default the file takes images of any size that the
+            network takes.
         uint8: Take uint8 images, which the file scales and normalises. By default it takes normalised floats. An ONNX
             model without --size also resizes and crops them, as classify does.
         top: Return the probabilities and indices of the N likeliest classes instead of the logits.

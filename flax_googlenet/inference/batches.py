@@ -1,4 +1,4 @@
-"""Rows of answers for batches of rows with images, as engines such as Ray Data map functions over them."""
+"""Answers for batches of images, which engines such as Ray Data pass as columns and take as tables."""
 
 import functools
 import os
@@ -159,7 +159,7 @@ class BatchPredictor:
 
 @jax.jit
 def _look_up(levels: jax.Array, pixels: jax.Array) -> jax.Array:
-    """Normalise uint8 pixels on the device, which so gets a quarter of the bytes.
+    """Normalise uint8 pixels on the device, to which a quarter of the bytes is sent.
 
     XLA multiplies by the reciprocal of a divisor, which rounds differently. Looked up, the values have the bits of
     ``normalise``.

@@ -180,8 +180,11 @@ def probabilities(logits: Float[ArrayLike, "n num_classes"], name: str) -> Float
 def rank(
     probabilities: Float64[np.ndarray, "num_classes"], top: int, class_names: Sequence[str] | None
 ) -> list[dict[str, int | str | float | None]]:
-    """Return the predictions for an image: the ``top`` likeliest classes, at most all, with the likeliest first."""
-    # Sorting only the classes that can be among them takes a third of the time, which a GPU would wait for.
+    """Return the predictions for an image: the ``top`` likeliest classes, the likeliest first.
+
+    ``top`` is at most the number of classes.
+    """
+    # Sorting only the classes that can be among them takes a third of the time, during which a GPU would wait.
     likeliest = np.flatnonzero(probabilities >= np.partition(probabilities, -top)[-top])
     likeliest = likeliest[(-probabilities[likeliest]).argsort(kind="stable")][:top]
     return [

@@ -149,8 +149,8 @@ def convolution(
     It uses Winograd's algorithm with m = 4 where that is faster and precise: the program is for a CPU, the kernel is
     3x3 with stride and padding 1, the input has at least 14x14 pixels and 64 channels, and the dtype is float32 or
     float64. There a convolution with its gradients is 1.3 to 2 times as fast, and a whole training step 1.2 times
-    (medians in float32 on two cores with AVX-512, jaxlib 0.10.2). The gradients of other inputs are as fast on a CPU
-    inside a loop, such as ``jax.lax.scan``, as outside.
+    (medians in float32 on two cores with AVX-512, jaxlib 0.10.2). Elsewhere on a CPU, the gradient with respect to
+    ``x`` is as fast inside a loop, such as ``jax.lax.scan``, as outside.
 
     Args:
         x: The input, NHWC.

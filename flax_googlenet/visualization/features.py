@@ -168,7 +168,7 @@ def optimize_images(
 
 @functools.lru_cache(maxsize=8)
 def _loop(model: GoogLeNet, objective: Objective, size: int) -> Callable[..., _State]:
-    """Return the compiled loop over the steps of all images, from a first one to before a last one."""
+    """Return the compiled loop that takes the steps ``first`` to ``stop - 1`` of all images."""
 
     def loss(spectrum: jax.Array, variables: Variables, targets: Any, key: jax.Array, step: jax.Array) -> jax.Array:
         keys = jax.random.split(jax.random.fold_in(key, step), len(spectrum))
@@ -182,7 +182,7 @@ def _loop(model: GoogLeNet, objective: Objective, size: int) -> Callable[..., _S
         return -values.sum()
 
     def take_steps(
-        variables: Variables, targets: Any, key: jax.Array, state: _State, first: jax.Array, last: jax.Array
+        variables: Variables, targets: Any, key: jax.Array, state: _State, first: jax.Array, stop: jax.Array
     ) -> _State:
         def take_step(step: jax.Array, state: _State) -> _State:
             spectrum, moments = state
@@ -191,7 +191,7 @@ def _loop(model: GoogLeNet, objective: Objective, size: int) -> Callable[..., _S
                 updates, moments = _ADAM.update(gradient, moments)
             return optax.apply_updates(spectrum, updates), moments
 
-        return jax.lax.fori_loop(first, last, take_step, state)
+        return jax.lax.fori_loop(first, stop, take_step, state)
 
     return jit(take_steps, donate_argnums=3)
 
