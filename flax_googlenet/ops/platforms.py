@@ -19,8 +19,8 @@ WINOGRAD = ("cpu",)
 a step would move 33.6 GB instead of 21.4 (float32, 64 images)."""
 
 GRADIENT_FOR_LOOPS = ("cpu",)
-"""The gradient of a convolution's input with a kernel in the order that XLA needs inside a loop on a CPU. There, a step
-of feature visualisation would take 2.4 times as long without it."""
+"""The gradient with respect to a convolution's input, with the kernel in the order that XLA needs inside a loop on a
+CPU. Without it, a step of feature visualisation takes 2.4 times as long in a loop."""
 
 XLA_POOL_GRADIENT = ("tpu",)
 """XLA's gradient of the max pool. A step takes 20.9 million cycles on a TPU instead of 41.0 (bfloat16, 32 images), and

@@ -158,8 +158,9 @@ def optimize_images(
     take_steps = _loop(model, objective, size)
     done = 0
     while done < steps:
-        first, done = done, min(done + _STEPS_BETWEEN_REPORTS, steps) if on_step else steps
-        state = take_steps(variables, targets, steps_key, state, first, done)
+        stop = min(done + _STEPS_BETWEEN_REPORTS, steps) if on_step else steps
+        state = take_steps(variables, targets, steps_key, state, done, stop)
+        done = stop
         if on_step:
             jax.block_until_ready(state)
             on_step(done)
