@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import psutil
 import pytest
 import reference
 from PIL import Image
@@ -156,7 +157,12 @@ def test_what_cannot_be_done_is_refused_by_name(
 
 def test_a_batch_that_no_memory_can_hold_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ("photos", "--weights", "weights.safetensors", "--output", "features.npz")
-    assert features(*arguments, "--batch-size", "10000000000") == 3  # 491 TB: more than addresses
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + 2**30, limits[1]))
+    try:
+        assert features(*arguments, "--batch-size", "65536") == 3  # 3.2 GB
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
     assert "--batch-size" in capsys.readouterr().err
 
 

@@ -315,6 +315,7 @@ def test_the_library_imports_no_torch() -> None:
 
 def test_the_public_names_are_those_of_the_contract() -> None:
     assert set(flax_googlenet.__all__) == {
+        "BatchPredictor",
         "CheckpointError",
         "DownloadError",
         "ExportError",
@@ -325,6 +326,7 @@ def test_the_public_names_are_those_of_the_contract() -> None:
         "PortingError",
         "Predictor",
         "StateDictError",
+        "decode_batch",
         "endpoints",
         "export",
         "fold_batch_norm",
