@@ -107,9 +107,11 @@ def flax(name: str, features: np.ndarray) -> Compute:
 
 def submodules() -> dict[str, Any]:
     """Return the blocks of the network by name, each as a module of its own."""
+    import jax
     from flax import linen as nn
+    from jax import numpy as jnp
 
-    from flax_googlenet.model import GoogLeNet, variable_shapes
+    from flax_googlenet.model import GoogLeNet
 
     found = {}
 
@@ -119,7 +121,7 @@ def submodules() -> dict[str, Any]:
         return call(*arguments, **keywords)
 
     with nn.intercept_methods(record):
-        variable_shapes(GoogLeNet())
+        jax.eval_shape(GoogLeNet().init, jax.random.key(0), jnp.zeros((1, 15, 15, 3)))
     return found
 
 

@@ -20,7 +20,9 @@ def random_checkpoint(num_classes: int = 1000, seed: int = 0) -> dict[str, torch
     could go unnoticed.
     """
     generator = torch.Generator().manual_seed(seed)
-    state_dict = GoogLeNet(num_classes=num_classes, init_weights=False).state_dict()
+    with torch.device("meta"):  # PyTorch would draw values first, only for these to replace them
+        model = GoogLeNet(num_classes=num_classes, init_weights=False)
+    state_dict = model.to_empty(device="cpu").state_dict()
     for key, tensor in state_dict.items():
         if key.endswith(("running_var", "bn.weight")):
             tensor.uniform_(0.5, 1.5, generator=generator)
@@ -37,20 +39,20 @@ def random_checkpoint(num_classes: int = 1000, seed: int = 0) -> dict[str, torch
 
 def build(state_dict: Mapping[str, np.ndarray], *, transform_input: bool, dtype: torch.dtype) -> GoogLeNet:
     """Return torchvision's GoogLeNet in evaluation mode, in ``dtype``, with the weights of a checked state dict."""
-    model = GoogLeNet(
-        num_classes=len(state_dict["fc.bias"]),
-        aux_logits="aux1.fc1.bias" in state_dict,
-        transform_input=transform_input,
-        init_weights=False,
-    )
+    with torch.device("meta"):
+        model = GoogLeNet(
+            num_classes=len(state_dict["fc.bias"]),
+            aux_logits="aux1.fc1.bias" in state_dict,
+            transform_input=transform_input,
+            init_weights=False,
+        )
     # float64 holds every floating dtype exactly, even bfloat16, which torch.from_numpy does not accept.
     tensors = {
         key: torch.from_numpy(array.astype(np.float64)).to(dtype)
         for key, array in state_dict.items()
         if not key.endswith("num_batches_tracked")  # PyTorch supplies it, and no result depends on it
     }
-    model = model.to(dtype)
-    model.load_state_dict(tensors, strict=True)
+    model.load_state_dict(tensors, strict=True, assign=True)
     return model.eval()
 
 

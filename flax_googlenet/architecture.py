@@ -158,6 +158,30 @@ BRANCHES = {
 }
 """Name of each convolution of an inception block -> its names in Caffe and in Lucid."""
 
+
+def kernel_shapes(network: Network, num_classes: int) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each kernel, HWIO or [in, out], by the path of the convolution or linear layer."""
+    shapes: dict[str, tuple[int, ...]] = {"conv1": (7, 7, 3, 64), "conv2": (1, 1, 64, 64), "conv3": (3, 3, 64, 192)}
+    channels, large = 192, network.branch3_kernel
+    for block, (width1, reduce2, width2, reduce3, width3, width4) in network.widths.items():
+        shapes |= {
+            f"{block}/branch1": (1, 1, channels, width1),
+            f"{block}/branch2_0": (1, 1, channels, reduce2),
+            f"{block}/branch2_1": (3, 3, reduce2, width2),
+            f"{block}/branch3_0": (1, 1, channels, reduce3),
+            f"{block}/branch3_1": (large, large, reduce3, width3),
+            f"{block}/branch4_1": (1, 1, channels, width4),
+        }
+        channels = width1 + width2 + width3 + width4
+        if head := {"inception4a": "aux1", "inception4d": "aux2"}.get(block):
+            shapes |= {
+                f"{head}/conv": (1, 1, channels, 128),
+                f"{head}/fc1": (128 * 4 * 4, 1024),
+                f"{head}/fc2": (1024, num_classes),
+            }
+    return {**shapes, "fc": (channels, num_classes)}
+
+
 _NORMS = ("norm1", "norm2")  # stages of the networks with local response normalisation alone
 
 

@@ -19,7 +19,15 @@ from jax import numpy as jnp
 from jax.sharding import AxisType, reshard
 from jaxtyping import Array, Float
 
-from flax_googlenet.architecture import BLOCKS, IMAGENET_MEAN, IMAGENET_STD, NETWORKS, Padding, stage_name
+from flax_googlenet.architecture import (
+    BLOCKS,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    NETWORKS,
+    Padding,
+    kernel_shapes,
+    stage_name,
+)
 from flax_googlenet.ops import platforms, winograd
 from flax_googlenet.ops.normalization import local_response_norm
 from flax_googlenet.ops.pooling import adaptive_avg_pool, avg_pool, max_pool, per_channel
@@ -441,10 +449,26 @@ def _stage(module: nn.Module, name: str, x: jax.Array) -> jax.Array:
 
 
 def variable_shapes(model: GoogLeNet) -> dict[str, Any]:
-    """Return the variables of ``model.init`` as nested dicts of ``jax.ShapeDtypeStruct``, without computing them."""
-    min_size = NETWORKS[model.variant].min_size
-    images = jax.ShapeDtypeStruct((1, min_size, min_size, 3), jnp.float32)
-    return jax.eval_shape(model.init, jax.eval_shape(lambda: jax.random.key(0)), images)
+    """Return the variables of ``model.init`` as nested dicts of ``jax.ShapeDtypeStruct``, without computing them.
+
+    Tracing ``model.init`` gives the same, but takes 0.4 s, and every file of weights is checked against them.
+    """
+    shapes: dict[tuple[str, ...], tuple[int, ...]] = {}
+    for name, shape in kernel_shapes(NETWORKS[model.variant], model.num_classes).items():
+        layer, is_convolution = name.split("/"), len(shape) == 4
+        if layer[0] in ("aux1", "aux2") and not model.aux_logits:
+            continue
+        path = ("params", *layer, "conv") if is_convolution else ("params", *layer)
+        shapes[*path, "kernel"] = shape
+        if is_convolution and model.batch_norm:
+            shapes |= {("params", *layer, "bn", key): shape[-1:] for key in ("scale", "bias")}
+            shapes |= {("batch_stats", *layer, "bn", key): shape[-1:] for key in ("mean", "var")}
+        else:
+            shapes[*path, "bias"] = shape[-1:]
+    dtypes = {"params": model.param_dtype, "batch_stats": at_least_float32(model.param_dtype)}
+    dtypes = {collection: jax.dtypes.canonicalize_dtype(dtype) for collection, dtype in dtypes.items()}
+    # In the order of JAX's trees, which is that of the names.
+    return unflatten_dict({path: jax.ShapeDtypeStruct(shapes[path], dtypes[path[0]]) for path in sorted(shapes)})
 
 
 def _options(module: nn.Module, kernel_init: Initializer) -> dict[str, Any]:

@@ -264,13 +264,13 @@ def test_dropout_has_the_stated_rates(
 
 def test_aux_heads_are_initialised_always_and_computed_in_training_alone(random_images: Images) -> None:
     images = jnp.asarray(random_images(2, 32, 32), jnp.float32)
-    shapes = jax.eval_shape(GoogLeNet(num_classes=5).init, jax.random.key(0), images)
+    shapes = flax_googlenet.model.variable_shapes(GoogLeNet())
     assert {"aux1", "aux2"} <= shapes["params"].keys()
-    output = jax.eval_shape(GoogLeNet(num_classes=5).apply, shapes, images)
+    output = jax.eval_shape(GoogLeNet().apply, shapes, images)
     assert (output.aux_logits1, output.aux_logits2) == (None, None)
 
-    headless = GoogLeNet(num_classes=5, aux_logits=False)
-    shapes = jax.eval_shape(headless.init, jax.random.key(0), images)
+    headless = GoogLeNet(aux_logits=False)
+    shapes = flax_googlenet.model.variable_shapes(headless)
     assert not {"aux1", "aux2"} & shapes["params"].keys()
     train = jax.eval_shape(
         lambda v, x: headless.apply(v, x, train=True, rngs={"dropout": jax.random.key(0)}, mutable=["batch_stats"])[0],
@@ -286,6 +286,20 @@ def test_parameters_are_as_many_as_torchvision_says() -> None:
 
     assert count(GoogLeNet()) == 13_004_888
     assert count(GoogLeNet(aux_logits=False)) == reference.IMAGENET.meta["num_params"] == 6_624_904
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        *(GoogLeNet(variant) for variant in NETWORKS),
+        *(GoogLeNet(variant, 7, aux_logits=False, param_dtype=jnp.bfloat16) for variant in NETWORKS),
+        GoogLeNet(batch_norm=False),
+    ],
+)
+def test_the_shapes_of_variables_are_those_that_init_makes(model: GoogLeNet) -> None:
+    images = jnp.zeros((1, 64, 64, 3), jnp.float32)
+    expected = jax.eval_shape(model.init, jax.random.key(0), images)
+    assert repr(flax_googlenet.model.variable_shapes(model)) == repr(expected)  # names in the same order, dtypes, too
 
 
 @pytest.fixture(scope="module")
@@ -379,8 +393,11 @@ def test_training_without_the_variables_of_an_aux_head_is_refused_with_the_way_o
                 ),
                 headless,
             )
-        images = np.zeros((1, 32, 32, 3), np.float32)
-        jax.eval_shape(GoogLeNet().apply, headless, images)  # inference does not need them
+    without = {
+        kind: {name: block for name, block in blocks.items() if not name.startswith("aux")}
+        for kind, blocks in variables.items()
+    }
+    jax.eval_shape(GoogLeNet().apply, without, np.zeros((1, 32, 32, 3), np.float32))  # inference does not need them
 
 
 def test_the_smallest_size_is_torchvisions() -> None:
@@ -419,7 +436,7 @@ def test_bfloat16_computes_with_float32_parameters_and_statistics(
 
 def test_precision_reaches_every_convolution_and_matrix_product() -> None:
     model = GoogLeNet(precision="highest")
-    shapes = flax_googlenet.model.variable_shapes(model)
+    shapes = flax_googlenet.model.variable_shapes(GoogLeNet())
     images = jax.ShapeDtypeStruct((2, 64, 64, 3), jnp.float32)
 
     def train(variables: Any, images: Any) -> Any:

@@ -22,7 +22,7 @@ from flax_googlenet.ops.pooling import max_pool_padding, per_channel, same_paddi
 Weights = Mapping[str, Any]
 """Nested dicts of arrays, as ``prepare`` returns them."""
 
-BATCH_SIZES = (8, 4, 1)
+BATCH_SIZES = (8, 4, 2, 1)
 """Numbers of images in one call. From 16 on, the buffers of a call exceed 32 MB: the C library then returns them to the
 operating system and asks for them again in every call, which costs more than larger matrix products save."""
 
@@ -179,6 +179,6 @@ def _max_pool(x: jax.Array, window: int, stride: int, padding: PoolPadding = 0) 
     """
     for axis in (1, 2):
         pads = max_pool_padding(x.shape[axis], window, stride, padding)
-        x = jnp.pad(x, [pads if i == axis else (0, 0) for i in range(4)], constant_values=-jnp.inf)
-        x = functools.reduce(jnp.maximum, strided_slices(x, window, stride, axis))
+        x = lax.pad(x, np.array(-np.inf, x.dtype), [(*pads, 0) if i == axis else (0, 0, 0) for i in range(4)])
+        x = functools.reduce(lax.max, strided_slices(x, window, stride, axis))
     return x

@@ -15,6 +15,7 @@ read, and any problem raises a ``CheckpointError``.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -297,8 +298,9 @@ def _read(path: str | os.PathLike[str]) -> tuple[bytes, dict[str, Any]]:
     if Path(path).suffix == ".onnx":
         raise CheckpointError(
             f"{os.fspath(path)} is an ONNX model, which ONNX Runtime and OpenVINO run: give the weights from which it "
-            "was exported; convert/port_weights.py, in the repository of this project, ports GoogLeNets of ONNX's "
-            "model zoo"
+            "was exported; flax_googlenet.from_onnx(path) reads a GoogLeNet of ONNX's model zoo, and "
+            "convert/port_weights.py, in the repository of this project, writes and proves its port: "
+            f"python convert/port_weights.py {shlex.quote(os.fspath(path))}"
         )
     _, stored, computed = _digest(data, path)
     if stored != computed:
@@ -341,10 +343,12 @@ def _check_tensors(
     subject: str, model: GoogLeNet, tensors: Mapping[str, np.ndarray]
 ) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
     """Return the shapes of the model's variables by path, or raise CheckpointError if the tensors do not have them."""
+    matrix = jax.ShapeDtypeStruct((1, 1), jnp.float32)
     try:
-        shapes = flatten_dict(variable_shapes(model))
+        jax.eval_shape(functools.partial(jax.lax.dot, precision=model.precision), matrix, matrix)
     except (TypeError, ValueError) as error:  # a precision that JAX does not have
         raise CheckpointError(f"{subject} belong to a network that JAX cannot build: {error}") from error
+    shapes = flatten_dict(variable_shapes(model))
     expected = {"/".join(names): shape.shape for names, shape in shapes.items()}
     problems = tensor_problems(tensors, expected)
     problems["wrong dtype"] = [

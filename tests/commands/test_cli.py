@@ -36,12 +36,15 @@ def test_help_fits_the_terminal_and_breaks_no_word(
     assert words(text) == words(shown(1000))
 
 
-def test_help_on_training_needs_neither_an_extra_nor_jax() -> None:
-    missing = dict.fromkeys(("jax", "flax", "grain", "matplotlib", "optax", "orbax", "sklearn", "tensorboardX"))
+@pytest.mark.parametrize("name", cli.SUBCOMMANDS)
+def test_help_needs_no_extra_and_does_not_wait_for_jax_and_numpy(name: str) -> None:
+    extras = ("grain", "matplotlib", "optax", "orbax", "sklearn", "tensorboardX")
+    missing = dict.fromkeys(("jax", "flax", "numpy", *extras))
     code = f"import sys; sys.modules.update({missing}); from flax_googlenet.__main__ import main; sys.exit(main())"
-    process = subprocess.run([sys.executable, "-c", code, "train", "--help"], capture_output=True, text=True)
+    process = subprocess.run([sys.executable, "-c", code, name, "--help"], capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
-    assert "--recipe.learning-rate" in process.stdout
+    assert f"usage: flax-googlenet {name}" in process.stdout
+    assert ("--recipe.learning-rate" in process.stdout) == (name == "train")
 
 
 @pytest.mark.parametrize(

@@ -83,8 +83,10 @@ def test_dream_keeps_the_size_and_changes_the_pixels() -> None:
         ("explain flower.png --stage mixed6a", 2, "mixed5a"),
         ("explain flower.png --top 0", 2, "--top"),
         ("explain flower.png --top 101", 2, "100"),
-        ("explain flower.png --stage fc --weights weights.safetensors", 2, "fc"),
-        ("explain flower.png --stage norm1 --weights weights.safetensors", 2, "norm1"),
+        pytest.param("explain flower.png --stage fc --weights weights.safetensors", 2, "fc", marks=pytest.mark.slow),
+        pytest.param(
+            "explain flower.png --stage norm1 --weights weights.safetensors", 2, "norm1", marks=pytest.mark.slow
+        ),
         ("explain nothing.png --weights nothing.safetensors", 3, "nothing.png"),
         ("visualize mixed6a --channels 1", 2, "mixed5a"),
         ("visualize mixed3a --channels 9999999999 --weights weights.safetensors --size 32", 2, "0 to 255"),
