@@ -14,6 +14,7 @@ from contextlib import closing
 from functools import partial
 from multiprocessing.connection import wait
 from multiprocessing.resource_tracker import ensure_running
+from typing import Any
 
 import grain
 import jax
@@ -22,9 +23,10 @@ from absl import flags
 from PIL import Image
 
 from flax_googlenet.images.files import Fail
-from flax_googlenet.images.preprocessing import ImageError, preprocess
+from flax_googlenet.images.preprocessing import ImageError, centre_crop, normalise
 from flax_googlenet.training.augment import augment
 from flax_googlenet.training.datasets import DataError, Dataset
+from flax_googlenet.training.memory import keep_memory
 from flax_googlenet.training.reader import HostBatch, Reader, explained
 from flax_googlenet.training.recipe import Recipe
 
@@ -54,7 +56,7 @@ def train_batches(
         recipe: The recipe; its ``batch_size`` counts the images of all processes.
         start: Number of the first batch, to go on after as many batches.
         stopped: Returns whether to stop waiting for a batch; the iterator then raises a ``WaitStoppedError``.
-        report: Takes a message, once, if a batch has not come for 10 seconds.
+        report: Takes a message if a batch has not come for 10 seconds, at most once in 10 minutes.
         process_index: Index of this process, which gets an equal share of the rows of each batch.
         process_count: Number of processes.
 
@@ -137,36 +139,50 @@ def _train_batch(
 ) -> HostBatch:
     epoch = number // steps
     index = indices[rows].astype(np.int64)
-    used, images = np.empty_like(index), []
+    used, images = np.empty_like(index), np.empty((len(index), recipe.image_size, recipe.image_size, 3), np.uint8)
     for row, i in enumerate(index):
-        used[row], image = _read(dataset, int(i))
-        images.append(augment(image, recipe, np.random.default_rng((recipe.seed, epoch, i))))
-    return {"image": np.stack(images), "label": dataset.labels[used], "index": index, "used": used}
+        used[row], crop = _read(dataset, int(i), recipe, epoch)
+        images[row] = np.asarray(crop)
+    return {"image": images, "label": dataset.labels[used], "index": index, "used": used}
 
 
-def _read(dataset: Dataset, index: int) -> tuple[int, Image.Image]:
-    """Return the index of the first image from ``index`` on that can be read, and the image."""
+def _read(dataset: Dataset, index: int, recipe: Recipe, epoch: int) -> tuple[int, Image.Image]:
+    """Return the index of the first image from ``index`` on that can be read, and a random crop of it."""
     for i in range(index, index + min(_ATTEMPTS, len(dataset))):
+        rng = np.random.default_rng((recipe.seed, epoch, index))
         try:
-            return i % len(dataset), dataset.read(i % len(dataset))
+            return i % len(dataset), augment(partial(dataset.read, i % len(dataset)), recipe, rng)
         except ImageError as error:
             last = error
     count = i + 1 - index
     raise DataError(f"{count} images in a row cannot be read, starting with {dataset.name(index)}; the last: {last}")
 
 
-def _eval_batch(dataset: Dataset, image_size: int, index: np.ndarray) -> dict[str, np.ndarray | list[str]]:
-    images = np.zeros((len(index), image_size, image_size, 3), np.float32)
+def _eval_batch(dataset: Dataset, image_size: int, index: np.ndarray) -> dict[str, Any]:
+    images = np.zeros((len(index), image_size, image_size, 3), np.uint8)
     labels = np.full(len(index), -1, np.int32)
     failures = []
     for row, i in enumerate(index):
         if i >= 0:
             try:
-                images[row] = preprocess(dataset.read(i), image_size)
+                images[row] = np.asarray(centre_crop(dataset.read(i), image_size))
                 labels[row] = dataset.labels[i]
             except ImageError as error:
                 failures.append(str(error))
     return {"image": images, "label": labels, "index": index, "failures": failures}
+
+
+def _to_input(batch: dict[str, Any]) -> dict[str, Any]:
+    """Return a batch with normalised images, in memory of its own. Rows with the label -1 stay zero.
+
+    Worker processes hand over bytes, which take a quarter of the memory of floats: copying 32 images of 224x224 through
+    shared memory takes 20 ms less CPU time.
+    """
+    images = np.zeros(batch["image"].shape, np.float32)
+    for row in np.flatnonzero(batch["label"] >= 0):
+        images[row] = normalise(batch["image"][row])
+    others = {name: np.array(value) if name != "failures" else value for name, value in batch.items()}
+    return others | {"image": images}
 
 
 def _iterate(
@@ -174,9 +190,11 @@ def _iterate(
 ) -> Reader:
     if workers == 0:
         options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_THREADS)
-        return Reader(iter(batches.to_iter_dataset(options)), workers, stopped, report)
-    dataset = batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)).mp_prefetch(
-        grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1), _start_worker
+        return Reader(iter(batches.to_iter_dataset(options).map(_to_input)), workers, stopped, report)
+    dataset = (
+        batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
+        .mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1), _start_worker)
+        .map(_to_input)
     )
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain reads absl's flags, which our command lines do not have
@@ -198,6 +216,7 @@ def _iterate(
 
 def _start_worker(worker: int, count: int) -> None:
     """Make a worker process end with its parent, which alone reacts to signals to the process group."""
+    keep_memory()  # else decoding a photograph of 12 megapixels takes a third longer, because its pages are taken anew
     jax.config.update("jax_platforms", "cpu")  # so that no use of JAX in a worker takes memory of the GPU
     parent = multiprocessing.parent_process()
     assert parent is not None  # noqa: S101  every worker has a parent

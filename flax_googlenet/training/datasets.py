@@ -13,7 +13,7 @@ from jaxtyping import Int32, UInt8
 from PIL import Image
 
 from flax_googlenet.errors import GoogLeNetError
-from flax_googlenet.images.preprocessing import CROP, RESIZE, rgb
+from flax_googlenet.images.preprocessing import CROP, RESIZE, Reduction, rgb
 
 
 class DataError(GoogLeNetError, ValueError):
@@ -46,10 +46,13 @@ class Dataset:
         """Return the path of an image, or its name if it is not a file."""
         return os.path.join(self.folder, self.names[index])
 
-    def read(self, index: int) -> Image.Image:
-        """Return an image in RGB, upright and in its own size, or raise a ``flax_googlenet.ImageError``."""
+    def read(self, index: int, reduction: Reduction | None = None) -> Image.Image:
+        """Return an image in RGB and upright, or raise a ``flax_googlenet.ImageError``.
+
+        ``reduction`` chooses the size in which a JPEG file is decoded, as for ``rgb``.
+        """
         if self.pixels is None:
-            return rgb(self.name(index))
+            return rgb(self.name(index), reduction)
         return Image.fromarray(self.pixels[index]).convert("RGB")
 
     @cached_property

@@ -1,6 +1,7 @@
 """Waits for the next batch so that signals are handled meanwhile, and dead or hanging workers are noticed."""
 
 import errno
+import gc
 import multiprocessing
 import queue
 import re
@@ -9,11 +10,13 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from multiprocessing.process import BaseProcess
 
 import grain
 import numpy as np
 import psutil
+from grain.multiprocessing import SharedMemoryArray
 
 from flax_googlenet.errors import GoogLeNetError
 from flax_googlenet.training.datasets import DataError
@@ -25,6 +28,7 @@ HANG_SECONDS = 600.0
 """Seconds after which a batch is taken never to come, because the input hangs."""
 
 _NOTICE_SECONDS = 10.0  # until the user is told that the run waits
+_QUIET_SECONDS = 600.0  # after that, until the user is told of another wait
 _SUSPENDED_SECONDS = 5.0  # until a suspended worker process is taken never to go on
 _POLL_SECONDS = 0.2
 _GRACE_SECONDS = 2.0  # for the current batch when a reader is closed
@@ -48,7 +52,7 @@ class Reader(Iterator[HostBatch]):
         batches: Grain's iterator.
         workers: The number of its worker processes.
         stopped: Returns whether to stop waiting. The iterator then raises a WaitStoppedError.
-        report: Takes a message, once, if a batch has not come for 10 seconds.
+        report: Takes a message if a batch has not come for 10 seconds, at most once in 10 minutes.
 
     Raises:
         DataError: From the iterator, if a worker process died or has been suspended for 5 seconds, if ``/dev/shm`` is
@@ -63,7 +67,7 @@ class Reader(Iterator[HostBatch]):
         report: Callable[[str], None],
     ) -> None:
         self._batches, self._workers, self._stopped, self._report = batches, workers, stopped, report
-        self._closed = self._reported = False
+        self._closed, self._quiet_until = False, 0.0
         self._requests: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[HostBatch | BaseException] = queue.SimpleQueue()
         self._thread = threading.Thread(
@@ -87,7 +91,7 @@ class Reader(Iterator[HostBatch]):
             return answer
 
     def _check_wait(self, waited: float, suspended: float) -> None:
-        """Raise an error if the wait must end, and report once that it is long.
+        """Raise an error if the wait must end, and report that it is long, unless a report came not long ago.
 
         Args:
             waited: Seconds since the batch was asked for.
@@ -105,8 +109,8 @@ class Reader(Iterator[HostBatch]):
                 f"no batch came for {HANG_SECONDS / 60:g} minutes: reading the images hangs, for example on a network "
                 "drive that is gone"
             )
-        if waited > _NOTICE_SECONDS and not self._reported:
-            self._reported = True
+        if waited > _NOTICE_SECONDS and time.monotonic() >= self._quiet_until:
+            self._quiet_until = time.monotonic() + _QUIET_SECONDS
             self._report(
                 f"waiting for images: no batch came for {_NOTICE_SECONDS:g} seconds; the run ends if none comes within "
                 f"{HANG_SECONDS / 60:g} minutes"
@@ -126,6 +130,8 @@ class Reader(Iterator[HostBatch]):
             self._thread.join(_POLL_SECONDS)
         if not self._thread.is_alive():  # else Grain itself would wait for ever
             self._batches.close()
+            if self._workers:
+                _free_shared_memory()
 
     __del__ = close
 
@@ -137,6 +143,15 @@ def hangs() -> bool:
     for thread in threads:
         thread.join(max(deadline - time.monotonic(), 0))
     return any(thread.is_alive() for thread in threads)
+
+
+def _free_shared_memory() -> None:
+    """Delete the shared memory of batches that nobody has taken; what the process leaves at its end is a warning."""
+    gc.collect()  # the exceptions that end Grain's iterators hold the last batches in reference cycles
+    pool = getattr(SharedMemoryArray, "_del_thread_pool", None)
+    if pool is not None:
+        with suppress(ValueError):  # the process ends, and the pool has ended already
+            pool.apply_async(int).wait(_GRACE_SECONDS)  # after all deletions, as the pool has one thread
 
 
 def _workers() -> list[BaseProcess]:

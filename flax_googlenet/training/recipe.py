@@ -33,9 +33,9 @@ class Recipe:
 
     seed: int = 0
     """Seed of the initial weights, image order, augmentation, dropout and the choice of held-out images."""
-    variant: Literal["torchvision", "bvlc", "inception5h"] = "torchvision"
-    """Network to train: torchvision's, or the paper's as Berkeley or Google trained it. A run that starts from weights
-    keeps the network of these."""
+    variant: Literal["torchvision", "bvlc", "inception5h", "bvlc_floor"] = "torchvision"
+    """Network to train: torchvision's, the paper's as Berkeley or Google trained it, or Berkeley's with max pools that
+    round down. A run that starts from weights keeps the network of these."""
     epochs: int = 90
     """Number of passes over the training images."""
     batch_size: int = 256

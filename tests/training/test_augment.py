@@ -2,6 +2,8 @@
 
 from collections import Counter
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from torchvision.transforms.functional import resized_crop
 
 from flax_googlenet import preprocess
 from flax_googlenet.architecture import IMAGENET_MEAN, IMAGENET_STD
+from flax_googlenet.images.preprocessing import Reduction, rgb
 from flax_googlenet.training.augment import augment, distort, random_crop
 from flax_googlenet.training.recipe import Recipe
 
@@ -25,6 +28,11 @@ PLAIN = Recipe(image_size=64, flip=False, crop_area=(1.0, 1.0), crop_aspect=(1.0
 def colours(array: np.ndarray) -> np.ndarray:
     """Return the uint8 [h, w, 3] that ``array`` was made from."""
     return np.rint((array * IMAGENET_STD + IMAGENET_MEAN) * 255).astype(np.uint8)
+
+
+def augmented(image: Image.Image, recipe: Recipe, rng: np.random.Generator) -> np.ndarray:
+    """Return the augmented pixels of an image that is decoded, uint8 [size, size, 3]."""
+    return np.asarray(augment(lambda reduction: image, recipe, rng))
 
 
 @pytest.fixture(scope="module")
@@ -71,14 +79,14 @@ def test_a_crop_has_torchvisions_pixels(photograph: Image.Image) -> None:
     for seed in range(10):
         left, top, right, bottom = random_crop(640, 427, AREA, ASPECT, np.random.default_rng(seed))
         expected = resized_crop(photograph, top, left, bottom - top, right - left, [64, 64])
-        ours = augment(photograph, recipe, np.random.default_rng(seed))
-        assert (ours.shape, ours.dtype) == ((64, 64, 3), np.float32)
-        np.testing.assert_array_equal(colours(ours), np.asarray(expected))
+        ours = augmented(photograph, recipe, np.random.default_rng(seed))
+        assert (ours.shape, ours.dtype) == ((64, 64, 3), np.uint8)
+        np.testing.assert_array_equal(ours, np.asarray(expected))
 
 
 def test_the_same_seed_gives_the_same_pixels_and_another_seed_other_pixels(photograph: Image.Image) -> None:
     recipe = Recipe(image_size=32, interpolation="random", distortion=True)
-    first, second = ([augment(photograph, recipe, np.random.default_rng(s)) for s in range(10)] for _ in range(2))
+    first, second = ([augmented(photograph, recipe, np.random.default_rng(s)) for s in range(10)] for _ in range(2))
     np.testing.assert_array_equal(first, second)
     assert len({array.tobytes() for array in first}) == 10
 
@@ -87,10 +95,10 @@ def test_half_of_the_crops_are_mirrored_unless_the_recipe_turns_it_off() -> None
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     rng = np.random.default_rng(0)
     upright, mirrored = np.asarray(image).tobytes(), np.asarray(image)[:, ::-1].tobytes()
-    counts = Counter(colours(augment(image, replace(PLAIN, flip=True), rng)).tobytes() for _ in range(1000))
+    counts = Counter(augmented(image, replace(PLAIN, flip=True), rng).tobytes() for _ in range(1000))
     assert counts.keys() == {upright, mirrored}
     assert abs(counts[mirrored] - 500) < 64  # four standard deviations
-    assert {colours(augment(image, PLAIN, rng)).tobytes() for _ in range(20)} == {upright}
+    assert {augmented(image, PLAIN, rng).tobytes() for _ in range(20)} == {upright}
 
 
 def test_random_interpolation_chooses_among_the_papers_four_methods_equally_often(photograph: Image.Image) -> None:
@@ -98,11 +106,11 @@ def test_random_interpolation_chooses_among_the_papers_four_methods_equally_ofte
     names = {np.asarray(image.resize((64, 64), method)).tobytes(): method for method in Image.Resampling}
     rng = np.random.default_rng(0)
     recipe = replace(PLAIN, interpolation="random")
-    counts = Counter(names[colours(augment(image, recipe, rng)).tobytes()] for _ in range(1000))
+    counts = Counter(names[augmented(image, recipe, rng).tobytes()] for _ in range(1000))
     kinds = Image.Resampling
     assert counts.keys() == {kinds.BILINEAR, kinds.BOX, kinds.NEAREST, kinds.BICUBIC}
     assert max(abs(count - 250) for count in counts.values()) < 55  # four standard deviations
-    assert names[colours(augment(image, PLAIN, rng)).tobytes()] == kinds.BILINEAR
+    assert names[augmented(image, PLAIN, rng).tobytes()] == kinds.BILINEAR
 
 
 def test_distortion_changes_brightness_contrast_and_colour_by_half_at_most(photograph: Image.Image) -> None:
@@ -123,8 +131,8 @@ def test_distortion_changes_brightness_contrast_and_colour_by_half_at_most(photo
 def test_a_recipe_without_distortion_leaves_the_colours(photograph: Image.Image) -> None:
     image = photograph.crop((0, 0, 64, 64))
     rng = np.random.default_rng(0)
-    np.testing.assert_array_equal(colours(augment(image, PLAIN, rng)), np.asarray(image))
-    assert (colours(augment(image, replace(PLAIN, distortion=True), rng)) != np.asarray(image)).any()
+    np.testing.assert_array_equal(augmented(image, PLAIN, rng), np.asarray(image))
+    assert (augmented(image, replace(PLAIN, distortion=True), rng) != np.asarray(image)).any()
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 20000), (20000, 1), (2, 777)])
@@ -132,5 +140,95 @@ def test_an_image_of_any_size_is_augmented_and_evaluated(size: tuple[int, int]) 
     image = Image.new("RGB", size, (10, 20, 30))
     rng = np.random.default_rng(0)
     recipe = Recipe(image_size=64, interpolation="random")
-    for result in (*(augment(image, recipe, rng) for _ in range(8)), preprocess(image, 64), preprocess(image)):
-        np.testing.assert_array_equal(colours(result), np.broadcast_to((10, 20, 30), result.shape))
+    evaluated = [colours(preprocess(image, 64)), colours(preprocess(image))]
+    for result in (*(augmented(image, recipe, rng) for _ in range(8)), *evaluated):
+        np.testing.assert_array_equal(result, np.broadcast_to((10, 20, 30), result.shape))
+
+
+@pytest.fixture
+def file(photograph: Image.Image, tmp_path: Path) -> Path:
+    """A JPEG file of 1283 x 859 pixels, which 2, 4 and 8 do not divide."""
+    photograph.resize((1283, 859)).save(tmp_path / "photograph.jpg", quality=92)
+    return tmp_path / "photograph.jpg"
+
+
+@pytest.mark.parametrize(
+    ("size", "decoded"),
+    [(107, (161, 108)), (108, (321, 215)), (214, (321, 215)), (215, (642, 430)), (429, (642, 430)), (430, (1283, 859))],
+)
+def test_a_jpeg_file_is_decoded_in_the_smallest_size_that_has_the_pixels_of_the_crop(
+    size: int, decoded: tuple[int, int], file: Path
+) -> None:
+    sizes = []
+
+    def read(reduction: Reduction) -> Image.Image:
+        sizes.append(rgb(file, reduction).size)
+        return rgb(file, reduction)
+
+    whole = replace(PLAIN, image_size=size, crop_aspect=(1283 / 859, 1283 / 859))
+    assert augment(read, whole, np.random.default_rng(0)).size == (size, size)
+    assert sizes == [decoded]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_crop_of_a_file_that_is_decoded_in_a_smaller_size_shows_the_same(
+    orientation: int, photograph: Image.Image, tmp_path: Path
+) -> None:
+    path, exif = tmp_path / "turned.jpg", Image.Exif()
+    exif[274] = orientation
+    photograph.resize((1280, 856)).save(path, quality=92, exif=exif)
+    recipe = Recipe(image_size=64)
+    for seed in range(10):
+        ours = np.asarray(augment(partial(rgb, path), recipe, np.random.default_rng(seed)))
+        expected = augmented(rgb(path), recipe, np.random.default_rng(seed))
+        mean_difference = abs(ours.astype(int) - expected).mean()
+        assert 0 < mean_difference < 4  # of 255; measured at most 2.8
+
+
+@pytest.mark.parametrize(
+    ("size", "orientation", "decoded"),
+    [
+        ((804, 602), 1, (101, 76)),
+        ((804, 602), 3, (402, 301)),
+        ((804, 602), 6, (301, 402)),
+        ((800, 600), 6, (75, 100)),
+        ((801, 601), 8, (601, 801)),
+    ],
+)
+def test_a_file_that_is_turned_is_decoded_in_a_size_of_whole_pixels(
+    size: tuple[int, int], orientation: int, decoded: tuple[int, int], photograph: Image.Image, tmp_path: Path
+) -> None:
+    exif = Image.Exif()
+    exif[274] = orientation
+    photograph.resize(size).save(tmp_path / "turned.jpg", exif=exif)
+    upright = size if orientation in (1, 3) else size[::-1]
+
+    def reduction(width: int, height: int) -> int:
+        assert (width, height) == upright
+        return 8
+
+    assert rgb(tmp_path / "turned.jpg", reduction).size == decoded
+
+
+def test_a_crop_without_twice_the_pixels_of_the_result_stays_equal(file: Path) -> None:
+    recipe = Recipe(image_size=430)
+    for seed in range(5):
+        ours = augment(partial(rgb, file), recipe, np.random.default_rng(seed))
+        np.testing.assert_array_equal(ours, augmented(rgb(file), recipe, np.random.default_rng(seed)))
+
+
+def test_only_jpeg_files_are_decoded_in_a_smaller_size(photograph: Image.Image, tmp_path: Path) -> None:
+    for name, size in (("a.png", (640, 427)), ("a.webp", (640, 427)), ("a.jpg", (80, 54)), ("a.mpo", (80, 54))):
+        photograph.save(tmp_path / name)
+        assert rgb(tmp_path / name, lambda width, height: 8).size == size
+    assert rgb(Image.open(tmp_path / "a.jpg"), lambda width, height: 8).size == (640, 427)  # not the caller's image
+
+
+def test_a_lossless_jpeg_file_is_decoded_in_its_own_size(tmp_path: Path) -> None:
+    """Its pixels are stored as differences, here as 256 x 256 times a zero, for which the only code has one bit."""
+    frame = bytes.fromhex("ffc3 000b 08 0100 0100 01 01 11 00")
+    code = bytes.fromhex("ffc4 0014 00 01") + bytes(15) + bytes.fromhex("00")
+    scan = bytes.fromhex("ffda 0008 01 01 00 01 00 00") + bytes(256 * 256 // 8)
+    (tmp_path / "lossless.jpg").write_bytes(b"\xff\xd8" + frame + code + scan + b"\xff\xd9")
+    crop = augment(partial(rgb, tmp_path / "lossless.jpg"), Recipe(image_size=32), np.random.default_rng(0))
+    assert (np.asarray(crop) == 128).all()

@@ -13,6 +13,7 @@ from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 
+import grain
 import jax
 import numpy as np
 import pytest
@@ -22,10 +23,11 @@ from PIL import Image
 
 from flax_googlenet import ImageError, preprocess
 from flax_googlenet.architecture import IMAGENET_MEAN, IMAGENET_STD
+from flax_googlenet.images.preprocessing import Reduction
 from flax_googlenet.training import reader
 from flax_googlenet.training.data import eval_batches, train_batches
 from flax_googlenet.training.datasets import DataError, Dataset
-from flax_googlenet.training.reader import HostBatch, WaitStoppedError
+from flax_googlenet.training.reader import HostBatch, Reader, WaitStoppedError
 from flax_googlenet.training.recipe import Recipe
 
 RECIPE = Recipe(batch_size=4, image_size=32, interpolation="random", distortion=True)
@@ -286,7 +288,7 @@ def hanging() -> Iterator[tuple[Dataset, threading.Event]]:
     asked, released = threading.Event(), threading.Event()
 
     class Hanging(Dataset):
-        def read(self, index: int) -> Image.Image:
+        def read(self, index: int, reduction: Reduction | None = None) -> Image.Image:
             asked.set()
             released.wait()
             return Image.new("RGB", (1, 1))
@@ -317,9 +319,34 @@ def test_waiting_for_an_image_that_never_comes_is_reported_once_and_ends_with_an
     assert "no batch came for 0.5 seconds" in messages[0]
 
 
+@pytest.mark.parametrize(("quiet_seconds", "is_reported"), [(0.0, True), (600.0, False)])
+def test_another_wait_is_reported_unless_it_comes_soon_after_the_last_report(
+    quiet_seconds: float, is_reported: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader, "_NOTICE_SECONDS", 0.1)
+    monkeypatch.setattr(reader, "_QUIET_SECONDS", quiet_seconds)
+    messages: list[str] = []
+
+    def wait_for_a_report(number: int) -> HostBatch:
+        before, deadline = len(messages), time.monotonic() + (60 if is_reported or number == 0 else 1)
+        while len(messages) == before and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return {"label": np.full(1, number)}
+
+    dataset = grain.MapDataset.source([0, 1]).map(wait_for_a_report)
+    one_at_a_time = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    iterator = iter(dataset.to_iter_dataset(one_at_a_time))
+    with closing(Reader(iterator, 0, stopped=lambda: False, report=messages.append)) as batches:
+        next(batches)
+        reports = len(messages)
+        next(batches)
+    assert reports > 0
+    assert (len(messages) > reports) == is_reported
+
+
 def test_a_worker_cannot_use_a_gpu_and_has_not_started_jax() -> None:
     class Reporting(Dataset):
-        def read(self, index: int) -> Image.Image:
+        def read(self, index: int, reduction: Reduction | None = None) -> Image.Image:
             platform, started = jax.config.jax_platforms, xla_bridge.backends_are_initialized()
             return Image.new("RGB", (1, 1), (255 * (platform == "cpu"), 255 * started, 0))
 
@@ -355,6 +382,31 @@ except KeyboardInterrupt:
     sys.exit(130)
 print("finished", flush=True)
 """
+
+
+READ_TWICE = """
+from contextlib import closing
+from dataclasses import replace
+from multiprocessing.resource_tracker import ensure_running
+from flax_googlenet.training.data import eval_batches
+from flax_googlenet.training.recipe import PRESETS
+from flax_googlenet.training.splits import open_data
+if __name__ == "__main__":
+    ensure_running()  # before eval_batches, which silences its warnings
+    data = open_data("digits", held_out=0.1, seed=0)[1]
+    recipe = replace(PRESETS["digits"], batch_size=64, workers=1)
+    with closing(eval_batches(data, recipe, fail=print)) as batches:
+        left_early = next(batches)
+    *_, last = eval_batches(data, recipe, fail=print)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_still_has_batches_leaves_no_shared_memory(tmp_path: Path) -> None:
+    script = tmp_path / "read_twice.py"
+    script.write_text(READ_TWICE)
+    process = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert (process.returncode, process.stdout, process.stderr) == (0, "", "")
 
 
 def run_until(word: str, signal_number: int, delay: float) -> tuple[int, str, str]:

@@ -221,10 +221,10 @@ HANGS = """
 import itertools, threading
 from flax_googlenet.training.datasets import Dataset
 read, count = Dataset.read, itertools.count()
-def read_or_hang(self, index):
+def read_or_hang(self, *arguments):
     if next(count) >= 48:  # two batches are made, even where four threads make one each
         threading.Event().wait()
-    return read(self, index)
+    return read(self, *arguments)
 Dataset.read = read_or_hang
 """
 

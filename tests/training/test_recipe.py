@@ -12,6 +12,7 @@ import pytest
 import torch
 from jax import numpy as jnp
 
+from flax_googlenet.architecture import NETWORKS
 from flax_googlenet.model import GoogLeNet, variable_shapes
 from flax_googlenet.training.recipe import PRESETS, Recipe, RecipeError, make_optimizer, schedule
 
@@ -28,6 +29,11 @@ def test_json_of_an_earlier_version_gets_the_defaults_of_newer_fields() -> None:
 def test_unknown_fields_of_a_later_version_are_named() -> None:
     with pytest.raises(RecipeError, match="unknown fields: colour, shape"):
         Recipe.from_json(json.dumps(dataclasses.asdict(Recipe()) | {"shape": 1, "colour": "red"}))
+
+
+@pytest.mark.parametrize("variant", NETWORKS)
+def test_a_recipe_can_train_every_network(variant: Any) -> None:
+    assert Recipe.from_json(Recipe(variant=variant).to_json()).variant == variant
 
 
 @pytest.mark.parametrize("text", ["", "[]", "3", '{"epochs": ', b"\xff", "[" * 10**5, '{"seed": ' + "9" * 5000 + "}"])
