@@ -198,8 +198,10 @@ class _Graph:
         """Keep a pool for ``variant``, which looks at how it rounds."""
         pool = self._pools[stage] = self._step(stage, operation, value, pads=None, ceil_mode=None, **expected)
         pads = pool.attributes.get("pads", [0] * 4)
-        if not isinstance(pads, list) or len(pads) != 4 or pads[:2] != [0, 0]:
-            self.differences.append(f"{stage} has the pads {pads}, which should be 0 before the values")
+        if not isinstance(pads, list) or len(pads) != 4 or pads[:2] != [0, 0] or min(pads) < 0:
+            self.differences.append(
+                f"{stage} has the pads {pads}, which should be 0 before the values, and not negative"
+            )
         return pool.inputs[0]
 
     def _step(self, stage: str, operation: str, value: str, **expected: Any) -> _Node:
@@ -274,14 +276,19 @@ def _value(attribute: Mapping[int, list[int | memoryview]]) -> Any:
     Programs that write by the rules of proto3 leave out a value of zero. The type (field 20) then says what it is.
     """
     if attribute[8]:
-        return [value for packed in attribute[8][:9] for value in integers(packed, most=8)][:9]
+        return [_signed(value) for packed in attribute[8][:9] for value in integers(packed, most=8)][:9]
     if attribute[2]:
         return float(numbers(as_bytes(attribute[2][-1]), "<f4")[0])
     if attribute[3]:
-        return integer(attribute[3][-1])
+        return _signed(integer(attribute[3][-1]))
     if attribute[4]:
         return _name(part(attribute, 4)[:20])
     return {_FLOAT: 0.0, _INT: 0}.get(integer(attribute[20][-1])) if attribute[20] else None
+
+
+def _signed(value: int) -> int:
+    """Return the int64 that a varint of 64 bits stands for: negative ones have the two's complement."""
+    return (value + 2**63) % 2**64 - 2**63
 
 
 def _array(tensor: Mapping[int, list[int | memoryview]], name: str) -> np.ndarray:

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,8 +20,10 @@ import reference
 import torch
 from inception5h import Inception5h
 from jax import numpy as jnp
+from PIL import Image
 from proof import relative_error
 from scipy.special import softmax
+from skimage import data
 
 import flax_googlenet
 from flax_googlenet.architecture import IMAGENET_MEAN, IMAGENET_STD, NETWORKS
@@ -27,6 +31,9 @@ from flax_googlenet.commands.cli import main
 from flax_googlenet.images.preprocessing import denormalise
 from flax_googlenet.model import GoogLeNet
 from flax_googlenet.weights import caffe
+
+ROOT = Path(__file__).parents[2]
+REAL = os.environ.get("GOOGLENET_BVLC")
 
 # float32, relative to the largest logit: worst measured 2.3e-6 in ONNX Runtime, 3.9e-6 in OpenVINO, 2.5e-6 in PyTorch.
 RTOL = 5e-6
@@ -257,6 +264,53 @@ def test_without_the_package_onnx_the_message_names_the_extra(
         flax_googlenet.export(tmp_path / "g.onnx", *small)
     assert main(["export", "--weights", "not read", "--output", str(tmp_path / "g.onnx")]) == 3
     assert "flax-googlenet[onnx]" in capsys.readouterr().err
+
+
+@pytest.fixture
+def quantise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Callable[[np.ndarray], np.ndarray]]:
+    """Return a function that makes a file in int8 as the page does, and returns what maps images to its logits."""
+    monkeypatch.chdir(tmp_path)
+
+    def quantise(photographs: list[np.ndarray], model: GoogLeNet, variables: Any) -> Callable[[np.ndarray], np.ndarray]:
+        flax_googlenet.export("googlenet.onnx", model, variables)
+        Path("photos").mkdir()
+        for i, photograph in enumerate(photographs):
+            Image.fromarray(photograph).save(f"photos/{i}.png")
+        page = (ROOT / "docs" / "inference.md").read_text(encoding="utf-8")
+        [code] = [
+            code for code in re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S) if "quantize_static" in code
+        ]
+        exec(code, {})
+        options = onnxruntime.SessionOptions()  # without optimisations it rounds to int8, and computes in float32:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # the same on every CPU
+        session = onnxruntime.InferenceSession("googlenet-int8.onnx", options)
+        return lambda images: session.run(None, {"images": images})[0]
+
+    return quantise
+
+
+def test_the_page_makes_a_file_in_int8_that_computes_the_network(
+    networks: dict[str, Network], photographs: np.ndarray, quantise: Callable[..., Callable[[np.ndarray], np.ndarray]]
+) -> None:
+    model, variables, network = networks["bvlc"]
+    logits = quantise(reference.photographs(), model, variables)(photographs)
+    onnx.checker.check_model("googlenet-int8.onnx", full_check=True)
+    convolutions = [node for node in onnx.load("googlenet-int8.onnx").graph.node if node.op_type == "Conv"]
+    assert [node.name for node in convolutions if "DequantizeLinear" not in node.input[0]] == ["conv1/pre_relu"]
+    assert 1e-4 < relative_error(logits, logits_of(network, photographs)) < 3e-2  # measured 1.6e-2
+
+
+@pytest.mark.skipif(not REAL, reason="GOOGLENET_BVLC does not name a bvlc_googlenet.caffemodel")
+def test_berkeleys_weights_in_int8_know_the_same_classes(
+    quantise: Callable[..., Callable[[np.ndarray], np.ndarray]],
+) -> None:
+    photographs = [*reference.photographs(), data.chelsea(), data.coffee(), data.rocket(), data.astronaut()]
+    logits = quantise(photographs, *flax_googlenet.from_caffe(str(REAL)))
+    images = flax_googlenet.preprocess_batch(photographs)
+    [expected] = runs_in_onnx_runtime(Path("googlenet.onnx"))(images)
+    found = logits(images)
+    np.testing.assert_array_equal(found.argmax(1), expected.argmax(1))
+    np.testing.assert_allclose(softmax(found, axis=1), softmax(expected, axis=1), atol=0.05)  # measured 0.022
 
 
 def test_readers_of_weights_say_what_reads_the_file(small: tuple[GoogLeNet, Any], tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """ONNX models as the model zoo has them: what a file computes is what the network computes, or the file is refused."""
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ from proof import flax_stages, relative_error
 from scipy.special import softmax
 
 import flax_googlenet
-from flax_googlenet import GoogLeNet, PortingError, StateDictError, from_onnx
+from flax_googlenet import CheckpointError, GoogLeNet, PortingError, StateDictError, from_onnx
 from flax_googlenet.architecture import IMAGENET_MEAN, IMAGENET_STD
 from flax_googlenet.weights import caffe
 from flax_googlenet.weights import onnx as reader
@@ -189,6 +190,12 @@ OTHER_FUNCTIONS: dict[str, Callable[[ModelProto], None]] = {
     "norm2 has the bias 2.0, not 1.0": lambda model: change(model, "conv2/norm2_1", bias=2.0),
     "norm2 has the alpha None": lambda model: change(model, "conv2/norm2_1", alpha=[1e-4]),
     "inception4c has the axis 2, not 1": lambda model: change(model, "inception_4c/output_1", axis=2),
+    "inception4d has the axis -2, not 1": lambda model: change(model, "inception_4d/output_1", axis=-2),
+    "conv2 has the pads [-1, 0, 0, 0], not": lambda model: change(model, "conv2/3x3_reduce_1", pads=[-1, 0, 0, 0]),
+    # As many windows as if it rounded down, and the last one without its last row.
+    "maxpool1 has the pads [0, 0, -2, -2], which should be": lambda model: change(
+        model, "pool1/3x3_s2_1", pads=[0, 0, -2, -2], ceil_mode=1
+    ),
     "inception5a.branch4.0 has the pads [0, 0, 0, 0]": lambda model: change(model, "inception_5a/pool_1", pads=[0] * 4),
     "fc has the alpha 2.0": lambda model: change(model, "loss3/classifier_1", alpha=2.0),
     "avgpool has the count_include_pad 1": lambda model: change(model, STAGES["avgpool"], count_include_pad=1),
@@ -410,6 +417,12 @@ def test_a_bomb_takes_little_time_and_memory(name: str, write: Callable[[bytes],
 def test_the_reader_of_pytorchs_files_names_the_one_of_onnx(valid: bytes, write: Callable[[bytes], Path]) -> None:
     with pytest.raises(StateDictError, match=r"net\.onnx: .*from_onnx"):
         flax_googlenet.read_state_dict(write(valid))
+
+
+def test_the_reader_of_this_librarys_files_names_the_one_of_onnx(valid: bytes, write: Callable[[bytes], Path]) -> None:
+    path = write(valid)
+    with pytest.raises(CheckpointError, match=f"from_onnx.*{re.escape(f'python convert/port_weights.py {path}')}"):
+        flax_googlenet.load(path)
 
 
 def test_it_is_saved_with_its_variant(
