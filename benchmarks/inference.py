@@ -37,7 +37,7 @@ from side_by_side import (
     write_network,
 )
 
-ERROR_BATCH = 8
+ERROR_BATCH = 2 if is_quick() else 8
 
 Engine = tuple[Callable[[np.ndarray], Any], Callable[[Any], np.ndarray]]
 """A function from images NHWC to the engine's input, not measured, and one from there to the logits, measured."""

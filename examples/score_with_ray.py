@@ -25,6 +25,7 @@ from ray.data import ActorPoolStrategy, DataContext
 from ray.data.checkpoint import CheckpointConfig
 
 from flax_googlenet import BatchPredictor, decode_batch
+from flax_googlenet.errors import listing
 from flax_googlenet.images.files import describe_unreadable, display_name, find_images, is_hidden, is_image
 from flax_googlenet.weights.checkpoint import load_weights
 from flax_googlenet.weights.pretrained import PRETRAINED, pretrained_file
@@ -116,7 +117,10 @@ def list_images(source: str) -> pyarrow.Table:
     if source.partition("?")[0].rstrip("/").endswith(".parquet"):
         filesystem, path = fs.FileSystem.from_uri(location(source))
         dataset = pyarrow.dataset.dataset(path, filesystem=filesystem)
-        table = dataset.to_table([name for name in ("image", "path") if name in dataset.schema.names])
+        columns = dataset.schema.names
+        if "path" not in columns and not {"image", "bytes"} <= {*columns}:
+            sys.exit(f"{source} needs the column path, or image and bytes, and has {listing(columns)}")
+        table = dataset.to_table([name for name in ("image", "path") if name in columns])
         return table if "image" in table.column_names else table.append_column("image", table["path"])
     if "://" in source:
         filesystem, root = fs.FileSystem.from_uri(source)

@@ -1,9 +1,14 @@
 """Which tests run and in which order, and fixtures: the random reference as a state dict, in PyTorch and in Flax."""
 
+import gc
 import os
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+
+# The imports make a million objects that stay. To search them a dozen times would take the garbage collector a fifth of
+# the imports' time: it is off until the tests start.
+gc.disable()
 
 # One thread for PyTorch, here and in the processes that tests start. OpenMP's threads spin while they wait for each
 # other: with more threads than free cores, as beside another worker of pytest-xdist, a step took 20 times the CPU time.
@@ -52,6 +57,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     # What starts last keeps one worker of pytest-xdist busy while the others have nothing left to do.
     rank = {name: i for i, name in enumerate(LONGEST_FILES)}
     items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+
+
+@pytest.hookimpl(tryfirst=True)  # a worker of pytest-xdist has a loop of its own
+def pytest_runtestloop() -> None:
+    """Turn the garbage collector on, which is off during the imports."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import accelerator
 import inference
+import input as input_alone
 import pytest
 import side_by_side
 import stages
+import start
 import training
 import visualization
 
@@ -19,7 +21,9 @@ BENCHMARKS = Path(side_by_side.__file__).parent
 
 
 @pytest.mark.parametrize("place", ["two words", "a,comma"])
-@pytest.mark.parametrize("module", [inference, training, stages, visualization], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "module", [inference, training, stages, visualization, input_alone], ids=lambda module: module.__name__
+)
 def test_no_engine_gets_a_folder_that_a_compiler_would_split(
     module: object, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -42,6 +46,8 @@ def test_no_engine_gets_a_folder_that_a_compiler_would_split(
         ("stages.py", ["--quick"]),
         ("accelerator.py", ["--quick"]),
         ("visualization.py", ["--quick"]),
+        ("input.py", ["--quick"]),
+        ("start.py", ["--quick"]),
         ("drift.py", ["drift.png", "--steps", "1"]),
     ],
 )
@@ -60,6 +66,8 @@ def test_every_engine_starts_on_a_new_machine(script: str, options: list[str], t
         "training.py": training.ENGINES,
         "stages.py": stages.ENGINES,
         "visualization.py": visualization.ENGINES,
+        "input.py": input_alone.ENGINES,
+        "start.py": start.ENGINES,
         "accelerator.py": [f"| {library}, TF32 |" for library in accelerator.LIBRARIES],
     }
     assert all(name in process.stdout for name in engines.get(script, ("JAX float32", "JAX float64")))

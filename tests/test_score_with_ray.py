@@ -44,13 +44,13 @@ for arguments in json.loads(sys.argv[2]):
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working folder: the weights of a network for images of 32x32 pixels, 400 images, and 3 damaged ones."""
+    """The working folder: the weights of a network for images of 32x32 pixels, 160 images, and 3 damaged ones."""
     tensors = reference.random_checkpoint(num_classes=10)
     state_dict = {name: tensor.numpy() for name, tensor in tensors.items() if not name.startswith("aux")}
     model, variables = GoogLeNet(num_classes=10, aux_logits=False), flax_googlenet.from_torchvision(state_dict)
     flax_googlenet.save(tmp_path / "weights.safetensors", model, variables, {"recipe": {"image_size": 32}})
     (tmp_path / "photos").mkdir()
-    add_images(tmp_path / "photos", 0, 400)
+    add_images(tmp_path / "photos", 0, 160)
     whole = (tmp_path / "photos" / "0.jpg").read_bytes()
     for path, content in zip(UNREADABLE, (whole[: len(whole) // 2], b"", b"a letter"), strict=True):
         (tmp_path / path).write_bytes(content)
@@ -66,12 +66,12 @@ def add_images(folder: Path, start: int, stop: int) -> None:
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
-    """Start the example in a Ray of its own, for one command line or more, with two workers and files of four rows."""
+    """Start the example in a Ray of its own, for one command line or more, with files of four rows."""
     temporary = tempfile.mkdtemp(prefix="ray")  # pytest's folders have names that are too long for Ray's sockets
     processes: list[subprocess.Popen[bytes]] = []
 
     def start(*command_lines: list[str]) -> subprocess.Popen[bytes]:
-        options = ["--weights", "weights.safetensors", "--workers", "2", "--rows-per-file", "4"]
+        options = ["--weights", "weights.safetensors", "--rows-per-file", "4"]
         jobs = json.dumps([[*arguments, *options] for arguments in command_lines])
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join([str(ROOT / "examples"), os.environ.get("PYTHONPATH", "")]),
@@ -141,31 +141,31 @@ def test_each_image_has_one_row_with_the_answer_of_classify_after_any_kill(
     folder: Path, start: Callable[..., subprocess.Popen[bytes]]
 ) -> None:
     """A worker is killed, and Ray goes on; then the whole of Ray is killed, and the next run goes on."""
-    process = start(["photos", "scores"])
+    process = start(["photos", "scores", "--workers", "2"])
     wait_for(lambda: done("scores") >= 5 and len(workers(process)) == 2, process)
     victim, survivor = workers(process)
     victim.kill()  # kill -9
-    assert done("scores") < 75
+    assert done("scores") < 30
     assert survivor.is_running()
     finish(process)
     expected = answers_of_classify("first.parquet")
     answers = {row["image"]: row["predictions"] for row in rows("scores") if row["error"] is None}
     assert answers == expected
-    assert len(rows("scores")) == len(expected) + len(UNREADABLE) == 403
+    assert len(rows("scores")) == len(expected) + len(UNREADABLE) == 163
     for row in rows("scores"):
         assert row["error"] is None or (UNREADABLE[row["image"]] in row["error"] and row["predictions"] is None)
 
     files = {file: file.read_bytes() for file in Path("scores", "rows").iterdir()}
-    add_images(folder / "photos", 400, 560)
+    add_images(folder / "photos", 160, 240)
     done_before = done("scores")
-    process = start(["photos", "scores"])
+    process = start(["photos", "scores", "--workers", "2"])
     wait_for(lambda: done("scores") >= done_before + 5, process)
     kill_all(process)
-    assert done("scores") < done_before + 30
-    finish(start(["photos", "scores"]))
+    assert done("scores") < done_before + 15
+    finish(start(["photos", "scores", "--workers", "2"]))
     answers = {row["image"]: row["predictions"] for row in rows("scores") if row["error"] is None}
     assert answers == answers_of_classify("second.parquet")
-    assert len(rows("scores")) == 563
+    assert len(rows("scores")) == 243
     assert all(file.read_bytes() == content for file, content in files.items())
 
 
@@ -194,11 +194,22 @@ def test_images_come_from_parquet_and_from_an_object_store(
     }
 
 
-def test_rows_of_other_weights_are_never_mixed(folder: Path, start: Callable[..., subprocess.Popen[bytes]]) -> None:
+def test_a_parquet_file_with_other_columns_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pyarrow
+
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    from score_with_ray import score
+
+    parquet.write_table(pyarrow.table({"image": ["x"], "pixels": [b"x"]}), "pixels.parquet")
+    with pytest.raises(SystemExit, match=r"^pixels\.parquet needs .* path, or image and bytes, and has image, pixels$"):
+        score("pixels.parquet", "scores", weights="weights.safetensors")
+
+
+def test_rows_of_other_weights_are_never_mixed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    from score_with_ray import score
+
     (folder / "scores").mkdir()
     (folder / "scores" / "run.json").write_text(json.dumps({"weights": "0123", "top": 5, "stage": None}))
-    process = start(["photos", "scores"])
-    assert process.wait() == 1
-    message = Path(LOG).read_text().splitlines()[-1]
-    assert "run.json" in message
-    assert "name another" in message
+    with pytest.raises(SystemExit, match=r"run\.json .* name another"):
+        score("photos", "scores", weights="weights.safetensors")
