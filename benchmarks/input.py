@@ -60,7 +60,8 @@ def torchvision(folder: Path, train: bool, batch: int) -> Iterator[Any]:
         crop = [transforms.Resize(256), transforms.CenterCrop(224)]
     to_input = [transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
     images = ImageFolder(folder, transforms.Compose([*crop, *to_input]))
-    return iter(DataLoader(images, batch, shuffle=train, num_workers=WORKERS))
+    # As on Linux by default. This process was spawned, so its children would be, too, which takes seconds longer.
+    return iter(DataLoader(images, batch, shuffle=train, num_workers=WORKERS, multiprocessing_context="fork"))
 
 
 def flax(folder: Path, train: bool, batch: int, workers: int = 0) -> Iterator[Any]:
