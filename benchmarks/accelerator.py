@@ -3,7 +3,7 @@
 Each engine has a process of its own. On a GPU the engines take turns while the others are idle; a TPU belongs to one
 process, so there they run one after the other, and PyTorch is left out. The inputs lie on the card in the layout and
 dtype that suit the engine best. A turn is a number of calls that run back to back, and ends when the last result is
-there. The tables have medians over all turns, ratios, the time until the first result, the peak memory on the card,
+there. The table has medians over all turns, ratios, the time until the first result, the peak memory on the card,
 and the error of the logits against float64. A training step has three heads, the backward pass, and SGD with momentum
 and weight decay; in bfloat16 the parameters stay float32.
 
@@ -14,7 +14,6 @@ and weight decay; in bfloat16 the parameters stay float32.
 import argparse
 import contextlib
 import functools
-import itertools
 import random
 import statistics
 import subprocess
@@ -158,11 +157,11 @@ ENGINES = {
 
 
 Answers = dict[tuple[str, int], list[dict[str, Any]]]
-"""All answers by engine and batch size. The first has the compilation in it; the next two are for warming up."""
+"""Answers by engine and batch size."""
 
 
 def main() -> None:
-    """Run the benchmark and print its tables in Markdown."""
+    """Run the benchmark and print its table in Markdown."""
     arguments = parse_arguments()
     platform, kind = device()
     names = [name for name in arguments.engines if platform != "tpu" or "torch" not in name.lower()]
@@ -173,19 +172,14 @@ def main() -> None:
     if arguments.quick:
         precision = "bfloat16" if platform != "cpu" else "TF32"  # on a CPU, bfloat16 takes minutes
         names = [name for name in names if precision in name]
-    with scratch() as folder:
-        inference.make_inputs(folder, [], size)
-        groups = [[name] for name in names] if platform == "tpu" else [names]
-        answers: Answers = {}
-        errors: dict[str, float] = {}
-        for group in groups:
-            new_answers, new_errors = measure(group, batches, size, arguments.rounds, folder)
-            answers |= new_answers
-            errors |= new_errors
     packages = ("jax", "jaxlib", "flax", "optax", *(() if platform == "tpu" else ("torch", "torchvision")))
     print(f"{kind}; {machine(*packages)}\n")
-    for task in batches:
-        report(task, [name for name in names if name.endswith(task)], batches[task], answers, errors)
+    print_header("", "engine", "images/s", "first result, s", "peak MB", "error / largest logit")
+    with scratch() as folder:
+        inference.make_inputs(folder, [], size)
+        for group in [[name] for name in names] if platform == "tpu" else [names]:
+            measure(group, batches, size, arguments.rounds, folder)
+    print("\nIn brackets: how many times as fast as torch.compile in the same precision.")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -237,14 +231,15 @@ def load(name: str, folder: Path) -> Callable[..., dict[str, Any]]:
     return answer
 
 
-def measure(
-    names: Sequence[str], batches: dict[str, list[int]], size: int, rounds: int, folder: Path
-) -> tuple[Answers, dict[str, float]]:
-    """Start the engines, let them take turns, and return all answers, and the errors of the logits by engine."""
+def measure(names: Sequence[str], batches: dict[str, list[int]], size: int, rounds: int, folder: Path) -> None:
+    """Start the engines, let them take turns, and print each batch size when its turns are over.
+
+    A run that is ended early has printed a part of the table.
+    """
     from proof import relative_error
 
     order = random.Random(0)
-    answers: Answers = {}
+    first: Answers = {}  # one with the compilation in it, and two for warming up
     errors: dict[str, float] = {}
     with contextlib.ExitStack() as processes, ThreadPoolExecutor(len(names) if is_quick() else 1) as threads:
 
@@ -252,7 +247,7 @@ def measure(
             worker = processes.enter_context(Worker(name, folder, functools.partial(load, name, folder)))
             task = ENGINES[name][1]
             for batch in batches[task]:  # CUDA graphs are captured in the calls after the first
-                answers[name, batch] = [worker.ask(batch=batch, size=size, calls=calls) for calls in (1, 2, 2)]
+                first[name, batch] = [worker.ask(batch=batch, size=size, calls=calls) for calls in (1, 2, 2)]
             if task == "inference":
                 logits = worker.ask(batch=inference.ERROR_BATCH, size=size, calls=1)["logits"]
                 errors[name] = relative_error(logits, np.load(folder / "truth.npy"))
@@ -260,30 +255,26 @@ def measure(
             return worker
 
         workers = dict(zip(names, threads.map(start, names), strict=True))
-        for task, sizes in batches.items():
-            mine = [name for name in names if ENGINES[name][1] == task]
-            for batch, number in itertools.product(sizes, range(rounds)):
-                for name in order.sample(mine, len(mine)):
-                    calls = max(2, round(TURN / answers[name, batch][2]["seconds"]))
-                    answers[name, batch].append(workers[name].ask(batch=batch, size=size, calls=calls))
+        for task, batch in [(task, batch) for task, sizes in batches.items() for batch in sizes]:
+            turns: Answers = {(name, batch): [] for name in names if ENGINES[name][1] == task}
+            for number in range(rounds):
+                for name, _ in order.sample(list(turns), len(turns)):
+                    calls = max(2, round(TURN / first[name, batch][-1]["seconds"]))
+                    turns[name, batch].append(workers[name].ask(batch=batch, size=size, calls=calls))
                 progress(f"{task}, batch {batch}: round {number + 1} of {rounds}")
-    return answers, errors
+            report(f"{task}, batch {batch}", turns, first, errors)
 
 
-def report(task: str, names: Sequence[str], batches: Sequence[int], answers: Answers, errors: dict[str, float]) -> None:
-    """Print the table of inference or of training."""
-    columns = [f"{title}, batch {batch}" for batch in batches for title in ("images/s", "first result, s", "peak MB")]
-    print_header(task, *columns, *(["error / largest logit"] if task == "inference" else []))
-    medians = {key: statistics.median(answer["seconds"] for answer in turns[3:]) for key, turns in answers.items()}
-    for name in names:
-        cells = []
-        for batch in batches:
-            median, turns = medians[name, batch], answers[name, batch]
-            baseline = medians.get((f"torch.compile, {ENGINES[name][2]}, {task}", batch))
-            ratio = f" ({baseline / median:.2f}x)" if baseline else ""
-            cells += [f"{batch / median:.0f}{ratio}", f"{turns[0]['seconds']:.1f}", f"{turns[-1]['peak']:.0f}"]
-        print_row(name.rpartition(",")[0], *cells, *([f"{errors[name]:.1e}"] if task == "inference" else []))
-    print("\nIn brackets: how many times as fast as torch.compile in the same precision.\n")
+def report(title: str, turns: Answers, first: Answers, errors: dict[str, float]) -> None:
+    """Print a row for each engine."""
+    medians = {key: statistics.median(answer["seconds"] for answer in answers) for key, answers in turns.items()}
+    for (name, batch), answers in turns.items():
+        _, task, precision = ENGINES[name]
+        median, baseline = medians[name, batch], medians.get((f"torch.compile, {precision}, {task}", batch))
+        rate = f"{batch / median:.0f}" + (f" ({baseline / median:.2f}x)" if baseline else "")
+        first_result, peak = first[name, batch][0]["seconds"], answers[-1]["peak"]
+        error = f"{errors[name]:.1e}" if name in errors else ""
+        print_row(title, name.rpartition(",")[0], rate, f"{first_result:.1f}", f"{peak:.0f}", error)
 
 
 if __name__ == "__main__":

@@ -204,7 +204,7 @@ def _processor() -> str:
 
 def print_row(*cells: str) -> None:
     """Print a row of a table."""
-    print("| " + " | ".join(cells) + " |")
+    print("| " + " | ".join(cells) + " |", flush=True)
 
 
 def print_header(*cells: str) -> None:
