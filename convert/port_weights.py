@@ -123,7 +123,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"{back} needs a CHECKPOINT that this command wrote, a FILE.safetensors")
     name = name_in_url(args.checkpoint) if "://" in args.checkpoint else args.checkpoint
     formats = {".caffemodel": "caffe", ".pb": "tensorflow", ".onnx": "onnx"}
-    args.format = "caffe" if args.checkpoint == "bvlc" else formats.get(Path(name).suffix, "pytorch")
+    args.format = "caffe" if args.checkpoint == "bvlc" else formats.get(Path(name).suffix.lower(), "pytorch")
     if args.format != "pytorch" and (args.diagnose or args.transform_input is not None):
         parser.error("--diagnose and --transform-input are for torchvision's network alone")
     if args.key and (args.format != "pytorch" or args.checkpoint in ("imagenet", "random")):

@@ -120,9 +120,8 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
     Raises:
         StateDictError, OSError: For the same reasons as ``from_caffe``.
     """
-    return protobuf.read(
-        path, _state_dict, "this is text, such as a .prototxt: give the .caffemodel, which has the weights"
-    )
+    if_text = "this is text, such as a .prototxt: give the .caffemodel, which has the weights"
+    return protobuf.read(path, ".caffemodel", _state_dict, if_text)
 
 
 def encode(state_dict: Mapping[str, np.ndarray]) -> bytes:

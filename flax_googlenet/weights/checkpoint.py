@@ -24,7 +24,6 @@ import re
 import shlex
 from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -41,6 +40,8 @@ from flax_googlenet.files import read_regular_file, write_atomically
 from flax_googlenet.images.preprocessing import CROP
 from flax_googlenet.model import GoogLeNet, Variables, variable_shapes
 from flax_googlenet.weights.checks import tensor_problems, with_problems
+from flax_googlenet.weights.other_formats import refuse_other_files, who_reads
+from flax_googlenet.weights.pickles import StateDictError
 
 _DTYPES = {"F64": jnp.float64, "F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}  # safetensors' names
 _VERSION = 2  # of the format; a file of the first version does not state it, and is otherwise the same
@@ -295,13 +296,6 @@ def check_class_names(names: Any, num_classes: int) -> None:
 
 def _read(path: str | os.PathLike[str]) -> tuple[bytes, dict[str, Any]]:
     data = read_regular_file(path, _MAX_BYTES)
-    if Path(path).suffix == ".onnx":
-        raise CheckpointError(
-            f"{os.fspath(path)} is an ONNX model, which ONNX Runtime and OpenVINO run: give the weights from which it "
-            "was exported; flax_googlenet.from_onnx(path) reads a GoogLeNet of ONNX's model zoo, and "
-            "convert/port_weights.py, in the repository of this project, writes and proves its port: "
-            f"python convert/port_weights.py {shlex.quote(os.fspath(path))}"
-        )
     _, stored, computed = _digest(data, path)
     if stored != computed:
         raise CheckpointError(f"{os.fspath(path)} is damaged: its sha256 is {computed}, not {stored} as stored in it")
@@ -325,11 +319,14 @@ def _digest(data: bytes, path: str | os.PathLike[str]) -> tuple[int, str, str]:
     header_end = min(len(data), 8 + int.from_bytes(data[:8], "little"))
     match = _DIGEST.search(data, 8, header_end)
     if match is None:
+        try:
+            refuse_other_files(data[:512])
+        except StateDictError as error:
+            raise CheckpointError(f"{os.fspath(path)}: {error}") from error
         raise CheckpointError(
             f"{os.fspath(path)} is not a checkpoint of flax_googlenet, or is damaged: it has no sha256; "
-            "flax_googlenet.from_torchvision(flax_googlenet.read_state_dict(path)) reads a PyTorch checkpoint, "
-            "and convert/port_weights.py, in the repository of this project, writes and proves its port: "
-            f"python convert/port_weights.py {shlex.quote(os.fspath(path))}"
+            f"{who_reads(path)}, and convert/port_weights.py, in the repository of this project, writes and proves its "
+            f"port: python convert/port_weights.py {shlex.quote(os.fspath(path))}"
         )
     start, stop = match.span(1)
     view = memoryview(data)

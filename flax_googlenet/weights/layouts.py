@@ -14,9 +14,15 @@ import struct
 import sys
 import zipfile
 import zlib
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from flax_googlenet.weights.other_formats import refuse_other_files, refuse_other_zips
+from flax_googlenet.weights.other_formats import (
+    is_for_another_reader,
+    refuse_other_files,
+    refuse_other_zips,
+    who_reads,
+)
 from flax_googlenet.weights.pickles import (
     MAX_AXES,
     MAX_NAME,
@@ -75,8 +81,8 @@ class Contents(NamedTuple):
     """Whether the values have the other byte order than this machine."""
 
 
-def read_structure(file: io.BufferedReader, suffix: str) -> Contents:
-    """Read the structure of a file, whatever its format; the suffix of its name helps to name damage.
+def read_structure(file: io.BufferedReader, name: str | os.PathLike[str]) -> Contents:
+    """Read the structure of a file, whatever its format; its name helps to name damage.
 
     Raises:
         StateDictError: If the file is damaged, of another format, or has anything in it that PyTorch never writes.
@@ -94,7 +100,7 @@ def read_structure(file: io.BufferedReader, suffix: str) -> Contents:
             return _open_zip(file, size)
         if _LEGACY.match(head):
             return _open_legacy(file, size)
-        if (head[8:9] == b"{" and 8 + header_size <= size) or suffix == ".safetensors":
+        if (head[8:9] == b"{" and 8 + header_size <= size) or Path(name).suffix == ".safetensors":
             return _open_safetensors(file, size, header_size)
     except (StateDictError, OSError):
         raise
@@ -106,12 +112,8 @@ def read_structure(file: io.BufferedReader, suffix: str) -> Contents:
             "this is a pickle, not a file from torch.save; if it is the data.pkl of an unpacked .pth, "
             "give the .pth itself, or pack its folder again: zip -0 -r FILE.pth FOLDER"
         )
-    if suffix == ".caffemodel":
-        raise StateDictError("this is a file of Caffe: flax_googlenet.from_caffe reads it")
-    if suffix == ".pb":
-        raise StateDictError("this is a file of TensorFlow: flax_googlenet.from_tensorflow reads it")
-    if suffix == ".onnx":
-        raise StateDictError("this is an ONNX model: flax_googlenet.from_onnx reads those of the model zoo")
+    if is_for_another_reader(name):
+        raise StateDictError(f"by its name, this is no file of PyTorch: {who_reads(name)}")
     raise StateDictError(
         "this is neither a file from torch.save nor a .safetensors, or its first bytes are damaged; "
         "the name of a file of TensorFlow must end in .pb, of Caffe in .caffemodel, and of ONNX in .onnx"

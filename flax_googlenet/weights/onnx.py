@@ -93,7 +93,8 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
     Raises:
         StateDictError, OSError: For the same reasons as ``from_onnx``.
     """
-    checkpoint = protobuf.read(path, _network, "this is text, such as a .json: give the .onnx, which has the weights")
+    if_text = "this is text, such as a .json: give the .onnx, which has the weights"
+    checkpoint = protobuf.read(path, ".onnx", _network, if_text)
     return checkpoint._replace(notes=[FLOOR_POOLS]) if checkpoint.variant == "bvlc_floor" else checkpoint
 
 

@@ -7,7 +7,27 @@ from pathlib import Path
 
 from flax_googlenet.weights.pickles import StateDictError
 
-_WEIGHTS = (".pth", ".pt", ".bin", ".ckpt", ".tar", ".safetensors", ".pb", ".caffemodel", ".onnx")
+_OTHER_READERS = {
+    ".caffemodel": ("from_caffe(path)", "a file of Caffe"),
+    ".pb": ("from_tensorflow(path)", "a graph of TensorFlow"),
+    ".onnx": ("from_onnx(path)", "a GoogLeNet of ONNX's model zoo"),
+}
+"""Suffix of a name -> the call that reads such a file, and what it is."""
+
+_WEIGHTS = (".pth", ".pt", ".bin", ".ckpt", ".tar", ".safetensors", *_OTHER_READERS)
+
+
+def who_reads(path: str | os.PathLike[str]) -> str:
+    """Return a clause: which call reads a file, by the suffix of its name. Without one of these, it is PyTorch's."""
+    pytorch = "from_torchvision(flax_googlenet.read_state_dict(path))", "a PyTorch checkpoint"
+    call, what = _OTHER_READERS.get(Path(path).suffix.lower(), pytorch)
+    return f"flax_googlenet.{call} reads {what}"
+
+
+def is_for_another_reader(path: str | os.PathLike[str], suffix: str = "") -> bool:
+    """Return whether a name says that neither PyTorch nor the reader of files with ``suffix`` can read the file."""
+    found = Path(path).suffix.lower()
+    return found in _OTHER_READERS and found != suffix
 
 
 def refuse_other_files(head: bytes) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from flax_googlenet.errors import printable
 from flax_googlenet.files import read_regular_file
 from flax_googlenet.weights.layouts import MAX_BYTES
-from flax_googlenet.weights.other_formats import refuse_other_files
+from flax_googlenet.weights.other_formats import is_for_another_reader, refuse_other_files, who_reads
 from flax_googlenet.weights.pickles import StateDictError
 from flax_googlenet.weights.pth import Checkpoint
 
@@ -26,12 +26,16 @@ _FIXED_SIZES = {1: 8, 5: 4}
 
 
 def read(
-    path: str | os.PathLike[str], parse: Callable[[memoryview], tuple[dict[str, np.ndarray], str]], if_text: str
+    path: str | os.PathLike[str],
+    suffix: str,
+    parse: Callable[[memoryview], tuple[dict[str, np.ndarray], str]],
+    if_text: str,
 ) -> Checkpoint:
     """Read the weights of a file that is one message of Protocol Buffers.
 
     Args:
         path: File to read.
+        suffix: The suffix of the names that such files have.
         parse: Returns the weights in a message and their variant, or raises a StateDictError.
         if_text: What to say about a file of text.
 
@@ -43,7 +47,8 @@ def read(
         data = _read_message(path, if_text)
         state_dict, variant = parse(memoryview(data))
     except StateDictError as error:
-        raise StateDictError(f"{os.fspath(path)}: {printable(str(error))}") from error
+        advice = f"; {who_reads(path)}" if is_for_another_reader(path, suffix) else ""
+        raise StateDictError(f"{os.fspath(path)}: {printable(str(error))}{advice}") from error
     return Checkpoint(state_dict, hashlib.sha256(data).hexdigest(), [], variant)
 
 

@@ -89,7 +89,7 @@ def _read(
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     try:
         with open_regular_file(path) as file:
-            contents = read_structure(file, Path(path).suffix)
+            contents = read_structure(file, path)
             state_dict, notes = _find(contents, key)
             tensors = {name: _checked(name, value, contents.places) for name, value in state_dict.items()}
             storages = {tensor.storage.key: tensor.storage for tensor in tensors.values()}

@@ -82,7 +82,8 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
     Raises:
         StateDictError, OSError: For the same reasons as ``from_tensorflow``.
     """
-    return protobuf.read(path, _state_dict, "this is text, such as a .pbtxt: give the .pb, which has the weights")
+    if_text = "this is text, such as a .pbtxt: give the .pb, which has the weights"
+    return protobuf.read(path, ".pb", _state_dict, if_text)
 
 
 def _state_dict(graph: memoryview) -> tuple[dict[str, np.ndarray], str]:

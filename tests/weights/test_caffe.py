@@ -295,11 +295,6 @@ def test_a_layer_that_is_there_twice_is_refused(
         from_caffe(write(valid + again))
 
 
-def test_the_reader_of_pytorchs_files_names_the_one_of_caffes(valid: bytes, write: Callable[[bytes], Path]) -> None:
-    with pytest.raises(StateDictError, match=r"network\.caffemodel: .*from_caffe"):
-        flax_googlenet.read_state_dict(write(valid))
-
-
 def test_a_file_of_caffe_with_another_name_needs_its_own(valid: bytes, tmp_path: Path) -> None:
     (tmp_path / "network.bin").write_bytes(valid)
     with pytest.raises(StateDictError, match=r"of Caffe in \.caffemodel"):

@@ -202,13 +202,24 @@ def test_any_flipped_bit_is_noticed(small: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "contents",
-    [b"", b"x", b"<!DOCTYPE html>", b"\xff" * 8, b"\0" * 100, b"{}" * 50],
-    ids=["empty", "one byte", "HTML", "huge header", "zeros", "JSON"],
+    [b"", b"x", b"\xff" * 8, b"\0" * 100, b"{}" * 50],
+    ids=["empty", "one byte", "huge header", "zeros", "JSON"],
 )
 def test_a_file_of_another_kind_is_refused(contents: bytes, tmp_path: Path) -> None:
     path = tmp_path / "else.safetensors"
     path.write_bytes(contents)
     with pytest.raises(CheckpointError, match="is not a checkpoint of flax_googlenet, or is damaged"):
+        flax_googlenet.load(path)
+
+
+@pytest.mark.parametrize(
+    ("contents", "advice"),
+    [(b"<!DOCTYPE html>", "web page"), (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull")],
+)
+def test_a_file_of_a_known_kind_without_weights_is_named(contents: bytes, advice: str, tmp_path: Path) -> None:
+    path = tmp_path / "else.safetensors"
+    path.write_bytes(contents)
+    with pytest.raises(CheckpointError, match=f"{re.escape(str(path))}: this is a .*{advice}"):
         flax_googlenet.load(path)
 
 

@@ -207,13 +207,6 @@ def test_files_of_other_kinds_are_named(content: bytes, advice: str, write: Call
         from_tensorflow(write(content))
 
 
-def test_the_reader_of_pytorchs_files_names_the_one_of_tensorflows(
-    valid: bytes, write: Callable[[bytes], Path]
-) -> None:
-    with pytest.raises(StateDictError, match=r"graph\.pb: .*from_tensorflow"):
-        flax_googlenet.read_state_dict(write(valid))
-
-
 def test_it_is_saved_with_its_variant(valid: bytes, write: Callable[[bytes], Path], tmp_path: Path) -> None:
     model, variables = from_tensorflow(write(valid))
     flax_googlenet.save(tmp_path / "5h.safetensors", model, variables)
