@@ -318,7 +318,7 @@ class GoogLeNet(nn.Module):
             TypeError: If ``images`` is not an array of JAX or NumPy, or ``frozen`` is a string.
             ValueError: If ``images`` has another rank, layout, number of channels or dtype, or is too small; if
                 ``frozen`` has a name that no block has; in training with ``aux_logits``, if the variables have no
-                auxiliary heads.
+                auxiliary heads; in training, if BatchNorm gets only one value per channel.
         """
         network = NETWORKS[self.variant]
         check_images(images, network.min_size)

@@ -36,7 +36,7 @@ Fail = Callable[[str], None]
 
 
 def find_images(arguments: Sequence[str], fail: Fail, unreadable: Counter[str]) -> Iterator[str]:
-    """Yield the paths of the images that the arguments name, one by one, without a list of all of them.
+    """Yield the paths of the images that the arguments name, while the folders are still being read.
 
     Args:
         arguments: Files, folders, and globs of files, ``**`` included. A folder stands for all images in it and in the

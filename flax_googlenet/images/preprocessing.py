@@ -93,7 +93,8 @@ def preprocess(image: ImageSource, size: int = CROP) -> Float32[np.ndarray, "siz
 
     Raises:
         ImageError: If there is no such file, if it is damaged or not an image, if it has more pixels than
-            ``PIL.Image.MAX_IMAGE_PIXELS``, or if the array has another dtype or shape.
+            ``PIL.Image.MAX_IMAGE_PIXELS``, if its greys are floating point, negative or above 65535, or if the array
+            has another dtype or shape.
     """
     return normalise(crop(image, size))
 
@@ -247,7 +248,7 @@ def _to_rgb(image: Image.Image, name: str, reduction: Reduction | None, *, from_
 
 
 def _orientation(image: Image.Image, *, from_file: bool) -> Any:
-    """Return EXIF's tag 274 of a loaded image: 1 to 8, or any other value if the tag or the block makes no sense.
+    """Return EXIF's tag 274 of an image: 1 to 8, or any other value if the tag or the block makes no sense.
 
     For a file this reads the one tag and no other: Pillow stops at the first damaged tag, and
     ``ImageOps.exif_transpose`` also fails on many tags that Pillow can read but not write. For an image that the caller

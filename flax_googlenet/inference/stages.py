@@ -31,7 +31,10 @@ def summarize(model: GoogLeNet, size: int = CROP) -> list[Stage]:
 
     Args:
         model: The network.
-        size: Height and width of the images, at least 15.
+        size: Height and width of the images in pixels, at least the smallest size that the network takes.
+
+    Raises:
+        ValueError: If the images are too small.
     """
     order: list[str] = []
 

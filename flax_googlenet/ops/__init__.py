@@ -1,1 +1,1 @@
-"""What a layer computes: pooling and convolution."""
+"""What a layer computes: convolution, pooling and normalisation, and which platforms compute them in which way."""

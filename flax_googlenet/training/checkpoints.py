@@ -128,7 +128,8 @@ def restore_checkpoint(folder: str | os.PathLike[str], like: Any, report: Callab
         The checkpoint, or None if there is none.
 
     Raises:
-        CheckpointError: If all checkpoints are damaged, or if ``folder`` is not a folder or cannot be read.
+        CheckpointError: If all checkpoints are damaged, if the newest undamaged one is of another version, if
+            ``folder`` is not a folder or cannot be read, or if the processes do not see the same folder.
         OtherStateError: If names, shapes or dtypes differ from those of ``like``; the message lists all that do.
     """
     checkpoints, problem = {}, None

@@ -29,7 +29,7 @@ BEST_WEIGHTS = "best.safetensors"
 _LOCK = ".lock"
 _MAX_RECIPE_BYTES = 2**20
 
-# The fields of a recipe that may change when a run is continued: they change no bit of its results.
+# The fields of a recipe that may change when a run is continued: they change no bit of what a step computes.
 _WITHOUT_EFFECT = {"workers", "checkpoint_every", "keep", "max_corrupt", "patience"}
 
 

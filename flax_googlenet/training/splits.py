@@ -24,7 +24,7 @@ def open_data(data: str, *, held_out: float, seed: int, earlier: Sequence[Traini
             class is held out and at least one is not; the only image of a class is not held out.
         seed: The seed of the choice of held-out images.
         earlier: The trainings of the weights that a run starts from. If they used images that are held out now, a note
-            of the training images warns of it.
+            of the training images warns of it. Only class folders and ``digits`` are compared.
 
     Raises:
         DataError: If the data have none of the layouts, if two folders may be the same part, if a class is empty or is

@@ -159,8 +159,9 @@ def load(path: str | os.PathLike[str], *, dtype: Dtype | None = None) -> tuple[G
         The model with the stored fields, and its variables as JAX arrays on the default device.
 
     Raises:
-        CheckpointError: If a single bit of the file is damaged, if ``save`` did not write it, or if the stored or the
-            requested dtype is float64 and JAX does not have 64 bits enabled.
+        CheckpointError: If a single bit of the file is damaged, if ``save`` did not write it, if it holds a network
+            that only a later version has, or if the stored or the requested dtype is float64 and JAX does not have 64
+            bits enabled.
         OSError: If the file does not exist, is not a regular file or is larger than 4 GiB.
 
     Example::
