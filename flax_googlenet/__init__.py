@@ -1,4 +1,4 @@
-"""GoogLeNet in JAX and Flax, proven to be torchvision's.
+"""GoogLeNet in JAX and Flax, proven to compute the same as torchvision's.
 
 Each name is imported when it is first used, so that the command's ``--help`` need not wait for JAX, nor inference for
 optax.

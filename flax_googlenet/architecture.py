@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 Padding = int | Literal["SAME"]
-"""Pixels on each side of an image, or TensorFlow's SAME: as few as possible, and an odd one at the end."""
+"""Pixels on each side of an image, or TensorFlow's SAME: as few as possible, with an odd one at the end."""
 
 PoolPadding = Padding | Literal["VALID"]
-"""The padding of a max pool. With an integer, its size is rounded up as in PyTorch and Caffe. With TensorFlow's VALID,
-there is no padding, and the size is rounded down."""
+"""The padding of a max pool. With an integer, the size of the output is rounded up as in PyTorch and Caffe. With
+TensorFlow's VALID, there is no padding, and the size is rounded down."""
 
 WIDTHS = {
     # Output channels of branch1 1x1 | branch2 1x1, 3x3 | branch3 1x1, 3x3 | branch4 1x1 (table 1 of the paper).
@@ -58,14 +58,14 @@ class Network(NamedTuple):
     maxpool4_window: int
     """Height and width of a window of ``maxpool4``, whose stride is 2."""
     aux_pool_sizes: range
-    """Heights and widths of which the auxiliary heads' average pool, 5x5 with stride 3, makes 4. For others, the heads
+    """Heights and widths that the auxiliary heads' average pool, 5x5 with stride 3, reduces to 4. For others, the heads
     average adaptively."""
     bgr: bool
     """Whether the channels of the first convolution are BGR, not RGB."""
     pixel_mean: tuple[float, float, float] | None
-    """What is subtracted from the channels of pixels in [0, 255], or None for ImageNet's normalisation."""
+    """Mean that is subtracted from the channels of pixels in [0, 255], or None for ImageNet's normalisation."""
     caffe_init: bool
-    """Whether initial kernels and biases are those of Berkeley's ``train_val.prototxt``, or else torchvision's."""
+    """Whether kernels and biases are initialised as in Berkeley's ``train_val.prototxt``, not as in torchvision."""
 
 
 NETWORKS = {
@@ -186,7 +186,7 @@ _NORMS = ("norm1", "norm2")  # stages of the networks with local response normal
 
 
 def _stage_names() -> dict[str, str]:
-    """Return the names of all stages and branches by themselves, by Caffe's and Lucid's, and by torchvision's paths."""
+    """Return each name of a stage or branch, ours, Caffe's, Lucid's or torchvision's -> the name that we give it."""
     convolutions = ["conv1", "conv2", "conv3", *(f"{block}/{branch}" for block in WIDTHS for branch in BRANCHES)]
     names = {name: name for name in (*STAGES, *_NORMS, *convolutions)}
     names |= {"conv1/7x7_s2": "conv1", "conv2/3x3_reduce": "conv2", "conv2/3x3": "conv3"}  # Caffe

@@ -100,10 +100,10 @@ class BatchNorm(nn.Module):
                     f"BatchNorm needs more than 1 value a channel in training, got an input of shape {x.shape}: "
                     "use a larger batch or larger images"
                 )
-            # Both statistics in one pass over x, and one pass less in the gradient: a step in bfloat16 is 1.04 times as
-            # fast on an NVIDIA H200. The shift, the mean at the first index of the last axis but one, differs from the
-            # mean by at most sqrt(width) times the deviation, where width is the length of that axis. So this loses at
-            # most the rounding of width + 1 terms: 2e-5 in float32 for a width of 112.
+            # Both statistics take one pass over x, and the gradient one pass less: a step in bfloat16 is 1.04 times as
+            # fast on an NVIDIA H200. The shift is the mean at the first index of the last axis but one. It differs from
+            # the mean by at most sqrt(width) standard deviations, where width is the length of that axis. So the
+            # difference below loses at most the rounding of width + 1 terms: 2e-5 in float32 for a width of 112.
             first_column = jax.lax.slice_in_dim(x, 0, 1, axis=x.ndim - 2)  # [n, h, 1, c]
             shift = jax.lax.stop_gradient(first_column.mean(batch_axes))  # [c]
             deviation = x - per_channel(shift, x)
@@ -567,8 +567,8 @@ def _blocked_dot(x: jax.Array, kernel: jax.Array, precision: jax.lax.PrecisionLi
 def transform_input(model: GoogLeNet, images: Float[Array, "n h w 3"]) -> Float[Array, "n h w 3"]:
     """Map images from ImageNet's normalisation to what the network was trained on.
 
-    These are the images themselves, pixels in [-1, 1] with the model's ``transform_input``, or in [0, 255] minus a
-    mean, RGB or BGR.
+    For torchvision's network, these are the images themselves or, with the model's ``transform_input``, pixels in
+    [-1, 1]. For the others, they are pixels in [0, 255] minus a mean, in RGB or BGR.
     """
     scale_and_shift = input_scale_and_shift(model)
     if scale_and_shift is None:

@@ -23,10 +23,10 @@ GRADIENT_FOR_LOOPS = ("cpu",)
 CPU. Without it, a step of feature visualisation takes 2.4 times as long in a loop."""
 
 XLA_POOL_GRADIENT = ("tpu",)
-"""XLA's gradient of the max pool. A step takes 20.9 million cycles on a TPU instead of 41.0 (bfloat16, 32 images), and
-the 13 operations that scatter the gradients, for which the compiler has no estimate. On a CPU it is a loop over single
-values, 5 to 30 times as slow as ours. On an H200, a step of 64 images takes 10.8 ms instead of 9.9 in bfloat16, and
-14.0 instead of 12.8 in float32."""
+"""XLA's gradient of the max pool. A step takes 20.9 million cycles on a TPU instead of 41.0 (bfloat16, 32 images). This
+leaves out the 13 operations that scatter the gradients, for which the compiler has no estimate. On a CPU it is a loop
+over single values, 5 to 30 times as slow as ours. On an H200, a step of 64 images takes 10.8 ms instead of 9.9 in
+bfloat16, and 14.0 instead of 12.8 in float32."""
 
 BLOCKED_DOT = ("cpu",)
 """Matrix products summed in blocks, for less rounding error on a CPU. On a TPU each would take 2 to 4 times as long."""
@@ -39,7 +39,7 @@ def choose(
 
     Both functions are traced and must return the same shapes and dtypes. ``jax.jit`` around a long one keeps its trace
     for the next use. A program for one platform contains one of the functions alone, and a program for several
-    platforms both. What only the other function would have saved for the gradient is a constant that nothing reads,
-    which the compiler removes. Without ``jax.jit``, JAX's default device decides.
+    platforms both. In place of what only the other function saves for the gradient, there is a constant that nothing
+    reads, and the compiler removes it. Without ``jax.jit``, JAX's default device decides.
     """
     return lax.platform_dependent(*operands, default=other, **dict.fromkeys(platforms, chosen))

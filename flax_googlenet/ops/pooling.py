@@ -72,9 +72,9 @@ def _jvp_by_xla(
 ) -> tuple[jax.Array, jax.Array]:
     """Return the pool of ``x`` and its tangent, whose transpose is XLA's ``SelectAndScatter``.
 
-    XLA gives the gradient of a tie to the first pixel, but takes no account of NaN. So it gets values in the same order
-    in which the NaNs are numbers, larger than all others and the larger the later they come. These are float32 even
-    for a pool of bfloat16, which is no slower: a TPU computes in float32.
+    XLA gives the gradient of a tie to the first pixel, but takes no account of NaN. So it gets other values, which have
+    the same order: each NaN becomes a number that is larger than all others, and the larger the later it comes. These
+    values are float32 even for a pool of bfloat16, which is no slower: a TPU computes in float32.
     """
     dtype = x.dtype if jnp.finfo(x.dtype).bits >= 32 else jnp.float32
     largest, eps = float(jnp.finfo(dtype).max), float(jnp.finfo(dtype).eps)

@@ -124,10 +124,10 @@ def conv3x3(
 def _transform(matrix: np.ndarray, slices: Sequence[jax.Array], axis: int) -> jax.Array:
     """Return the products of ``matrix`` [a, b] with ``slices``, b arrays of one shape, stacked along ``axis``.
 
-    Each product is a weighted sum of the slices without the terms whose weight is zero, which the compiler turns into
-    one vectorised loop. The barrier keeps it from being fused with the loop that reads it, which would compute it anew
-    for every value it reads. With the operations of ``lax``, which look for no other ranks and dtypes as those of
-    ``jnp`` do, the network for inference is traced in two thirds of the time.
+    Each product is a weighted sum of the slices, without the terms whose weight is zero. The compiler turns the sum
+    into one vectorised loop. Without the barrier, it would fuse that loop with the one that reads the products, and
+    compute a product anew for every value that is read. The operations are those of ``lax``, because they do not check
+    and convert ranks and dtypes as those of ``jnp`` do: the network for inference is traced in two thirds of the time.
     """
 
     def scale(factor: np.floating, x: jax.Array) -> jax.Array:
@@ -182,9 +182,8 @@ def _for_loops(
     """Compute a convolution directly, with a gradient with respect to ``x`` that is fast inside a loop, too.
 
     The library that computes convolutions on a CPU takes kernels HWIO. JAX's gradient has a kernel HWOI, which XLA
-    transposes, but not inside a loop (https://github.com/jax-ml/jax/issues/12868). There the gradient of the network
-    with respect to the images took 2.4 times as long. Here the tangent map has a kernel HWOI, so that the gradient,
-    which is its transpose, has a kernel HWIO.
+    transposes, but not inside a loop (https://github.com/jax-ml/jax/issues/12868). Here the tangent map has a kernel
+    HWOI, so that the gradient, which is its transpose, has a kernel HWIO.
     """
 
     def convolve(x: jax.Array, kernel: jax.Array, layout: str = "HWIO") -> jax.Array:
