@@ -100,12 +100,12 @@ def preprocess(image: ImageSource, size: int = CROP) -> Float32[np.ndarray, "siz
 
 
 def crop(image: ImageSource, size: int = CROP) -> Image.Image:
-    """Return the pixels of ``preprocess`` before they are normalised, in RGB; raise the same errors."""
+    """Return the crop that ``preprocess`` normalises, in RGB, ``size`` pixels high and wide; raise the same errors."""
     return centre_crop(rgb(image), size)
 
 
 def centre_crop(picture: Image.Image, size: int = CROP) -> Image.Image:
-    """Return the pixels of ``crop``, of an image as ``rgb`` returns it."""
+    """Return the same as ``crop``, for an image that ``rgb`` has returned."""
     if size == CROP:
         return _resize_and_crop(picture)
     side = min(picture.size) * CROP / RESIZE
@@ -348,7 +348,9 @@ def _resize_and_crop(image: Image.Image) -> Image.Image:
 
 
 def _enlarge_strip(image: Image.Image, long: int, start: int) -> Image.Image:
-    """Do the same for a very long image, pixel for pixel, but resize only the part that the crop keeps.
+    """Do the same as ``_resize_and_crop`` for a very long image, but resize only the part that the crop keeps.
+
+    The result is equal pixel for pixel.
 
     Pillow resizes horizontally, rounds to 8 bits, and then resizes vertically. It could resize a box of the image
     itself, but the borders of a box are float32, and some pixels would differ. So the long side is resized here.

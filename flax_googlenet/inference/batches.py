@@ -159,7 +159,7 @@ class BatchPredictor:
 
 @jax.jit
 def _look_up(levels: jax.Array, pixels: jax.Array) -> jax.Array:
-    """Normalise uint8 pixels on the device, to which a quarter of the bytes is sent.
+    """Normalise uint8 pixels on the device, so that only a quarter of the bytes is sent to it.
 
     XLA multiplies by the reciprocal of a divisor, which rounds differently. Looked up, the values have the bits of
     ``normalise``.

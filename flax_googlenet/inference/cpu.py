@@ -31,7 +31,7 @@ _convolution = functools.partial(lax.conv_general_dilated, dimension_numbers=("N
 
 
 def prepare(params: Mapping[str, Any]) -> Weights:
-    """Return the weights for ``logits``, with all kernels in the form in which it uses them.
+    """Return the weights for ``logits``, with all kernels in the form that it uses.
 
     Args:
         params: The parameters of the folded network (what is under ``"params"``). The auxiliary heads are not used.
@@ -98,8 +98,9 @@ def logits(
 def front(weights: Weights, images: Float[Array, "n h w 3"], variant: str = "torchvision") -> dict[str, jax.Array]:
     """Compute the stages up to ``maxpool3``, by torchvision's names, without ``conv1`` and ``conv3``.
 
-    The bias and ReLU of these two commute with a maximum. They come after the pool, where they have a quarter of the
-    values to compute, unless ``conv3`` is normalised before it. Shapes in the comments are for images of 224x224.
+    The bias and ReLU of these two commute with a maximum. So they come after the pool, where there are a quarter of the
+    values to compute, except for a ``conv3`` that is normalised before the pool. Shapes in the comments are for images
+    of 224x224.
     """
     stages, network = {}, NETWORKS[variant]
     pool = functools.partial(_max_pool, window=3, stride=2, padding=network.pool_padding)
@@ -175,7 +176,7 @@ def _stem(images: jax.Array, kernel: jax.Array, padding: Padding) -> jax.Array:
 def _max_pool(x: jax.Array, window: int, stride: int, padding: PoolPadding = 0) -> jax.Array:
     """Compute ``ops.pooling.max_pool`` as maxima of shifted slices, which the compiler vectorises: 1.2x.
 
-    The gradient of a tie is another one.
+    At a tie, its gradient differs from that of ``max_pool``.
     """
     for axis in (1, 2):
         pads = max_pool_padding(x.shape[axis], window, stride, padding)

@@ -56,8 +56,9 @@ def _layer(conv: Mapping[str, Any]) -> dict[str, np.ndarray]:
 def _cells_kernel(kernel: Float[Array | np.ndarray, "7 7 3 out"]) -> Float[np.ndarray, "4 4 16 out"]:
     """Return the 7x7 kernel of conv1 as a 4x4 kernel for the cells of ``_cells``.
 
-    conv1 has stride 2 and padding 3, so its output row i reads the input rows 2i - 3 to 2i + 3, and with a row of zeros
-    before its own the four rows of cells from (2i - 4, 2i - 3) to (2i + 2, 2i + 3). Columns likewise.
+    conv1 has stride 2 and padding 3, so its output row i reads the input rows 2i - 3 to 2i + 3. With a row of zeros
+    before its own, the kernel covers the four rows of cells from (2i - 4, 2i - 3) to (2i + 2, 2i + 3). The same holds
+    for columns.
     """
     padded = np.pad(kernel, ((1, 0), (1, 0), (0, 1), (0, 0)))  # [8, 8, 4, out]
     cells = padded.reshape(4, 2, 4, 2, 4, -1).transpose(0, 2, 1, 3, 4, 5)  # [4, 4, 2, 2, 4, out]
@@ -121,7 +122,7 @@ def logits(
 def _convolution(
     x: jax.Array, layer: Mapping[str, jax.Array], padding: int = 0, precision: lax.PrecisionLike = None
 ) -> jax.Array:
-    """Convolve with stride 1 and add the bias, with ReLU: for cuDNN one kernel."""
+    """Convolve with stride 1, add the bias and apply ReLU, which cuDNN does in one kernel."""
     pads = ((padding, padding), (padding, padding))
     layout = ("NHWC", "OHWI", "NHWC")
     x = lax.conv_general_dilated(x, layer["kernel"], (1, 1), pads, dimension_numbers=layout, precision=precision)
@@ -129,11 +130,11 @@ def _convolution(
 
 
 def _max_pool(x: jax.Array, window: int, stride: int, padding: PoolPadding = 0) -> jax.Array:
-    """Compute ``ops.pooling.max_pool`` as a maximum of shifted slices, whose gradient at a tie is another one.
+    """Compute ``ops.pooling.max_pool`` as a maximum of shifted slices. At a tie, its gradient differs.
 
     XLA computes a pool of bfloat16 in float32, in two kernels; slices stay in bfloat16, in one. The barrier keeps the
-    concatenation before the pool from being fused with it, which would choose among four inputs for each of nine
-    pixels. Together: 1.25x. All pixels of a window in one step instead of rows and then columns: 1.03x.
+    concatenation before the pool from being fused with it. The fused kernel would choose among four inputs for each of
+    nine pixels. Together: 1.25x. All pixels of a window in one step instead of rows and then columns: 1.03x.
     """
     pads = [max_pool_padding(size, window, stride, padding) for size in x.shape[1:3]]
     x = jnp.pad(lax.optimization_barrier(x), ((0, 0), *pads, (0, 0)), constant_values=-jnp.inf)

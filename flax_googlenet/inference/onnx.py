@@ -143,7 +143,7 @@ def _resize_and_crop(graph: _Graph, x: str, size: int) -> str:
         triangle = graph.add("Relu", graph.add("Sub", np.float32(1), graph.add("Div", distances, reach)))
         return graph.add("Div", triangle, graph.add("ReduceSum", triangle, np.array([1]), keepdims=1))
 
-    # Horizontally, rounded to whole levels, and then vertically, as Pillow does.
+    # As Pillow does: first horizontally, with the result rounded to whole levels, and then vertically.
     columns = graph.add("Transpose", weights(axis=1), perm=[1, 0])
     x = graph.add("Round", graph.add("MatMul", x, columns))  # [n, 3, h, size]
     return graph.add("Round", graph.add("MatMul", weights(axis=0), x), name="resized")  # [n, 3, size, size]

@@ -23,7 +23,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 _BATCH_SIZES = (256, 128, 64, 32, 16, 8, 4, 2, 1)
-"""Numbers of images for each device in one call, but on a CPU ``cpu.BATCH_SIZES``."""
+"""Numbers of images for each device in one call on a GPU or TPU; for a CPU, they are ``cpu.BATCH_SIZES``."""
 
 
 def make_predictor(model: GoogLeNet, variables: Variables, devices: Sequence[jax.Device] | None = None) -> "Predictor":
@@ -183,7 +183,8 @@ def rank(
 ) -> list[dict[str, int | str | float | None]]:
     """Return the predictions for an image: the ``top`` likeliest classes, the likeliest first.
 
-    ``top`` is at most the number of classes.
+    A prediction is ``{"index", "label", "probability"}``; its label is None if there are no class names. ``top`` is at
+    most the number of classes.
     """
     # Sorting only the classes that can be among them takes a third of the time, during which a GPU would wait.
     likeliest = np.flatnonzero(probabilities >= np.partition(probabilities, -top)[-top])

@@ -23,7 +23,7 @@ Weights = Mapping[str, Any]
 
 
 def prepare(params: Mapping[str, Any]) -> Weights:
-    """Return the weights for ``logits``: the parameters, but of conv1 a kernel and a bias for pairs of columns.
+    """Return the weights for ``logits``: the parameters, with conv1's kernel and bias for pairs of columns.
 
     Args:
         params: The parameters of the folded network (what is under ``"params"``). The auxiliary heads are not used.
@@ -82,11 +82,11 @@ def logits(
 def _conv1_and_maxpool1(
     layer: Mapping[str, Array], images: Float[Array, "n h w 3"], precision: lax.PrecisionLike
 ) -> Float[Array, "n rows columns out"]:
-    """Compute conv1 on pairs of columns, and the max pool of the pairs, whose gradient at a tie is another one.
+    """Compute conv1 on pairs of columns, and ``max_pool`` on the pairs. At a tie, the gradient of the pool differs.
 
     A TPU computes on 128 lanes, and conv1 has 64 channels. Two columns side by side fill the lanes: conv1 and the
-    layout that it wants for its images take 0.28 million cycles instead of 1.35. Its strides are 2 rows, and the 4
-    columns of the input that a pair of output columns moves on.
+    layout that it wants for its images take 0.28 million cycles instead of 1.35. From one pair of output columns to the
+    next, the kernel moves on by 4 columns of the input; from one output row to the next, by 2 rows.
     """
     h, w = ((size + 1) // 2 for size in images.shape[1:3])  # of the output
     pairs = (w + 1) // 2
