@@ -11,7 +11,7 @@ from flax_googlenet.commands.status import Status
 
 def main() -> int:
     """Run the command line of this process and return its exit status."""
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # it is for a background job of a script
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # a shell script ignores it in its background jobs
         signal.signal(signal.SIGINT, _end)
     # Imports and traces make many objects that stay. By default, Python looks for unused cycles among them for each 700
     # new ones, which takes 0.3 s: a tenth of what classify takes for one image.

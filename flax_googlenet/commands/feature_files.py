@@ -109,7 +109,7 @@ class FeatureFile(Growing):
         self._done.update(map(printable, images))
 
     def pack(self, path: Path) -> None:
-        """Write the packed file anew with the features of the growing one, but for those that it has."""
+        """Write the packed file anew, with those features of the growing one that it does not have yet."""
         packed: Rows = iter(())
         images: list[str] = []
         if path.exists():

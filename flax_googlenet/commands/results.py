@@ -88,7 +88,7 @@ class Results(Growing):
         self._admit(_parquet_rows(path))
 
     def pack(self, path: Path) -> None:
-        """Add the rows to a Parquet file, but for those that it has from a run that was killed just before its end."""
+        """Add the rows to a Parquet file, except those that a run added before it was killed just before its end."""
         import pyarrow
         from pyarrow import parquet
 

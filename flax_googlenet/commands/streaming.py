@@ -138,7 +138,7 @@ class Growing(ABC):
 
     @abstractmethod
     def pack(self, path: Path) -> None:
-        """Add the contents of the growing file to the packed one, but for those that a killed run has added before.
+        """Add the contents of the growing file to the packed one, except those that a killed run has added before.
 
         Raises:
             OSError: If the file cannot be written.

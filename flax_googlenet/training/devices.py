@@ -74,8 +74,8 @@ def joined() -> Iterator[None]:
     """Make this process one of several that train together, as the environment describes them.
 
     Slurm, Open MPI, Kubernetes, the host of a TPU, or the variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
-    JAX_PROCESS_ID describe the processes. At the end of the block this process waits for the others. If the block
-    raises an exception, it does not: the others would wait for this one.
+    JAX_PROCESS_ID describe the processes. At the end of the block this process waits for the others. After an exception
+    in the block it does not wait, because the others may be waiting for it.
 
     Raises:
         DistributedError: If the environment does not describe the other processes, or they do not come.

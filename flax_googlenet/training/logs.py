@@ -42,18 +42,18 @@ class RunLog:
     """Records the metrics of a run in its folder while its ``with`` block lasts, and reports them.
 
     ``metrics.jsonl`` gets one line for each record: ``{"split": "train" or "held_out", "step": int, name: float}``,
-    with null for values that are not finite. TensorBoard reads the same folder. A record is in its file when the method
-    returns, whatever kills the process afterwards; ``sync`` waits until it is on the disk. If the disk is full, a
-    message says so and the run goes on.
+    with null for values that are not finite. TensorBoard reads the same folder. Once ``train`` or ``evaluated`` has
+    returned, the record is in its file, whatever kills the process afterwards; ``sync`` waits until it is on the disk.
+    If the disk is full, a message says so and the run goes on.
 
     Args:
         workdir: The folder of the run, which exists.
         total_steps: The step at which the run ends.
         start_step: The step at which it starts. Records of a run that went further than its last checkpoint are
-            dropped: those of later steps, and the evaluation of this step, with which the run begins. So training must
-            be recorded before the checkpoint of its step, and an evaluation after it.
+            dropped: those of later steps, and the evaluation of this step, with which the run begins. So the metrics of
+            a step must be recorded before its checkpoint, and an evaluation after it.
         report: Called with messages.
-        progress: Called after each step. Without it, the progress is reported in messages, one in ten seconds.
+        progress: Called after each step. Without it, the progress is reported in a message every ten seconds.
         num_classes: Number of classes. With five or fewer, top-5 is always right, and messages leave it out.
 
     Raises:
@@ -223,7 +223,7 @@ def draw_curves(workdir: Path, best: tuple[int, str] | None = None) -> Path:
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """Return the moving average over a fortieth of the values, [n] -> [n]. NaN is left out; the ends have less."""
+    """Return the moving average over a fortieth of the values, fewer at the ends: [n] -> [n]. NaN is left out."""
     width = 2 * (len(values) // 80) + 1
     means = uniform_filter1d(np.nan_to_num(values), width, mode="constant")  # with 0 for NaN and beyond the ends
     shares = uniform_filter1d(np.isfinite(values).astype(float), width, mode="constant")  # of finite values

@@ -171,7 +171,7 @@ def _take(
     requests: "queue.SimpleQueue[bool]",
     answers: "queue.SimpleQueue[HostBatch | BaseException]",
 ) -> None:
-    """Answer requests in the second thread, which holds no reference to the reader, so that this can be deleted."""
+    """Answer requests in the second thread. It holds no reference to the reader, so that the reader can be deleted."""
     while requests.get():
         try:
             answers.put(next(batches))

@@ -74,7 +74,7 @@ def train(
         override: Whether to continue the run in ``workdir`` even if the recipe, the data or the weights have changed.
         report: Called with messages. By default they are printed.
         progress: Called after each step with its number, the number of all steps, and the metrics in words. By default
-            they are reported in messages, one in ten seconds.
+            they are reported in a message every ten seconds.
 
     Raises:
         TrainingStopped: If the training ended before its end, by a signal or an error; ``path`` is its last checkpoint.

@@ -147,7 +147,7 @@ def resume_run(
             report("warning: the run was trained on other data before, and may have seen images that are held out now")
         past = {"trained_on": before["data"][0], "recipe": before["recipe"]}
         counts.trained_before = [past, *counts.trained_before]
-    # Accuracies on other images cannot be compared, and best weights that somebody has removed are not to be named.
+    # Accuracies on other images cannot be compared, and no message may name best weights that somebody has removed.
     if has_other_data or not (workdir / BEST_WEIGHTS).exists():
         counts.best_step, counts.best_accuracy = 0, 0.0
     return counts, restored.state
@@ -155,7 +155,7 @@ def resume_run(
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Return how the identity of a run differs from the one before, in words."""
-    # A recipe of an earlier version lacks the newer fields: it was trained with what are their defaults.
+    # A recipe of an earlier version lacks the newer fields. Their defaults are how that version trained.
     before = before | {"recipe": dataclasses.asdict(Recipe()) | before["recipe"]}
     before, now = json.loads(json.dumps([before, now]))  # tuples become lists
     fields = [

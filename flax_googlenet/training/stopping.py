@@ -147,7 +147,7 @@ class StopSignals:
         numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
         self._before = {number: signal.getsignal(number) for number in numbers}
         for number, handler in self._before.items():
-            if handler is not signal.SIG_IGN:  # a script's job in the background is started so
+            if handler is not signal.SIG_IGN:  # a shell script starts its background jobs with SIGINT ignored
                 signal.signal(number, self._stop)
         return self
 

@@ -2,7 +2,7 @@
 
 References:
     Olah et al., "Feature Visualization", Distill 2017, https://doi.org/10.23915/distill.00007
-    https://github.com/tensorflow/lucid, whose parameters these are
+    https://github.com/tensorflow/lucid, from which the constants of this module are
 """
 
 import functools
@@ -22,7 +22,7 @@ from flax_googlenet.inference.compiling import jit
 from flax_googlenet.model import ConvBN, GoogLeNet, Variables, endpoints
 
 Objective = Callable[[dict[str, jax.Array], Any], jax.Array]
-"""A function of the stages of one image, each [H, W, C] (``fc`` is [num_classes]), and its target, to a number."""
+"""Takes the stages of one image, each [H, W, C] (``fc`` is [num_classes]), and its target, and returns a number."""
 
 _State = tuple[Any, optax.OptState]
 """The spectrum, and the moments of Adam."""
@@ -127,8 +127,8 @@ def optimize_images(
     Args:
         model: The network.
         variables: Its variables.
-        objective: A function ``(stages, target)`` to a number. ``stages`` are those of one image under the names of
-            ``endpoints`` with ``branches=True``: [H, W, C], and [num_classes] for ``fc``.
+        objective: Takes ``(stages, target)``, and returns a number. ``stages`` are those of one image under the names
+            of ``endpoints`` with ``branches=True``: [H, W, C], and [num_classes] for ``fc``.
         targets: What the images differ in: an array, or nested arrays, whose first axis has an entry for each image.
         key: Key of the random start and of the transformations. The same key gives the same images.
         steps: Number of steps of Adam.
@@ -207,7 +207,7 @@ def _decode(spectrum: jax.Array, size: int) -> jax.Array:
 
 
 def _transform(image: jax.Array, key: jax.Array) -> jax.Array:
-    """Shift, scale and rotate an image [H, W, 3] at random about its centre; what comes in from outside is grey."""
+    """Shift, scale and rotate an image [H, W, 3] at random about its centre; places outside of it are grey."""
     shift_key, scale_key, angle_key = jax.random.split(key, 3)
     shift = jax.random.uniform(shift_key, (2, 1, 1), jnp.float32, minval=-_MAX_SHIFT, maxval=_MAX_SHIFT)
     scale = jax.random.uniform(scale_key, (), jnp.float32, minval=1 - _MAX_SCALE, maxval=1 + _MAX_SCALE)

@@ -157,7 +157,7 @@ class _Graph:
         return "the input" if value in self.inputs else "a constant or a second result of a node"
 
     def skip(self, value: str, *operations: str) -> str:
-        """Return the value before the nodes of these operations, of which each may be there once."""
+        """Return the value that the nodes of these operations start from; each of them may be missing."""
         for operation in operations:
             if value in self.nodes and self.nodes[value].operation == operation:
                 value = self.nodes[value].inputs[0]
@@ -233,7 +233,7 @@ class _Graph:
     def variant(self) -> str:
         """Return the variant that has all the pools, for the images of 224x224 that the zoo's files take.
 
-        Caffe2 made explicit padding of Caffe's rounding. Its windows are the same, although it is wider than needed.
+        Caffe2 wrote Caffe's rounding as explicit padding. It is wider than needed, but gives the same windows.
         """
         average_pool, *max_pools = self._pools  # in the order of the way back
         size, variants = 112, {"bvlc", "bvlc_floor"}

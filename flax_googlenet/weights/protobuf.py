@@ -137,7 +137,7 @@ def integer(value: int | memoryview) -> int:
 
 
 def integers(value: int | memoryview, most: int) -> list[int]:
-    """Return the integers of a field of a list: one, or several packed ones, of which it reads at most ``most + 1``."""
+    """Return the integers of a repeated field: one, or several packed ones, of which at most ``most + 1`` are read."""
     if not isinstance(value, memoryview):
         return [value]
     found: list[int] = []
@@ -168,6 +168,6 @@ def field(number: int, value: bytes) -> bytes:
 
 
 def encode_varint(value: int) -> bytes:
-    """Return the bytes of which ``varint`` makes ``value``."""
+    """Return the bytes that ``varint`` reads as ``value``."""
     low, rest = value & 0x7F, value >> 7
     return bytes([low | 0x80]) + encode_varint(rest) if rest else bytes([low])

@@ -124,7 +124,7 @@ def _could_be_of_a_layer(name: str, value: Any) -> bool:
 
 
 def _mappings(content: Mapping[Any, Any]) -> Iterator[tuple[tuple[str, ...], Mapping[Any, Any]]]:
-    """Yield the mappings in ``content`` but those of optimizers, outermost first, with the keys that lead to them."""
+    """Yield the mappings in ``content`` except optimizers, outermost first, with the keys that lead to them."""
     level: list[tuple[tuple[str, ...], Mapping[Any, Any]]] = [((), content)]
     seen = {id(content)}  # a mapping in a pickle can contain itself, and a long list be there a million times
     for _ in range(_MAX_DEPTH):
