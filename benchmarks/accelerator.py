@@ -211,7 +211,7 @@ def device() -> tuple[str, str]:
 def load(name: str, folder: Path) -> Callable[..., dict[str, Any]]:
     """Return a function that runs the engine ``calls`` times on ``batch`` images of ``size`` pixels.
 
-    It returns the seconds of a call and the peak memory, and the logits if the batch is that of the error.
+    It returns the seconds of a call and the peak memory, and also the logits for ``inference.ERROR_BATCH`` images.
     """
     library, task, precision = ENGINES[name]
     engine = LIBRARIES[library](folder, task, precision)
@@ -239,7 +239,7 @@ def measure(names: Sequence[str], batches: dict[str, list[int]], size: int, roun
     from proof import relative_error
 
     order = random.Random(0)
-    first: Answers = {}  # one with the compilation in it, and two for warming up
+    first: Answers = {}  # the first answer includes the compilation, and two more warm up the engine
     errors: dict[str, float] = {}
     with contextlib.ExitStack() as processes, ThreadPoolExecutor(len(names) if is_quick() else 1) as threads:
 

@@ -80,7 +80,7 @@ def devices() -> Sequence[Any]:
 
 
 def compile_for(name: str, batch: int, size: int = 224, short: bool = False) -> Compiled:
-    """Compile one of ``PROGRAMS``."""
+    """Compile one of ``PROGRAMS`` for ``batch`` images on an H100."""
     return compile_program(make_program(name, batch, "gpu", size, short), devices(), OPTIONS)
 
 

@@ -154,7 +154,7 @@ def make_inputs(folder: Path, engines: list[str], size: int, variant: str = "tor
 def load(name: str, folder: Path, size: int) -> Callable[..., dict[str, Any]]:
     """Return a function that runs the engine on ``batch`` images and returns the seconds of each of ``calls`` calls.
 
-    One call before them is not measured. Its logits are in the answer, too.
+    An additional call comes first and is not measured. The answer also has its logits and the peak memory.
     """
     to_input, run = ENGINES[name](folder)
 

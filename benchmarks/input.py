@@ -44,7 +44,7 @@ PICTURES = {(500, 375): (64, 2048), (4000, 3000): (8, 256)}
 """By width and height: the number of different pictures, and the number of files, which are links to the pictures."""
 
 Load = Callable[[Path, bool, int], Iterator[Any]]
-"""Returns the batches of a folder, for training or not, of a number of images."""
+"""Takes a folder, whether the batches are for training, and the number of images in one; yields the batches."""
 
 
 def torchvision(folder: Path, train: bool, batch: int) -> Iterator[Any]:

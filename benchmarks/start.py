@@ -54,11 +54,11 @@ class Turn(NamedTuple):
     """What a process took, in seconds."""
 
     answer: float
-    """From its start to its first line, or to the end of its output if it prints none."""
+    """Time from its start to its first line, or to the end of its output if it prints none."""
     end: float
-    """From its start to its end."""
+    """Time from its start to its end."""
     cpu: float
-    """Of computing, by all its threads."""
+    """CPU time of all its threads."""
 
 
 def main() -> None:

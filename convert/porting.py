@@ -265,7 +265,7 @@ def _conclude(
 
 
 def shown(text: str | Path) -> str:
-    """Return text of a file or its name for a console, without control characters and markup."""
+    """Return text from a file, or the name of one, for a console: control characters and rich's markup are escaped."""
     return escape(printable(str(text)))
 
 

@@ -42,7 +42,7 @@ STATUSES = {
 """Name of an exception -> exit status; the nearest base class counts. Importing the classes would start PyTorch."""
 
 Result = tuple[Status, dict[str, Any]]
-"""Exit status, and what ``--json`` prints; its entry "error" is the message of a failure."""
+"""The exit status, and what ``--json`` prints besides it; the entry "error" is the message of a failure."""
 
 
 class InputError(GoogLeNetError):
