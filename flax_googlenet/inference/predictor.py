@@ -51,10 +51,11 @@ class Predictor:
     """A compiled function from images to logits, which ``make_predictor`` returns.
 
     It takes any number of images, splits them into batches of a few sizes, and compiles each size when it first occurs.
-    On a CPU it computes the graph of ``flax_googlenet.inference.cpu``, one batch after the other, and
-    ``model.precision`` has no effect; on a GPU and a TPU it computes the graphs of ``flax_googlenet.inference.gpu`` and
-    ``tpu``, except that on a TPU the variants "inception5h" and "bvlc_floor" have the model's own graph. Any number of
-    threads may call it at once.
+    A CPU computes one batch after the other. Any number of threads may call it at once.
+
+    Each platform has a graph of its own, in ``flax_googlenet.inference.cpu``, ``gpu`` and ``tpu``. On a CPU,
+    ``model.precision`` has no effect on it. Two kinds of models are computed by their own graph instead: those in
+    bfloat16 or float16 on a CPU, and the variants "inception5h" and "bvlc_floor" on a TPU.
 
     On a single GPU or TPU, the call returns before the logits are computed, and images that lie there are not copied to
     the host. Each number of images that is not a power of two up to 256 compiles a small program once there.

@@ -63,7 +63,15 @@ class Run:
     """The last checkpoint."""
 
     def train(self, batches: Reader) -> TrainingResult | TrainingStopped:
-        """Train to the end of the recipe, or until a signal, after which a checkpoint is saved."""
+        """Train to the end of the recipe, or until a signal, after which a checkpoint is saved.
+
+        Returns:
+            The result or, after a signal, the exception that the caller raises.
+
+        Raises:
+            TooManyFailuresError, DataError: If too many steps or images fail, or no batch of images comes.
+            TrainingStopped: If a signal ends the wait for images in one of several processes.
+        """
         plan, counts = self.plan, self.counts
         evaluate_batch = self.devices.jit(lambda state, batch, stop: eval_step(state, batch) | {"stop": stop.any()})
         first_step, speed, stopped_early = counts.step, Speed(plan.recipe.batch_size), False
