@@ -68,8 +68,8 @@ def _cells_kernel(kernel: Float[Array | np.ndarray, "7 7 3 out"]) -> Float[np.nd
 def _cells(images: Float[Array, "n h w 3"], conv1_padding: Padding) -> Float[Array, "n rows columns 16"]:
     """Return cells of 2x2 pixels, with a channel of zeros beside RGB and the padding of conv1 around them.
 
-    Tensor cores take channels in groups of 8: cuDNN pads 3 channels, and computes conv1 as slowly as the whole rest of
-    the network. On cells, conv1 is a 4x4 convolution with stride 1 and 16 channels: 1.25x.
+    Tensor cores take channels in groups of 8: cuDNN pads 3 channels, and conv1 takes as long as all other layers
+    together. On cells, conv1 is a 4x4 convolution with stride 1 and 16 channels: 1.25x.
     """
     n, h, w, _ = images.shape
     # TensorFlow's SAME pads 2 pixels, not 3, before an even size. The number of outputs is the same.

@@ -101,8 +101,8 @@ def has_idx_files(folder: str) -> bool:
 def read_idx_files(folder: str) -> tuple[Dataset, Dataset]:
     """Return the training images and the test images of a data set in IDX files; their classes are numbers.
 
-    Each image gets a black border, 28 x 28 pixels become 32 x 32: images of such data sets fill their frame, and the
-    centre crop of an evaluation takes 7/8 of the height and width, which is then the whole original.
+    Each image gets a black border: 28 x 28 pixels become 32 x 32. Images of such data sets fill their frame, and the
+    centre crop of an evaluation takes 7/8 of the height and width, which is then the complete original.
 
     Raises:
         DataError: If one of the four files is missing or damaged, or if they do not belong together.

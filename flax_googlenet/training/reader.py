@@ -25,11 +25,11 @@ HostBatch = dict[str, np.ndarray]
 """A batch in the memory of the host, by name: ``image``, ``label``, ..., with one row for each image."""
 
 HANG_SECONDS = 600.0
-"""Seconds after which a batch is taken never to come, because the input hangs."""
+"""Seconds after which a batch is expected never to come, because the input hangs."""
 
-_NOTICE_SECONDS = 10.0  # until the user is told that the run waits
-_QUIET_SECONDS = 600.0  # after that, until the user is told of another wait
-_SUSPENDED_SECONDS = 5.0  # until a suspended worker process is taken never to go on
+_NOTICE_SECONDS = 10.0  # until a message says that the run waits
+_QUIET_SECONDS = 600.0  # after that message, until the next one
+_SUSPENDED_SECONDS = 5.0  # after which a suspended worker process is expected never to go on
 _POLL_SECONDS = 0.2
 _GRACE_SECONDS = 2.0  # for the current batch when a reader is closed
 _START_SECONDS = 60.0  # for a worker process to start, however busy the machine is
