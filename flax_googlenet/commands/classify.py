@@ -60,7 +60,7 @@ def classify(
     if top < 1:
         raise UsageError("--top must be at least 1")
     require_batch_size(batch_size)
-    if output and output.suffix not in SUFFIXES:
+    if output and output.suffix.lower() not in SUFFIXES:
         raise UsageError(f"{output}: --output must end in one of {', '.join(SUFFIXES)}")
     if output and json:
         raise UsageError("--json is for standard output: leave it out, or --output")

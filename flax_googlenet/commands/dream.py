@@ -61,7 +61,7 @@ def dream(
 
     from flax_googlenet.images.preprocessing import ImageError, rgb
     from flax_googlenet.inference.compiling import require_backend, use_compilation_cache
-    from flax_googlenet.visualization import deep_dream
+    from flax_googlenet.visualization.dream import deep_dream, octave_sizes
     from flax_googlenet.visualization.pictures import to_picture, write_picture
     from flax_googlenet.weights.checkpoint import require_finite
 
@@ -75,7 +75,8 @@ def dream(
     start = time.perf_counter()
     columns = BarColumn(20), TextColumn("{task.completed}/{task.total} steps"), TimeRemainingColumn()
     with messages.progress(*columns) as progress:
-        task = progress.add_task("", total=octaves * steps)
+        sizes = octave_sizes(loaded.model, picture.height, picture.width, octaves)
+        task = progress.add_task("", total=steps * len(sizes))
         try:
             result = deep_dream(
                 loaded.model,

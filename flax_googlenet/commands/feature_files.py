@@ -153,7 +153,7 @@ def open_features(
         source: What makes the features.
         warn: Takes the warning that the file system has no locks.
     """
-    make = functools.partial(FeatureFile, source=source, is_npz=path.suffix == ".npz")
+    make = functools.partial(FeatureFile, source=source, is_npz=path.suffix.lower() == ".npz")
     return open_growing(path, make, is_packed=True, warn=warn)
 
 

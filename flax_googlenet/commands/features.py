@@ -70,7 +70,7 @@ def features(
     if not images:
         raise UsageError("no images: name files, folders or globs")
     require_batch_size(batch_size)
-    if output.suffix not in SUFFIXES:
+    if output.suffix.lower() not in SUFFIXES:
         raise UsageError(f"{output}: --output must end in one of {', '.join(SUFFIXES)}")
     require_folder_of(output)
     known_stage(stage)

@@ -114,8 +114,8 @@ def open_results(
         top: Number of predictions in a row.
         warn: Takes the warning that the file system has no locks.
     """
-    make = functools.partial(Results, is_csv=path.suffix == ".csv", weights=weights, top=top)
-    return open_growing(path, make, is_packed=path.suffix == ".parquet", warn=warn)
+    make = functools.partial(Results, is_csv=path.suffix.lower() == ".csv", weights=weights, top=top)
+    return open_growing(path, make, is_packed=path.suffix.lower() == ".parquet", warn=warn)
 
 
 def _json_rows(file: BinaryIO) -> Iterator[Row]:

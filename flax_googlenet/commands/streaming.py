@@ -181,7 +181,7 @@ def open_growing(
         OSError: If it cannot be written.
     """
     growing = path.with_name(f"{path.name}.part") if is_packed else path
-    if path.suffix == ".parquet" and find_spec("pyarrow") is None:
+    if path.suffix.lower() == ".parquet" and find_spec("pyarrow") is None:
         message = f"a .parquet file needs PyArrow: {install_advice('parquet')}; or name a file of another kind"
         raise CommandError(message)
     for file_to_write in (path, growing):

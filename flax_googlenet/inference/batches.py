@@ -97,7 +97,7 @@ class BatchPredictor:
         if top < 1 or batch_size < 1:
             raise ValueError(f"top and batch_size must be at least 1, got {top} and {batch_size}")
         compiling.use_compilation_cache()
-        path = os.fspath(pretrained_file(str(weights)) if weights in PRETRAINED else weights)
+        path = os.fspath(pretrained_file(str(weights)) if str(weights) in PRETRAINED else weights)
         loaded = load_weights(path, dtype=np.float32)
         self._path, self._weights, self._image_size = path, loaded.digest, loaded.image_size
         self._class_names, self._top = loaded.class_names, min(top, loaded.model.num_classes)

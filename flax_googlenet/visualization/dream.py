@@ -76,13 +76,7 @@ def deep_dream(
         raise ValueError(f"tile must be at least {2 * smallest}, got {tile}")
     step = _step(model, stage, tile)
     done, detail = 0, jnp.zeros((1, 1, 3), jnp.float32)
-    sizes: list[tuple[int, int]] = []
-    for octave in range(octaves):
-        height, width = (round(side / octave_scale**octave) for side in original.shape[:2])
-        if min(height, width) < smallest:
-            break
-        sizes.append((height, width))
-    for height, width in reversed(sizes):
+    for height, width in octave_sizes(model, *original.shape[:2], octaves, octave_scale):
         base = jax.image.resize(original, (height, width, 3), "linear")
         picture = base + jax.image.resize(detail, base.shape, "linear")
         for _ in range(steps):
@@ -92,6 +86,19 @@ def deep_dream(
                 on_step(done)
         detail = picture - base
     return picture
+
+
+def octave_sizes(
+    model: GoogLeNet, height: int, width: int, octaves: int, octave_scale: float = 1.4
+) -> list[tuple[int, int]]:
+    """Return the heights and widths of a dream, the smallest first. Those too small for the network are left out."""
+    sizes: list[tuple[int, int]] = []
+    for octave in range(octaves):
+        size = round(height / octave_scale**octave), round(width / octave_scale**octave)
+        if min(size) < NETWORKS[model.variant].min_size:
+            break
+        sizes.append(size)
+    return sizes[::-1]
 
 
 @functools.lru_cache(maxsize=8)

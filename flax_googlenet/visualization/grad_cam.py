@@ -63,7 +63,7 @@ def grad_cam(
     return _heat(model, stage)(variables, jnp.asarray(images), jnp.asarray(classes))
 
 
-@functools.cache
+@functools.lru_cache(maxsize=8)
 def _heat(model: GoogLeNet, stage: str) -> Callable[[Variables, jax.Array, jax.Array], jax.Array]:
     def heat(variables: Variables, images: jax.Array, classes: jax.Array) -> jax.Array:
         def score(features: jax.Array) -> jax.Array:

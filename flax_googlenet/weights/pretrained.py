@@ -118,9 +118,12 @@ def pretrained_file(
                 warn(f"another process is downloading the weights {name!r}: waiting for it")
                 lock(lock_file, warn, wait=True)
             if not _is_intact(path, source):
-                _convert(_original(source, folder, on_progress, warn), path, source)
-                for leftover in (*folder.glob(f".{path.name}.*.tmp"), folder / name_in_url(source.url)):
-                    leftover.unlink(missing_ok=True)  # what killed processes were writing, and the download
+                original, is_downloaded = _original(source, folder, on_progress, warn)
+                _convert(original, path, source)
+                for leftover in folder.glob(f".{path.name}.*.tmp"):  # what killed processes were writing
+                    leftover.unlink(missing_ok=True)
+                if is_downloaded:
+                    original.unlink()
     except OSError as error:
         raise DownloadError(
             f"cannot keep the weights {name!r} in {folder}: {error.strerror}; "
@@ -140,8 +143,11 @@ def _is_intact(path: Path, source: Source) -> bool:
 
 def _original(
     source: Source, folder: Path, on_progress: Callable[[int, int | None], None], warn: Callable[[str], object]
-) -> Path:
-    """Return the original file, after checking its hash: that of a local mirror, or one downloaded to the cache."""
+) -> tuple[Path, bool]:
+    """Return the original file, after checking its hash, and whether it was downloaded to the cache.
+
+    Otherwise it is that of a local mirror, which may be the cache's own folder.
+    """
     name, (algorithm, digest) = name_in_url(source.url), source.digest
     mirror = os.environ.get("FLAX_GOOGLENET_MIRROR")
     url = f"{mirror.rstrip('/')}/{name}" if mirror else source.url
@@ -162,7 +168,7 @@ def _original(
             raise WrongFileError(
                 f"{place}: wrong file: its {algorithm} is {found}, and it should start with {digest}; {advice}"
             )
-        return Path(place)
+        return Path(place), False
     path = folder / name
     try:
         fetch(
@@ -179,7 +185,7 @@ def _original(
             f"{error}; without a network connection, put {name} at {path} and run this again, "
             "or set FLAX_GOOGLENET_MIRROR to a folder or a URL that has it"
         ) from error
-    return path
+    return path, True
 
 
 def _convert(original: Path, path: Path, source: Source) -> None:

@@ -101,11 +101,11 @@ PHOTOS = ("photos", "--weights", "weights.safetensors")
 
 
 def images_of(output: str) -> list[str]:
-    """The images in a .csv, .jsonl or .parquet file."""
+    """The images in a .csv, .jsonl or .parquet file, whatever the case of its suffix."""
     path = Path(output)
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         return parquet.read_table(path)["image"].to_pylist()
-    if path.suffix == ".csv":
+    if path.suffix.lower() == ".csv":
         return [row["image"] for row in csv.DictReader(path.read_text().splitlines())]
     return [json.loads(line)["image"] for line in path.read_text().splitlines()]
 
@@ -185,7 +185,7 @@ def test_a_person_gets_a_block_with_bars_for_each_image(here: Path, capsys: pyte
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("encoding", "output"), [("ascii", "answers.csv"), ("latin-1", "answers.parquet")])
+@pytest.mark.parametrize(("encoding", "output"), [("ascii", "answers.CSV"), ("latin-1", "answers.parquet")])
 def test_names_that_standard_output_or_utf8_does_not_have_are_escaped(
     here: Path, model: GoogLeNet, variables: Any, encoding: str, output: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
