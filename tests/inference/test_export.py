@@ -102,7 +102,8 @@ with open("g.stablehlo", "rb") as file:
 numpy.savez("logits.npz", **{name: predict(images) for name, images in numpy.load("images.npz").items()})
 """
     run_with_jax_alone(code, tmp_path)
-    logits = np.load(tmp_path / "logits.npz")
+    with np.load(tmp_path / "logits.npz") as file:
+        logits = dict(file)
     network = reference.build(state_dict, transform_input=True, dtype=torch.float64)
     for name, images in inputs.items():
         assert relative_error(logits[name], logits_of(network, images)) < RTOL
@@ -237,7 +238,8 @@ def test_the_command_prints_the_lines_that_run_its_file_and_top_is_numpys(
     np.save("pixels.npy", pixels)
     run = "numpy.savez('answers.npz', probabilities=probabilities, indices=indices)"
     run_with_jax_alone(f"import numpy; images = numpy.load('pixels.npy')\n{lines}{run}", weights.parent)
-    answers = np.load("answers.npz")
+    with np.load("answers.npz") as file:
+        answers = dict(file)
     exponentials = np.exp(logits_of(small_torch, normalised(pixels)))
     expected = exponentials / exponentials.sum(1, keepdims=True)
     order = np.argsort(-expected)[:, :2]

@@ -354,7 +354,8 @@ def test_the_command_prints_the_lines_that_run_its_file_without_jax(
     np.save("images.npy", given)
     code = f"import sys, numpy; sys.modules['jax'] = None; images = numpy.load('images.npy')\n{lines}"
     subprocess.run([sys.executable, "-c", f"{code}numpy.savez('results.npz', {results})"], check=True)
-    answers = np.load("results.npz")
+    with np.load("results.npz") as file:
+        answers = dict(file)
     logits = logits_of(network, images)
     if results == "logits":
         assert relative_error(answers["arr_0"], logits) < 8 * float(jnp.finfo(jnp.float16).eps)
