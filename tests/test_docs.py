@@ -29,9 +29,8 @@ def test_a_notebook_runs(notebook: Path, tmp_path: Path) -> None:
     cells = re.findall(r"^```\{code-cell\}[^\n]*\n(.*?)^```$", notebook.read_text(encoding="utf-8"), re.M | re.S)
     script = tmp_path / "notebook.py"
     script.write_text("\n".join(cells), encoding="utf-8")
-    process = subprocess.run(
-        [sys.executable, script], cwd=tmp_path, env=os.environ | {"MPLBACKEND": "agg"}, capture_output=True, text=True
-    )
+    environment = os.environ | {"MPLBACKEND": "agg", "TMPDIR": str(tmp_path)}
+    process = subprocess.run([sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
 
 
