@@ -235,14 +235,14 @@ PRESETS = {
         checkpoint_every=200,
     ),
     "small": Recipe(
-        epochs=8,
-        batch_size=64,
-        image_size=64,
-        learning_rate=0.05,
+        epochs=12,
+        batch_size=128,
+        image_size=48,
         weight_decay=5e-4,
-        warmup_epochs=0.5,
-        crop_area=(0.65, 1.0),
-        crop_aspect=(0.9, 1.1),
+        warmup_epochs=1.0,
+        crop_area=(0.65, 0.9),  # an evaluation sees 0.77: the centre crop of IDX images is 28 of 32 pixels wide
+        crop_aspect=(0.95, 1.05),
+        flip=False,  # Fashion-MNIST's shoes all point to the left
     ),
     "digits": Recipe(
         epochs=12,

@@ -76,8 +76,9 @@ def deep_dream(
         raise ValueError(f"tile must be at least {2 * smallest}, got {tile}")
     step = _step(model, stage, tile)
     done, detail = 0, jnp.zeros((1, 1, 3), jnp.float32)
-    for height, width in octave_sizes(model, *original.shape[:2], octaves, octave_scale):
-        base = jax.image.resize(original, (height, width, 3), "linear")
+    height, width, _ = original.shape
+    for size in octave_sizes(model, height, width, octaves, octave_scale):
+        base = jax.image.resize(original, (*size, 3), "linear")
         picture = base + jax.image.resize(detail, base.shape, "linear")
         for _ in range(steps):
             picture = step(variables, picture, jax.random.fold_in(key, done), step_size)
