@@ -14,7 +14,6 @@ and weight decay; in bfloat16 the parameters stay float32.
 import argparse
 import contextlib
 import functools
-import random
 import statistics
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from typing import Any, NamedTuple
 import inference
 import numpy as np
 from side_by_side import (
+    ORDER,
     Worker,
     is_quick,
     machine,
@@ -238,7 +238,6 @@ def measure(names: Sequence[str], batches: dict[str, list[int]], size: int, roun
     """
     from proof import relative_error
 
-    order = random.Random(0)
     first: Answers = {}  # the first answer includes the compilation, and two more warm up the engine
     errors: dict[str, float] = {}
     with contextlib.ExitStack() as processes, ThreadPoolExecutor(len(names) if is_quick() else 1) as threads:
@@ -258,7 +257,7 @@ def measure(names: Sequence[str], batches: dict[str, list[int]], size: int, roun
         for task, batch in [(task, batch) for task, sizes in batches.items() for batch in sizes]:
             turns: Answers = {(name, batch): [] for name in names if ENGINES[name][1] == task}
             for number in range(rounds):
-                for name, _ in order.sample(list(turns), len(turns)):
+                for name, _ in ORDER.sample(list(turns), len(turns)):
                     calls = max(2, round(TURN / first[name, batch][-1]["seconds"]))
                     turns[name, batch].append(workers[name].ask(batch=batch, size=size, calls=calls))
                 progress(f"{task}, batch {batch}: round {number + 1} of {rounds}")

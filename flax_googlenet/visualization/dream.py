@@ -18,6 +18,9 @@ from flax_googlenet.inference.compiling import jit
 from flax_googlenet.model import GoogLeNet, Variables, endpoints
 from flax_googlenet.visualization.features import convolve_as_in_training, normalise
 
+OCTAVE_SCALE = 1.4
+"""Ratio of two successive sizes, unless the caller names another one."""
+
 
 def deep_dream(
     model: GoogLeNet,
@@ -26,7 +29,7 @@ def deep_dream(
     stage: str = "inception4c",
     *,
     octaves: int = 4,
-    octave_scale: float = 1.4,
+    octave_scale: float = OCTAVE_SCALE,
     steps: int = 10,
     step_size: float = 0.006,
     tile: int = 400,
@@ -90,7 +93,7 @@ def deep_dream(
 
 
 def octave_sizes(
-    model: GoogLeNet, height: int, width: int, octaves: int, octave_scale: float = 1.4
+    model: GoogLeNet, height: int, width: int, octaves: int, octave_scale: float = OCTAVE_SCALE
 ) -> list[tuple[int, int]]:
     """Return the heights and widths of a dream, the smallest first. Those too small for the network are left out."""
     sizes: list[tuple[int, int]] = []
